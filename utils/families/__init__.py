@@ -1,0 +1,18 @@
+"""The registry of model families. A new family is one module here and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.llama import LLAMA
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA,)}
+
+__all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
+
+
+def family_of(config: Mapping[str, Any]) -> FamilySpec | None:
+    """The family that a config.json (as a dict) belongs to, or None if none knows it."""
+    return next((spec for spec in FAMILIES.values() if spec.matches(config)), None)

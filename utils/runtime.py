@@ -1,0 +1,115 @@
+"""What must be decided before Paddle loads: threads, math library, device, log noise.
+
+Call `prepare()` first in every script; only then may anything import Paddle.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+
+from utils.errors import UserError, notice
+
+CPU_HALF_PRECISION_NOTICE = "this processor's Paddle build has no {asked} arithmetic; using float32 instead"
+
+
+def cpu_flags() -> tuple[str, frozenset[str]]:
+    """(vendor, instruction-set flags) of this processor; ("", empty) where /proc/cpuinfo is missing."""
+    vendor, flags = "", frozenset[str]()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("vendor_id"):
+                    vendor = line.split(":", 1)[1].strip()
+                elif line.startswith("flags"):
+                    flags = frozenset(line.split(":", 1)[1].split())
+                    break
+    except OSError:
+        pass
+    return vendor, flags
+
+
+def prepare() -> None:
+    """Sets the environment that Paddle reads once, when it loads. What the user has set wins.
+
+    - OMP_NUM_THREADS: the processors that this process may use (a launcher sets its own share).
+    - MKL_DEBUG_CPU_TYPE=5 on AMD processors with AVX2: the MKL inside the Paddle wheel otherwise
+      takes a path there that is 3 to 4 times slower in float32 matrix products.
+    - log levels: Paddle's and PaddleNLP's start-up noise is not for users.
+    """
+    if "paddle" in sys.modules:
+        raise RuntimeError("runtime.prepare() must run before Paddle is imported")
+    environment = os.environ
+    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    vendor, flags = cpu_flags()
+    if vendor == "AuthenticAMD" and "avx2" in flags:
+        environment.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    environment.setdefault("GLOG_minloglevel", "2")
+    environment.setdefault("PADDLENLP_LOG_LEVEL", "ERROR")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        environment.setdefault(name, "1")
+    environment.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def quiet_libraries() -> None:
+    """Silences PaddleNLP's logger; call once after it has been imported."""
+    from paddlenlp.utils.log import logger
+
+    logger.set_level("ERROR")
+    warnings.filterwarnings("ignore")
+
+
+def gpu_present() -> bool:
+    """True where a GPU build of Paddle and a GPU device exist; asks no Paddle, so it is instant."""
+    try:
+        importlib.metadata.version("paddlepaddle-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return bool(glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg"))
+
+
+def check_device(device: str, *, explicit: bool) -> str:
+    """The device to use, "gpu" or "cpu" (an index such as "gpu:1" is kept).
+
+    Args:
+        device: what the arguments say; the default of the scripts is "gpu".
+        explicit: whether the user wrote it. Only then is a missing GPU an error.
+
+    Raises:
+        UserError: an explicit GPU where there is none, or an unknown device.
+    """
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "gpu"):
+        raise UserError(f"--device {device}: expected cpu, gpu or gpu:N")
+    if kind == "cpu" or gpu_present():
+        return device
+    if explicit:
+        raise UserError(
+            f"--device {device}: no GPU can be used here (it needs an NVIDIA device and the paddlepaddle-gpu "
+            "package, see README.md); use --device cpu, or leave --device out"
+        )
+    notice("no GPU found, running on the CPU")
+    return "cpu"
+
+
+def use_device(device: str) -> None:
+    """Selects the device in Paddle (imports Paddle)."""
+    import paddle
+
+    paddle.set_device(device)
+
+
+def resolve_dtype(asked: str, device: str) -> str:
+    """The floating-point type to compute in: on a CPU, half precision resolves to float32, said once."""
+    if device.startswith("cpu") and asked in ("float16", "bfloat16"):
+        notice(CPU_HALF_PRECISION_NOTICE.format(asked=asked))
+        return "float32"
+    return asked
