@@ -1,0 +1,197 @@
+"""From what the user wrote after --model_name_or_path to a checkpoint that is known to be whole.
+
+Everything here happens before any weight is read, and without Paddle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.checkpoints import embedded
+from utils.checkpoints.tensors import LazyTensor, open_tensors, safetensors_header
+from utils.errors import UserError, raise_if
+from utils.families import FAMILIES, FamilySpec, family_of
+
+Layout = Literal["hf", "paddle"]
+ADAPTER_FILES = ("lora_config.json", "adapter_config.json", "prefix_config.json")
+# file name of one-file weights, of the index of sharded ones; the first kind found is taken
+_KINDS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("model_state.pdparams", "model_state.pdparams.index.json"),
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that was checked: its files are there and a family knows it.
+
+    Attributes:
+        name: what the user called it.
+        folder: where it is.
+        config: its config.json.
+        family: the family that it belongs to.
+        layout: "hf" has published tensor names and Linear weights [out, in]; "paddle" has the names
+            of the Paddle model and [in, out].
+        files: its tensor files, in order.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    family: FamilySpec
+    layout: Layout
+    files: tuple[Path, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The floating-point type in which most of its tensors are stored, e.g. "bfloat16"."""
+        kinds = Counter(tensor.dtype for tensor in self.tensors().values())
+        floating = [kind for kind, _ in kinds.most_common() if kind in ("float32", "float16", "bfloat16")]
+        return floating[0] if floating else "float32"
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """All of its tensors by stored name, values not read.
+
+        Raises:
+            UserError: a file is damaged or holds anything but tensors.
+        """
+        found: dict[str, LazyTensor] = {}
+        for file in self.files:
+            found.update(open_tensors(file))
+        return found
+
+
+def locate(name_or_path: str | Path, *, allow_network: bool = True) -> Checkpoint:
+    """Finds and checks a model.
+
+    Args:
+        name_or_path: a folder; "smollm2-135m-instruct", the embedded default; or a hub id "org/name".
+        allow_network: whether a hub id may be downloaded; otherwise only the local hub cache is asked.
+
+    Raises:
+        UserError: nothing is there, files are missing, or no family knows the model.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _inspect(name, folder)
+    if name == embedded.NAME:
+        return _inspect(name, embedded.embedded_folder())
+    if folder.exists():
+        raise UserError(f"--model_name_or_path {name}: is a file; expected the folder of a model")
+    is_path = name.startswith((".", "/", "~")) or Path(name.split("/")[0]).exists()
+    if is_path or not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder; expected a model folder, {embedded.NAME}, "
+            "or a hub id such as org/name"
+        )
+    return _inspect(name, _hub_folder(name, allow_network))
+
+
+def _hub_folder(name: str, allow_network: bool) -> Path:
+    """The local copy of a hub repository; safetensors are preferred to PyTorch's own files."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    settings = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    name, allow_patterns=[*settings, weights], local_files_only=not allow_network
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--model_name_or_path {name}: is no folder here, and the hub could not give it ({reason}); "
+            "check the name and the connection, or download the folder and name its path; "
+            f"{embedded.NAME} needs no hub"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _inspect(name: str, folder: Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        adapter = next((file for file in ADAPTER_FILES if (folder / file).is_file()), None)
+        option = "--prefix_path" if adapter == "prefix_config.json" else "--lora_path"
+        is_adapter = f"it holds an adapter: name it with {option} and its base model here"
+        hint = is_adapter if adapter else "expected a model folder"
+        raise UserError(f"{folder}: has no config.json; {hint}")
+    config = read_json(folder / "config.json")
+    family = family_of(config)
+    if family is None:
+        known = ", ".join(sorted(kind for spec in FAMILIES.values() for kind in spec.model_types))
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; "
+            f"known are {known}"
+        )
+    files = _weight_files(folder)
+    return Checkpoint(name, folder, config, family, _layout(files, family, config), files)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    for single, index in _KINDS:
+        if (folder / index).is_file():
+            return _indexed_files(folder / index)
+        if (folder / single).is_file():
+            return (folder / single,)
+    if any(folder.glob("model_state.tp*.pdparams")):
+        raise UserError(f"{folder}: holds tensor-parallel shards; merge them first with merge_tp_params.py")
+    expected = " or ".join(single for single, _ in _KINDS)
+    raise UserError(f"{folder}: holds no weights; expected {expected} (or shards with their index)")
+
+
+def _indexed_files(index: Path) -> tuple[Path, ...]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: has no weight_map; download or save the checkpoint again")
+    names = list(dict.fromkeys(str(place) for place in places.values()))
+    outside = [file for file in names if Path(file).name != file]
+    raise_if([f"{index}: names {file}, which is not a file of this folder" for file in outside])
+    missing = [file for file in names if not (index.parent / file).is_file()]
+    raise_if([f"{index.parent}: {file}, named in {index.name}, is missing; download it" for file in missing])
+    return tuple(index.parent / file for file in names)
+
+
+def _layout(files: Sequence[Path], family: FamilySpec, config: Mapping[str, Any]) -> Layout:
+    """By the writer's mark in safetensors files, else by the kind of file, else by the names inside."""
+    if files[0].suffix == ".bin":
+        return "hf"
+    if files[0].suffix == ".pdparams":
+        return "paddle"
+    tensors, metadata = safetensors_header(files[0])
+    written = metadata.get("format")
+    if written == "pt":
+        return "hf"
+    if written in ("np", "pd"):
+        return "paddle"
+    published = {weight.published for weight in family.weights(config)}
+    return "hf" if published & set(tensors) else "paddle"
