@@ -1,0 +1,262 @@
+"""Choosing the next token from logits: penalties, filters and one random number per token.
+
+Plain numpy on one row at a time. A row's choices depend on its own logits, history and seed alone,
+so its text is the same in any batch. The order of the steps is: repetition penalty, presence and
+frequency penalty, repeated n-grams, minimum length, temperature, top-k, top-p, min-p, draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import raise_if
+
+Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+# top-p looks at this many of the likeliest tokens before it sorts the whole vocabulary.
+TOP_P_HEAD = 1024
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the tokens of one answer are chosen.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, the end token included.
+        min_new_tokens: tokens to generate before an end token may be chosen.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k likeliest tokens; 1 is greedy, 0 keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities add up to p (Holtzman et al. 2020).
+        min_p: keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024).
+        repetition_penalty: see `penalise_repetition`.
+        presence_penalty, frequency_penalty: see `penalise_presence`.
+        no_repeat_ngram_size: no sequence of n tokens occurs twice, prompt included; 0 allows all.
+        seed: of the random numbers; None draws a fresh one. Row number and seed together decide.
+        stop: texts that end the answer; they are not part of it.
+        logprobs: also return the log-probability of each token under the model's own softmax.
+
+    Raises:
+        UserError: values out of range, all named together.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        rules = [
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "from 0 to max_new_tokens"),
+            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
+            (self.top_k >= 0, "top_k", "0 (off), 1 (greedy) or more"),
+            (0 <= self.top_p <= 1, "top_p", "from 0 to 1"),
+            (0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
+            (self.repetition_penalty > 0, "repetition_penalty", "above 0 (1 is off)"),
+            (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 (off) or more"),
+            (self.seed is None or 0 <= self.seed < 2**64, "seed", "from 0 to 2**64 - 1"),
+            (all(self.stop), "stop", "texts that are not empty"),
+        ]
+        raise_if(
+            [f"{name} is {getattr(self, name)!r}: expected {text}" for ok, name, text in rules if not ok]
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.top_k == 1 or self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether any penalty is on."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.no_repeat_ngram_size > 0
+        )
+
+
+# --- penalties: each changes `scores` [vocabulary] in place ------------------------------------------
+
+
+def penalise_repetition(scores: Floats, seen: Ids, penalty: float) -> None:
+    """Divides the scores of tokens that already occurred by `penalty` (CTRL, Keskar et al. 2019, 4.1).
+
+    Negative scores are multiplied instead: the paper's division would make those tokens likelier.
+
+    Args:
+        scores: [vocabulary] float64.
+        seen: distinct ids of the prompt and of the answer so far.
+        penalty: above 1 discourages, below 1 encourages.
+    """
+    found = scores[seen]
+    scores[seen] = np.where(found > 0, found / penalty, found * penalty)
+
+
+def penalise_presence(scores: Floats, ids: Ids, counts: Ids, presence: float, frequency: float) -> None:
+    """score -= count * frequency + (count > 0) * presence, as the OpenAI API defines the two.
+
+    Args:
+        scores: [vocabulary] float64.
+        ids: distinct ids of the answer so far (the prompt does not count).
+        counts: how often each of `ids` was chosen.
+    """
+    scores[ids] -= counts * frequency + presence
+
+
+# --- filters: each returns the lowest value that stays -----------------------------------------------
+
+
+def top_k_threshold(scores: Floats, k: int) -> float:
+    """The k-th largest score; equal scores stay together, so the choice never depends on order."""
+    return float(np.partition(scores, -k)[-k]) if 0 < k < scores.size else -np.inf
+
+
+def top_p_threshold(probabilities: Floats, p: float) -> float:
+    """The smallest probability in the smallest set of likeliest tokens whose sum reaches `p`."""
+    size = min(TOP_P_HEAD, probabilities.size)
+    head = np.sort(np.partition(probabilities, -size)[-size:])[::-1]
+    mass = np.cumsum(head)
+    if mass[-1] < p and size < probabilities.size:
+        head = np.sort(probabilities)[::-1]
+        mass = np.cumsum(head)
+    return float(head[min(int(np.searchsorted(mass, p)), head.size - 1)])
+
+
+def softmax(scores: Floats) -> Floats:
+    """Probabilities of scores; -inf gives 0."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def filtered_probabilities(scores: Floats, options: SamplingOptions) -> tuple[Ids, Floats]:
+    """The distribution that a token is drawn from.
+
+    Args:
+        scores: [vocabulary] float64 with at least one finite value.
+        options: temperature (above 0), top_k, top_p and min_p are used, in this order.
+
+    Returns:
+        (ids ascending, their probabilities, which sum to 1).
+    """
+    scores = (scores - scores.max()) / options.temperature
+    lowest_score = max(top_k_threshold(scores, options.top_k), float(np.finfo(np.float64).min))
+    ids = np.flatnonzero(scores >= lowest_score)
+    probabilities = softmax(scores[ids])
+    lowest = options.min_p * float(probabilities.max())
+    if options.top_p < 1:
+        lowest = max(lowest, top_p_threshold(probabilities, options.top_p))
+    if lowest > 0:
+        kept = probabilities >= lowest
+        ids, probabilities = ids[kept], probabilities[kept]
+        probabilities = probabilities / probabilities.sum()
+    return ids, probabilities
+
+
+def draw(ids: Ids, probabilities: Floats, uniform: float) -> int:
+    """The id at `uniform` in [0, 1) of the distribution function.
+
+    `ids` are in ascending order, not by probability, so that rounding differences between batch
+    sizes cannot swap two nearly equal tokens.
+    """
+    mass = np.cumsum(probabilities)
+    place = int(np.searchsorted(mass, uniform * mass[-1], side="right"))
+    return int(ids[min(place, ids.size - 1)])
+
+
+def log_probability(logits: NDArray[np.float32], token: int) -> float:
+    """log softmax(logits)[token] of one row [vocabulary]."""
+    scores = logits.astype(np.float64)
+    highest = scores.max()
+    return float(scores[token] - highest - np.log(np.exp(scores - highest).sum()))
+
+
+class RowSampler:
+    """Chooses the tokens of one answer, one after another."""
+
+    def __init__(
+        self, options: SamplingOptions, prompt: Sequence[int], end_ids: Collection[int], seed: int, row: int
+    ) -> None:
+        """
+        Args:
+            options: how to choose.
+            prompt: ids before the answer; they count for repetition penalty and n-grams.
+            end_ids: tokens that end an answer.
+            seed, row: together the key of the row's random numbers (Philox, Salmon et al. 2011).
+        """
+        self.options = options
+        self._end_ids = np.array(sorted(end_ids), dtype=np.int64)
+        self._random = np.random.Generator(np.random.Philox(key=np.array([seed, row], dtype=np.uint64)))
+        self._length = 0
+        self._counts: dict[int, int] = {}
+        self._seen = dict.fromkeys(prompt)
+        self._ngrams: dict[tuple[int, ...], list[int]] = {}
+        self._recent: tuple[int, ...] = ()
+        for token in prompt if options.no_repeat_ngram_size else ():
+            self._note_ngram(token)
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is simply the likeliest one."""
+        options = self.options
+        return options.greedy and not options.changes_logits and self._length >= options.min_new_tokens
+
+    def choose(self, logits: NDArray[np.float32]) -> int:
+        """The next token from the model's logits [vocabulary], which stay as they are.
+
+        When penalties leave no token at all (every one would repeat an n-gram), they are put aside.
+        """
+        if self.takes_argmax:
+            return int(logits.argmax())
+        scores = self._penalised(logits.astype(np.float64))
+        if not np.isfinite(scores.max()):
+            scores = logits.astype(np.float64)
+        if self.options.greedy:
+            return int(scores.argmax())
+        return draw(*filtered_probabilities(scores, self.options), self._random.random())
+
+    def accept(self, token: int) -> None:
+        """Adds a token to the history."""
+        self._length += 1
+        if self.options.changes_logits:
+            self._seen[token] = None
+            self._counts[token] = self._counts.get(token, 0) + 1
+            if self.options.no_repeat_ngram_size:
+                self._note_ngram(token)
+
+    def _penalised(self, scores: Floats) -> Floats:
+        options = self.options
+        if options.repetition_penalty != 1:
+            seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
+            penalise_repetition(scores, seen, options.repetition_penalty)
+        if self._counts and (options.presence_penalty or options.frequency_penalty):
+            ids = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
+            counts = np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts))
+            penalise_presence(scores, ids, counts, options.presence_penalty, options.frequency_penalty)
+        if options.no_repeat_ngram_size:
+            scores[self._ngrams.get(self._recent, [])] = -np.inf
+        if self._length < options.min_new_tokens:
+            scores[self._end_ids] = -np.inf
+        return scores
+
+    def _note_ngram(self, token: int) -> None:
+        """Remembers that `token` followed the n - 1 tokens before it."""
+        before = self.options.no_repeat_ngram_size - 1
+        if len(self._recent) == before:
+            self._ngrams.setdefault(self._recent, []).append(token)
+        self._recent = (*self._recent, token)[-before:] if before else ()

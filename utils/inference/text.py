@@ -1,0 +1,84 @@
+"""Text of a growing answer: whole characters only, and stop words wherever tokens cut them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+# What a decoder writes for bytes that are no complete character (yet).
+INCOMPLETE = "\ufffd"
+
+
+class TextStream:
+    """Turns tokens into text as they come.
+
+    The pieces returned by `push` and `finish` join to exactly the text of all tokens, cut before the
+    first stop word. A piece never ends inside a character, nor inside what may become a stop word.
+
+    Attributes:
+        stopped: whether a stop word was found; nothing more is returned then.
+        text: everything returned so far.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+        """
+        Args:
+            decode: ids to text.
+            stop: texts that end the answer.
+        """
+        self.stopped = False
+        self.text = ""
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        # Tokens from _start are decoded again with each new one, since a decoder may treat the first
+        # token of a text differently (a leading space, say); those before _done are returned already.
+        self._start = 0
+        self._done = 0
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Adds one token; returns the text that is now certain, which may be empty."""
+        self._ids.append(token)
+        fresh = self._fresh()
+        if not fresh or fresh.endswith(INCOMPLETE):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return self._release(fresh)
+
+    def finish(self) -> str:
+        """The rest of the text, when no more tokens come."""
+        if self.stopped:
+            return ""
+        rest = self._release(self._fresh())
+        self._start = self._done = len(self._ids)
+        rest += self._held
+        self.text += self._held
+        self._held = ""
+        return rest
+
+    def _fresh(self) -> str:
+        known = self._decode(self._ids[self._start : self._done]) if self._done > self._start else ""
+        return self._decode(self._ids[self._start :])[len(known) :]
+
+    def _release(self, fresh: str) -> str:
+        """Moves text from the end that may belong to a stop word into `_held`; returns what is before."""
+        if self.stopped:
+            return ""
+        text = self._held + fresh
+        places = [place for place in (text.find(word) for word in self._stop) if place >= 0]
+        if places:
+            self.stopped = True
+            certain, self._held = text[: min(places)], ""
+        else:
+            keep = max((_overlap(text, word) for word in self._stop), default=0)
+            certain, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += certain
+        return certain
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of `text` that is a beginning, but not all, of `word`."""
+    for length in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:length]):
+            return length
+    return 0
