@@ -12,7 +12,8 @@ class TextStream:
     """Turns tokens into text as they come.
 
     The pieces returned by `push` and `finish` join to exactly the text of all tokens, cut before the
-    first stop word. A piece never ends inside a character, nor inside what may become a stop word.
+    first stop word (the one that is complete first; of several, the longest). A piece never ends inside
+    a character, nor inside what may become a stop word.
 
     Attributes:
         stopped: whether a stop word was found; nothing more is returned then.
@@ -65,10 +66,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + fresh
-        places = [place for place in (text.find(word) for word in self._stop) if place >= 0]
-        if places:
+        found = [(text.find(word) + len(word), text.find(word)) for word in self._stop if word in text]
+        if found:
             self.stopped = True
-            certain, self._held = text[: min(places)], ""
+            certain, self._held = text[: min(found)[1]], ""
         else:
             keep = max((_overlap(text, word) for word in self._stop), default=0)
             certain, self._held = text[: len(text) - keep], text[len(text) - keep :]
