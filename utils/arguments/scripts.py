@@ -1,0 +1,120 @@
+"""The argument classes of the scripts: one flat dataclass each, put together from the groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from utils.arguments import checks
+from utils.arguments.groups import (
+    DataArguments,
+    GenerateArguments,
+    MergeArguments,
+    ModelArguments,
+    ParallelArguments,
+    PredictorArguments,
+    QuantArguments,
+    ReportArguments,
+    SamplingArguments,
+    TrainingArguments,
+)
+
+# Keys that argument files of earlier toolchains contain.
+RENAMED_LENGTHS = {"tgt_length": "max_length", "intokens_max_length": "max_length"}
+EVAL_MAX_NEW_TOKENS = 512
+
+
+@dataclass
+class FinetuneArguments(
+    QuantArguments,
+    ParallelArguments,
+    ReportArguments,
+    TrainingArguments,
+    GenerateArguments,
+    DataArguments,
+    ModelArguments,
+):
+    """Finetunes a model: all weights (SFT), LoRA or prefix tuning; evaluates and quantizes it."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        **RENAMED_LENGTHS,
+        "zero_padding": "intokens",
+        "shift_all_linears": "shift_all_linear",
+        "smooth_all_linear": "smooth_all_linears",
+    }
+    checks: ClassVar = (
+        checks.finetune_required,
+        checks.one_method,
+        checks.starting_points,
+        checks.lengths,
+        checks.dataset,
+        checks.output_folder,
+        checks.generation_in_evaluation,
+        checks.lazy_reading,
+        checks.best_model,
+        checks.precision,
+        checks.parallel_degrees,
+        checks.quantization,
+        checks.named_files,
+    )
+
+    def settle(self) -> list[str]:
+        """Derives lora_alpha, eval_steps, eval_max_new_tokens, the best model's metric and do_eval."""
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.lora_rank
+        if self.eval_steps is None:
+            self.eval_steps = self.logging_steps
+        if self.eval_max_new_tokens is None:
+            self.eval_max_new_tokens = max(1, min(self.max_length - self.src_length, EVAL_MAX_NEW_TOKENS))
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "bleu4" if self.eval_with_do_generation else "loss"
+        if self.metric_for_best_model is not None:
+            self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
+            if self.greater_is_better is None:
+                self.greater_is_better = self.metric_for_best_model not in ("loss", "ppl")
+        if self.evaluation_strategy != "no" and "do_eval" not in self.provided:
+            self.do_eval = True
+        return []
+
+
+@dataclass
+class PredictArguments(SamplingArguments, PredictorArguments):
+    """Answers the prompts of a file, or chats, with a model and, if wanted, an adapter or a prefix."""
+
+    renamed: ClassVar[dict[str, str]] = RENAMED_LENGTHS
+    checks: ClassVar = (
+        checks.predict_required,
+        checks.one_adapter,
+        checks.lengths,
+        checks.new_tokens,
+        checks.prediction_files,
+        checks.named_files,
+    )
+
+    def settle(self) -> list[str]:
+        """Derives decode_strategy, max_new_tokens, and a src_length that leaves room for the answer."""
+        said = []
+        if "src_length" not in self.provided and self.src_length >= self.max_length:
+            self.src_length = self.max_length // 2
+            said.append(f"src_length is {self.src_length}, half of {self.where('max_length')}")
+        if self.max_new_tokens is None:
+            self.max_new_tokens = max(1, self.max_length - self.src_length)
+        if self.decode_strategy is None:
+            self.decode_strategy = "greedy_search" if self.top_k == 1 else "sampling"
+        return said
+
+
+@dataclass
+class MergeLoraArguments(MergeArguments):
+    """Merges a LoRA adapter into its base and writes the result as an ordinary model."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "merge_lora_model_path": "merge_model_path",
+        "output_path": "merge_model_path",
+    }
+    checks: ClassVar = (checks.merge_required, checks.merge_folders, checks.shard_size, checks.named_files)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes (units of 1000)."""
+        return checks.bytes_of(self.max_shard_size)
