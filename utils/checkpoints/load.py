@@ -95,17 +95,26 @@ def load_model(
     Raises:
         UserError: tensors missing, left over or of a wrong shape (all named), or a damaged file.
     """
+    model = build(checkpoint, dtype, family_overrides)
+    fill_model(model, checkpoint)
+    model.eval()
+    return model
+
+
+def fill_model(model: Any, checkpoint: Checkpoint) -> None:
+    """Gives every parameter of `model` the checkpoint's value, cast to the model's type.
+
+    Raises:
+        UserError: as `load_model`.
+    """
     from tqdm import tqdm
 
-    sources = match(checkpoint)
-    model = build(checkpoint, dtype, family_overrides)
+    sources, dtype = match(checkpoint), model.config.dtype
     parameters = dict(model.named_parameters())
     _check_shapes(checkpoint, sources, {name: tuple(value.shape) for name, value in parameters.items()})
     for name in tqdm(list(sources), desc="loading", unit="tensor", delay=5, leave=False):
         tensor, transpose = sources.pop(name)  # popped, so that what is read whole can be freed
         _fill(parameters[name], cast(tensor.read(), dtype), transpose)
-    model.eval()
-    return model
 
 
 def _check_shapes(
