@@ -1,0 +1,1 @@
+"""Data of a run: read, check, template, tokenize, pack, collate. Nothing here loads Paddle on import."""

@@ -1,0 +1,262 @@
+"""The dataset of a split: tokenized once, kept in a cache, packed if the run asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from utils.data.encode import DataReport, Dropped, encode_row
+from utils.data.packing import best_fit, efficiency
+from utils.data.rows import Row
+from utils.data.sources import FileSource, Source, find_source
+from utils.data.template import ChatTemplate
+from utils.errors import UserError, notice
+
+if TYPE_CHECKING:
+    from utils.data.stream import StreamDataset
+    from utils.families.tokenizers import Tokenizer
+
+FORMAT_VERSION = 1  # of the cached arrays and of how rows become ids; a change makes old entries unused
+BAR_DELAY = 2.0  # seconds before a progress bar appears
+
+
+class DataOptions(Protocol):
+    """The arguments that this module reads."""
+
+    dataset_name_or_path: str | None
+    task_name: str | None
+    intokens: bool
+    lazy: bool
+    src_length: int
+    max_length: int
+    max_train_samples: int | None
+    max_eval_samples: int | None
+    eval_with_do_generation: bool
+    seed: int
+    disable_tqdm: bool
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """All examples of a split, one after another.
+
+    Attributes:
+        input_ids, labels: int32 [tokens].
+        offsets: int64 [examples + 1]; example i is the tokens from offsets[i] to offsets[i + 1].
+        report: what became of the rows.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    report: DataReport
+
+    def save(self, folder: Path) -> None:
+        for name in ("input_ids", "labels", "offsets"):
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        (folder / "report.json").write_text(json.dumps(self.report.to_json(), ensure_ascii=False), "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenized:
+        """Reads what `save` wrote; the arrays stay on disk (memory-mapped)."""
+        arrays = [
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("input_ids", "labels", "offsets")
+        ]
+        report = DataReport.from_json(json.loads((folder / "report.json").read_text("utf-8")))
+        return cls(arrays[0], arrays[1], arrays[2], report)
+
+
+class SupervisedDataset:
+    """Examples, or packs of them, by number; any loader can read it.
+
+    Attributes:
+        report: what became of the rows.
+        capacity: tokens of a pack, None if not packed.
+        lengths: int64 [len(self)], the tokens of each item.
+    """
+
+    def __init__(self, tokenized: Tokenized, capacity: int | None = None) -> None:
+        self._tokenized = tokenized
+        self.report = tokenized.report
+        self.capacity = capacity
+        sizes = np.diff(tokenized.offsets)
+        self._packs = None if capacity is None else best_fit(sizes, capacity)
+        if self._packs is None:
+            self.lengths = sizes
+        else:
+            self.lengths = np.array([sizes[pack].sum() for pack in self._packs], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """`input_ids` and `labels`, int32 [n]; if packed also `lengths`, the tokens of each segment."""
+        if self._packs is None:
+            ids, labels = self._example(number)
+            return {"input_ids": ids, "labels": labels}
+        parts = [self._example(example) for example in self._packs[number]]
+        return {
+            "input_ids": np.concatenate([ids for ids, _ in parts]),
+            "labels": np.concatenate([labels for _, labels in parts]),
+            "lengths": [len(ids) for ids, _ in parts],
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def _example(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 <= number < len(self._tokenized.offsets) - 1:
+            raise IndexError(number)
+        place = slice(int(self._tokenized.offsets[number]), int(self._tokenized.offsets[number + 1]))
+        return np.array(self._tokenized.input_ids[place]), np.array(self._tokenized.labels[place])
+
+    @property
+    def efficiency(self) -> float | None:
+        """The share of places in the packs that hold tokens, 0 to 1; None if not packed."""
+        if self._packs is None or self.capacity is None:
+            return None
+        return efficiency(self.lengths, self._packs, self.capacity)
+
+    def summary(self) -> str:
+        """What was kept, cut and dropped, and how well it is packed; one line each."""
+        lines = [self.report.summary()]
+        if self._packs is not None:
+            used = f"{self.efficiency:.1%} of them used"
+            lines.append(f"packed into {len(self):,} rows of up to {self.capacity} tokens, {used}")
+        return "\n".join(lines)
+
+
+def tokenize(
+    source: Source,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    src_length: int,
+    max_length: int,
+    *,
+    progress: bool = True,
+) -> Tokenized:
+    """Turns every row of a source into ids.
+
+    Args:
+        source: the rows.
+        tokenizer, template: of the checkpoint.
+        src_length, max_length: limits in tokens.
+        progress: show a bar (rows/s, time left) if it takes more than a moment.
+
+    Raises:
+        UserError: a broken row, or no example at all.
+    """
+    from tqdm import tqdm
+
+    report = DataReport()
+    input_ids, labels, offsets = array("i"), array("i"), array("q", [0])
+    bar = tqdm(
+        source.rows(),
+        desc="tokenizing",
+        unit="row",
+        total=source.total(),
+        delay=BAR_DELAY,
+        disable=not progress,
+    )
+    for row in bar:
+        example = encode_row(row, tokenizer, template, src_length, max_length, report)
+        if not isinstance(example, Dropped):
+            input_ids.frombytes(example.input_ids.tobytes())
+            labels.frombytes(example.labels.tobytes())
+            offsets.append(len(input_ids))
+    if not report.kept:
+        raise UserError(f"{source.name}: no row could be used\n{report.summary()}")
+    return Tokenized(
+        np.frombuffer(input_ids, dtype=np.int32),
+        np.frombuffer(labels, dtype=np.int32),
+        np.frombuffer(offsets, dtype=np.int64),
+        report,
+    )
+
+
+def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: DataOptions) -> Tokenized:
+    """The tokenized rows, from the cache if they are there."""
+    from utils.checkpoints.files import atomic_directory, cache_root, is_complete
+
+    key = {
+        "version": FORMAT_VERSION,
+        "rows": source.fingerprint(),
+        "limit": source.limit,
+        "tokenizer": tokenizer.fingerprint(),
+        "template": template.fingerprint(),
+        "lengths": [args.src_length, args.max_length],
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_root() / "datasets" / name
+    if is_complete(folder):
+        return Tokenized.load(folder)
+    made = tokenize(
+        source, tokenizer, template, args.src_length, args.max_length, progress=not args.disable_tqdm
+    )
+    try:
+        with atomic_directory(folder) as staging:
+            made.save(staging)
+    except OSError as error:
+        notice(f"the tokenized data could not be cached in {folder} ({error.strerror}); it is kept in memory")
+        return made
+    return Tokenized.load(folder)
+
+
+def load_rows(args: DataOptions, split: str) -> list[Row]:
+    """The rows of a split as they are, for evaluation by generation."""
+    return list(_source(args, split).rows())
+
+
+def _source(args: DataOptions, split: str) -> Source:
+    if args.dataset_name_or_path is None:
+        raise UserError("dataset_name_or_path is missing: a folder with train.json and dev.json")
+    limit = args.max_train_samples if split == "train" else args.max_eval_samples
+    if split == "quant":
+        limit = None
+    return find_source(args.dataset_name_or_path, args.task_name, split, limit)
+
+
+def load_dataset(
+    args: DataOptions, tokenizer: Tokenizer, template: ChatTemplate, split: str
+) -> SupervisedDataset | StreamDataset:
+    """The dataset of one split.
+
+    Args:
+        args: the arguments of the run.
+        tokenizer, template: of the checkpoint.
+        split: "train", "dev", "test" or "quant".
+
+    Returns:
+        With `lazy`, the training set is a `StreamDataset` without end; all else has a length. With
+        `intokens` the items are packs (not for evaluation by generation, which knows no packs).
+
+    Raises:
+        UserError: missing or broken data.
+    """
+    source = _source(args, split)
+    if args.lazy and split == "train":
+        from utils.data.stream import open_stream
+
+        if not isinstance(source, FileSource):
+            raise UserError(
+                f"lazy reads files; the built-in dataset {source.name} is in memory: leave lazy out"
+            )
+        return open_stream(
+            source,
+            tokenizer,
+            template,
+            src_length=args.src_length,
+            max_length=args.max_length,
+            packed=args.intokens,
+            seed=args.seed,
+        )
+    packed = args.intokens and not (split in ("dev", "test") and args.eval_with_do_generation)
+    tokenized = _cached(source, tokenizer, template, args)
+    return SupervisedDataset(tokenized, args.max_length if packed else None)

@@ -1,0 +1,393 @@
+"""Reading and checking dataset files: JSON Lines in four shapes, each row with its file and line.
+
+A row is recognised by its keys:
+- `src`, `tgt`: strings, or lists of strings that are the rounds of a conversation;
+- `messages`: OpenAI chat messages (`role`, `content`);
+- `instruction`, `input`, `output`: Alpaca (also `system`, `history`);
+- `conversations`: ShareGPT (`from`, `value`; also `system`).
+A file that holds one JSON array of such rows is read too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.data.builtin import resolve_built_in
+from utils.data.template import Message
+from utils.errors import UserError, raise_if
+
+SHOWN_FAULTS = 20
+LAZY_CHECKED_ROWS = 1000
+SUFFIXES = (".json", ".jsonl")
+# The two spellings of who speaks, in OpenAI's and in ShareGPT's rows.
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation of a dataset.
+
+    Attributes:
+        messages: an optional system message, then user and assistant in turn.
+        file, line: where it stands (the line, counted from 1, where the row begins).
+        raw: the row as written.
+    """
+
+    messages: tuple[Message, ...]
+    file: Path
+    line: int
+    raw: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        """File and line, as messages to the user name them."""
+        return f"{self.file} line {self.line}"
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """What a model is asked: everything up to the last turn of the user."""
+        return self.messages if self.answer is None else self.messages[:-1]
+
+    @property
+    def answer(self) -> str | None:
+        """The answer to the last question, if the row has one."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else None
+
+
+class RowFault(ValueError):
+    """What is wrong with one row; the reader adds file and line."""
+
+
+def parse_row(raw: Any, *, require_answer: bool = True) -> tuple[Message, ...]:
+    """The messages of one decoded JSON row.
+
+    Args:
+        raw: the row.
+        require_answer: the last message must be an answer. Otherwise answers may be missing, and the
+            answer after the last question is kept if it is there.
+
+    Raises:
+        RowFault: what is wrong with it.
+    """
+    if not isinstance(raw, dict):
+        raise RowFault(f'expected a JSON object such as {{"src": ..., "tgt": ...}}, found {_kind(raw)}')
+    if "src" in raw:
+        messages = _from_pairs(raw, require_answer)
+    elif "messages" in raw:
+        messages = _from_turns(raw, "messages", "role", "content")
+    elif "conversations" in raw:
+        messages = _from_turns(raw, "conversations", "from", "value")
+    elif "instruction" in raw:
+        messages = _from_alpaca(raw)
+    else:
+        keys = ", ".join(map(str, raw)) or "none"
+        raise RowFault(f'no "src", "messages", "conversations" or "instruction" among its keys ({keys})')
+    _check_turns(messages, require_answer)
+    return tuple(messages)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowFault(f'"{name}" must be a string, found {_kind(value)}')
+    return value
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    if isinstance(value, list):
+        return [_text(part, f"{name}[{number}]") for number, part in enumerate(value)]
+    if not isinstance(value, str):
+        raise RowFault(f'"{name}" must be a string or a list of strings, found {_kind(value)}')
+    return [value]
+
+
+def _from_pairs(raw: dict[str, Any], require_answer: bool) -> list[Message]:
+    asked = _texts(raw["src"], "src")
+    if raw.get("tgt") is None:
+        if require_answer:
+            raise RowFault('"tgt" is missing')
+        answers: list[str] = []
+    else:
+        answers = _texts(raw["tgt"], "tgt")
+    if not asked:
+        raise RowFault('"src" is an empty list')
+    # Without answers required, a list of questions may end with the one to be answered.
+    if len(answers) != len(asked) and (require_answer or len(answers) not in (0, len(asked) - 1)):
+        raise RowFault(f'"src" has {len(asked)} rounds but "tgt" has {len(answers)}')
+    if not answers and len(asked) > 1:
+        raise RowFault(f'"src" has {len(asked)} rounds but "tgt" has none: the earlier answers are needed')
+    messages: list[Message] = []
+    for number, question in enumerate(asked):
+        messages.append({"role": "user", "content": question})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": answers[number]})
+    return messages
+
+
+def _from_turns(raw: dict[str, Any], key: str, who: str, what: str) -> list[Message]:
+    turns = raw[key]
+    if not isinstance(turns, list) or not turns:
+        raise RowFault(
+            f'"{key}" must be a list of turns, found {"an empty one" if turns == [] else _kind(turns)}'
+        )
+    messages: list[Message] = []
+    if raw.get("system"):
+        messages.append({"role": "system", "content": _text(raw["system"], "system")})
+    for number, turn in enumerate(turns):
+        name = f"{key}[{number}]"
+        if not isinstance(turn, dict):
+            raise RowFault(f'"{name}" must be an object with "{who}" and "{what}", found {_kind(turn)}')
+        role = turn.get(who)
+        if not isinstance(role, str) or role not in ROLES:
+            raise RowFault(f'"{name}.{who}" must be one of {", ".join(ROLES)}, found {json.dumps(role)}')
+        content = turn.get(what)
+        if isinstance(content, list):  # OpenAI's list of parts
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            content = "".join(_text(part, f"{name}.{what}[{i}].text") for i, part in enumerate(parts))
+        messages.append({"role": ROLES[role], "content": _text(content, f"{name}.{what}")})
+    return messages
+
+
+def _from_alpaca(raw: dict[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    if raw.get("system"):
+        messages.append({"role": "system", "content": _text(raw["system"], "system")})
+    history = raw.get("history") or []
+    if not isinstance(history, list):
+        raise RowFault(f'"history" must be a list of [question, answer], found {_kind(history)}')
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowFault(f'"history[{number}]" must be [question, answer]')
+        for place, role in enumerate(("user", "assistant")):
+            messages.append({"role": role, "content": _text(pair[place], f"history[{number}][{place}]")})
+    question = _text(raw["instruction"], "instruction")
+    if raw.get("input"):
+        question += "\n" + _text(raw["input"], "input")
+    messages.append({"role": "user", "content": question})
+    if raw.get("output") is not None:
+        messages.append({"role": "assistant", "content": _text(raw["output"], "output")})
+    return messages
+
+
+def _check_turns(messages: Sequence[Message], require_answer: bool) -> None:
+    """System first, then user and assistant in turn, none of them blank."""
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        turns.pop(0)
+    for number, message in enumerate(turns):
+        expected = "assistant" if number % 2 else "user"
+        if message["role"] != expected:
+            raise RowFault(
+                f"turn {number + 1} must be the {expected}'s, found the {message['role']}'s "
+                "(an optional system message, then user and assistant in turn)"
+            )
+        needed = require_answer or expected == "user" or number + 1 < len(turns)
+        if needed and not message["content"].strip():
+            what = 'the answer ("tgt")' if expected == "assistant" else 'the question ("src")'
+            raise RowFault(f"{what} of round {number // 2 + 1} is blank")
+    if not turns:
+        raise RowFault("no question in it")
+    if require_answer and turns[-1]["role"] != "assistant":
+        raise RowFault('the last turn has no answer (for src/tgt rows: "tgt")')
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a file, undecoded faults included.
+
+    Attributes:
+        number: counted from 1.
+        value: the decoded JSON, if `fault` is None.
+        fault: why it is not JSON.
+    """
+
+    number: int
+    value: Any
+    fault: str | None = None
+
+
+def decode_line(content: bytes, number: int) -> Line | None:
+    """Decodes one line of a JSON Lines file; None if it is blank."""
+    if number == 1 and content.startswith(b"\xef\xbb\xbf"):  # byte order mark
+        content = content[3:]
+    if not content.strip():
+        return None
+    try:
+        return Line(number, json.loads(content.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return Line(number, None, f"not UTF-8 text (byte {error.start + 1})")
+    except json.JSONDecodeError as error:
+        return Line(number, None, f"not valid JSON ({error.msg}, column {error.colno})")
+    except RecursionError:
+        return Line(number, None, "not valid JSON (nested too deeply)")
+
+
+def is_array(file: Path) -> bool:
+    """Whether the file holds one JSON array instead of JSON Lines."""
+    with file.open("rb") as stream:
+        return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+
+
+def _array_lines(file: Path) -> Iterator[Line]:
+    """The rows of a JSON array, each with the line where it begins."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield Line(1, None, f"not UTF-8 text (byte {error.start + 1})")
+        return
+    decoder, blanks = json.JSONDecoder(), " \t\r\n"
+    place, number, counted = text.index("[") + 1, 1, 0
+    while True:
+        while place < len(text) and text[place] in blanks:
+            place += 1
+        number += text.count("\n", counted, place)
+        counted = place
+        if text[place : place + 1] == "]":
+            return
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            yield Line(
+                number, None, f"not valid JSON ({error.msg}, line {error.lineno} column {error.colno})"
+            )
+            return
+        yield Line(number, value)
+        while place < len(text) and text[place] in blanks:
+            place += 1
+        if text[place : place + 1] == ",":
+            place += 1
+        elif text[place : place + 1] != "]":
+            yield Line(1 + text.count("\n", 0, place), None, "not valid JSON (expected , or ] after a row)")
+            return
+
+
+def read_lines(file: Path) -> Iterator[Line]:
+    """Every row of a file that is not blank, decoded.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        if is_array(file):
+            yield from _array_lines(file)
+            return
+        with file.open("rb") as stream:
+            for number, content in enumerate(stream, 1):
+                line = decode_line(content, number)
+                if line is not None:
+                    yield line
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def to_row(line: Line, file: Path, *, require_answer: bool = True) -> Row:
+    """The row in a decoded line.
+
+    Raises:
+        RowFault: what is wrong with it.
+    """
+    if line.fault is not None:
+        raise RowFault(line.fault)
+    return Row(parse_row(line.value, require_answer=require_answer), file, line.number, line.value)
+
+
+def read_rows(paths: Path | Sequence[Path], *, require_answer: bool = True) -> Iterator[Row]:
+    """Every row of one or more files, in order.
+
+    Raises:
+        UserError: a broken row or an unreadable file (`check_dataset` collects them all instead).
+    """
+    for file in [paths] if isinstance(paths, Path) else paths:
+        for line in read_lines(file):
+            try:
+                yield to_row(line, file, require_answer=require_answer)
+            except RowFault as fault:
+                raise UserError(f"{file} line {line.number}: {fault}") from None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a dataset's name means a place on disk and not a built-in dataset."""
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of one split: DIR/SPLIT.json, else DIR/SPLIT/*.json (.jsonl too), in order of name."""
+    folder = Path(folder).expanduser()
+    for suffix in SUFFIXES:
+        if (folder / f"{split}{suffix}").is_file():
+            return [folder / f"{split}{suffix}"]
+    inside = folder / split
+    if not inside.is_dir():
+        return []
+    return sorted(file for file in inside.iterdir() if file.suffix in SUFFIXES and file.is_file())
+
+
+def check_dataset(folder: Path | str, splits: Sequence[str], *, lazy: bool = False) -> None:
+    """Checks a dataset before anything is loaded: the files of a folder, or the name of a built-in one.
+
+    Args:
+        folder: `dataset_name_or_path`.
+        splits: those that the run needs ("train", "dev", "test", "quant").
+        lazy: only the first rows of the training files are read (a file may hold many GB; the rest is
+            checked as it streams).
+
+    Raises:
+        UserError: an unknown name; every missing or empty file and every broken row, with file and
+            line; of many broken rows the first ones and their number.
+    """
+    if isinstance(folder, str) and not looks_like_path(folder):
+        resolve_built_in(folder)
+        return
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"dataset_name_or_path {folder}: no such folder; it must hold train.json and dev.json "
+            "(or train/*.json and dev/*.json), one JSON object per line"
+        )
+    faults: list[str] = []
+    broken = 0
+    for split in splits:
+        files = split_files(folder, split)
+        if not files:
+            faults.append(f"{folder}: {split}.json (or {split}/*.json) is missing")
+        rows = 0
+        for file in files:
+            if lazy and split == "train" and is_array(file):
+                faults.append(f"{file}: one JSON array cannot be streamed with lazy; write one row per line")
+                rows += 1
+                continue
+            for line in read_lines(file):
+                rows += 1
+                try:
+                    to_row(line, file)
+                except RowFault as fault:
+                    broken += 1
+                    if broken <= SHOWN_FAULTS:
+                        faults.append(f"{file} line {line.number}: {fault}")
+                if lazy and split == "train" and rows >= LAZY_CHECKED_ROWS:
+                    break
+        if files and not rows:
+            names = ", ".join(map(str, files))
+            faults.append(f'{names}: empty; expected one JSON object per line, {{"src": ..., "tgt": ...}}')
+    if broken > SHOWN_FAULTS:
+        faults.append(f"{folder}: {broken - SHOWN_FAULTS} more broken rows, {broken} in total")
+    raise_if(faults)

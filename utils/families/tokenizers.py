@@ -1,0 +1,391 @@
+"""Tokenizers of checkpoints: text to ids and back, and which ids are special.
+
+Two file formats are read: `tokenizer.json` (the `tokenizers` library) and a sentencepiece model
+(`tokenizer.model`, or `sentencepiece.bpe.model` in folders written by PaddleNLP). The settings in
+tokenizer_config.json, special_tokens_map.json, added_tokens.json and generation_config.json are honoured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+TOKENIZER_JSON = "tokenizer.json"
+SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
+
+
+class Tokenizer(ABC):
+    """What the rest of the project knows of a tokenizer.
+
+    Attributes:
+        vocabulary: one more than the highest id, added tokens included.
+        bos_token, bos_id: the token that begins a text, or None.
+        eos_token, eos_id: the token that ends a text.
+        eos_ids: every id that ends generation (a checkpoint may name several).
+        pad_id: the id that fills unused places; always a valid id. It may equal `eos_id`, so nobody
+            may recognise padding by it.
+        adds_bos: whether the tokenizer's own convention begins a text with `bos_id`.
+        special_tokens: the special tokens, text to id.
+    """
+
+    vocabulary: int
+    bos_token: str | None
+    bos_id: int | None
+    eos_token: str
+    eos_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    adds_bos: bool
+    special_tokens: dict[str, int]
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._fingerprint: str | None = None
+
+    @abstractmethod
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens written in it are recognised; nothing is added.
+
+        Args:
+            text: any text.
+            continuation: the text continues one that is already encoded: the blank that sentencepiece
+                tokenizers put before a text is left out.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; ids that the tokenizer does not know (padded vocabularies) give nothing."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of one token (not a text), or None."""
+
+    @abstractmethod
+    def token(self, token_id: int) -> str | None:
+        """The token of one id, or None."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens and of everything that ends generation."""
+        return frozenset(self.special_tokens.values()) | set(self.eos_ids)
+
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) over names and contents of the tokenizer's files."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for file in self.files:
+                content = file.read_bytes()
+                digest.update(f"{file.name}\0{len(content)}\0".encode())
+                digest.update(content)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def save(self, folder: Path) -> None:
+        """Copies the tokenizer's files into `folder`, byte for byte."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            target = folder / file.name
+            if not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, files: Sequence[Path], settings: _Settings) -> None:
+        import tokenizers
+
+        super().__init__(files)
+        source = next(file for file in files if file.name == TOKENIZER_JSON)
+        text = source.read_text(encoding="utf-8")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            description = json.loads(text)
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
+        self._add(settings)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._continuation = self._tokenizer
+        if _drop_leading_blank(description):
+            self._continuation = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self._continuation.no_truncation()
+            self._continuation.no_padding()
+        self.vocabulary = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.special_tokens = {
+            token.content: token_id
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        settings.apply(self)
+        encoded = self._tokenizer.encode("a", add_special_tokens=True).ids
+        follows = self.bos_id is not None and encoded[:1] == [self.bos_id]
+        self.adds_bos = settings.flag("add_bos_token", default=follows) and self.bos_id is not None
+
+    def _add(self, settings: _Settings) -> None:
+        """Registers tokens that only the settings name (older folders keep them beside tokenizer.json)."""
+        import tokenizers
+
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        for content in sorted(settings.added, key=lambda token: settings.added[token][0]):
+            token_id, special = settings.added[content]
+            if content in known or token_id != self._tokenizer.get_vocab_size(with_added_tokens=True):
+                continue  # registering it would give it another id
+            self._tokenizer.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        tokenizer = self._continuation if continuation else self._tokenizer
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        known = [int(i) for i in ids if 0 <= i < self.vocabulary]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
+
+
+def _drop_leading_blank(description: dict[str, Any]) -> bool:
+    """Takes the blank before a text out of a tokenizer.json; False if there is none."""
+    changed = False
+
+    def visit(step: Any) -> Any:
+        nonlocal changed
+        if not isinstance(step, dict):
+            return step
+        if step.get("type") == "Sequence":
+            key = "normalizers" if "normalizers" in step else "pretokenizers"
+            parts = [visit(part) for part in step.get(key, [])]
+            return {**step, key: [part for part in parts if part is not None]}
+        if step.get("type") == "Prepend":
+            changed = True
+            return None
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            changed = True
+            step.pop("add_prefix_space", None)  # the older name of the same setting
+            return {**step, "prepend_scheme": "never"}
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+            changed = True
+            return {**step, "add_prefix_space": False}
+        return step
+
+    for part in ("normalizer", "pre_tokenizer"):
+        description[part] = visit(description.get(part))
+    return changed
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, as LLaMA 1 and 2 publish it."""
+
+    def __init__(self, files: Sequence[Path], settings: _Settings) -> None:
+        import sentencepiece
+
+        super().__init__(files)
+        source = next(file for file in files if file.name in SENTENCEPIECE_FILES)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes())
+        except RuntimeError as error:
+            raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
+        self._continuation = _without_dummy_prefix(self._model)
+        size = self._model.vocab_size()
+        control = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.special_tokens = {self._model.id_to_piece(i): i for i in control}
+        self._added = {
+            content: token_id for content, (token_id, _) in settings.added.items() if token_id >= size
+        }
+        self._added_by_id = {token_id: content for content, token_id in self._added.items()}
+        self.special_tokens |= {
+            content: token_id for content, (token_id, special) in settings.added.items() if special
+        }
+        self.vocabulary = 1 + max([size - 1, *self._added.values()])
+        written = sorted({*self.special_tokens, *self._added}, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, written)) + ")") if written else None
+        for role, token_id in (("bos", self._model.bos_id()), ("eos", self._model.eos_id())):
+            if token_id >= 0:
+                settings.default_token(role, self._model.id_to_piece(token_id))
+        settings.apply(self)
+        self.adds_bos = settings.flag("add_bos_token", default=True) and self.bos_id is not None
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(self._split.split(text) if self._split else [text]):
+            if not part:
+                continue
+            if number % 2:  # re.split puts what the group matched at the odd places
+                ids.append(self._written_id(part))
+            else:
+                model = self._continuation if continuation and number == 0 else self._model
+                ids.extend(model.encode(part))
+        return ids
+
+    def _written_id(self, token: str) -> int:
+        return self.special_tokens[token] if token in self.special_tokens else self._added[token]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        special = self.special_ids
+        text, run = "", list[int]()
+        for token_id in map(int, ids):
+            if token_id in special or token_id in self._added_by_id:
+                text += self._model.decode(run)
+                run = []
+                if not (skip_special and token_id in special):
+                    text += self.token(token_id) or ""
+            elif 0 <= token_id < self._model.vocab_size():
+                run.append(token_id)
+        return text + self._model.decode(run)
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
+
+    def token(self, token_id: int) -> str | None:
+        if token_id in self._added_by_id:
+            return self._added_by_id[token_id]
+        return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.vocab_size() else None
+
+
+def _without_dummy_prefix(model: Any) -> Any:
+    """The same sentencepiece model without the blank before a text."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.serialized_model_proto())
+    if not proto.normalizer_spec.add_dummy_prefix:
+        return model
+    proto.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+class _Settings:
+    """What the files beside the tokenizer say about special tokens."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tokenizer = _read_json(folder / "tokenizer_config.json")
+        self.generation = _read_json(folder / "generation_config.json")
+        special_map = _read_json(folder / "special_tokens_map.json")
+        self._tokens: dict[str, str | None] = {}
+        for source in (special_map, self.tokenizer):  # the later one wins
+            for role in ("bos", "eos", "pad", "unk"):
+                if f"{role}_token" in source:
+                    self._tokens[role] = _content(source[f"{role}_token"])
+        older = _read_json(folder / "added_tokens.json")
+        # token -> (id, special)
+        self.added = {content: (int(token_id), True) for content, token_id in older.items()}
+        for token_id, entry in (self.tokenizer.get("added_tokens_decoder") or {}).items():
+            self.added[_content(entry) or ""] = (int(token_id), bool(entry.get("special", True)))
+
+    def default_token(self, role: str, token: str) -> None:
+        """Sets a token that no file names."""
+        self._tokens.setdefault(role, token)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.tokenizer.get(name)
+        return default if value is None else bool(value)
+
+    def _find(self, tokenizer: Tokenizer, role: str) -> int | None:
+        """The id of a role: by its token if a file names one, else by the id in the model's config."""
+        if role in self._tokens:
+            token = self._tokens[role]
+            return None if token is None else tokenizer.token_id(token)
+        ids = _ids(self.config.get(f"{role}_token_id"), tokenizer.vocabulary)
+        return ids[0] if ids else None
+
+    def apply(self, tokenizer: Tokenizer) -> None:
+        """Sets the special ids of `tokenizer`, whose vocabulary is complete.
+
+        Raises:
+            UserError: no token ends a text, or the vocabulary does not fit the model.
+        """
+        rows = self.config.get("vocab_size")
+        if isinstance(rows, int) and tokenizer.vocabulary > rows:
+            raise UserError(
+                f"{self.folder}: the tokenizer has {tokenizer.vocabulary} tokens but the model's vocab_size "
+                f"in config.json is {rows}; use the tokenizer that was published with this model"
+            )
+        named = [*_ids(self.generation.get("eos_token_id"), tokenizer.vocabulary)]
+        named += _ids(self.config.get("eos_token_id"), tokenizer.vocabulary)
+        eos_id = self._find(tokenizer, "eos")
+        if eos_id is None:
+            if not named:
+                raise UserError(
+                    f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json to a token "
+                    "of the tokenizer's vocabulary"
+                )
+            eos_id = named[0]
+        tokenizer.eos_id = eos_id
+        tokenizer.eos_token = tokenizer.token(eos_id) or ""
+        tokenizer.eos_ids = tuple(dict.fromkeys([eos_id, *named]))
+        tokenizer.bos_id = self._find(tokenizer, "bos")
+        tokenizer.bos_token = None if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
+        candidates = (self._find(tokenizer, "pad"), self._find(tokenizer, "unk"), eos_id)
+        tokenizer.pad_id = next(candidate for candidate in candidates if candidate is not None)
+        for token_id in (tokenizer.bos_id, eos_id):
+            if token_id is not None:
+                tokenizer.special_tokens.setdefault(tokenizer.token(token_id) or "", token_id)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; empty if there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
+
+
+def _content(entry: Any) -> str | None:
+    """The text of a token, written as a string or as an object with "content"."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _ids(value: Any, vocabulary: int) -> list[int]:
+    """The valid ids in a number or list of numbers (LLaMA 1 folders say pad_token_id -1)."""
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and 0 <= i < vocabulary]
+
+
+def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Args:
+        folder: holds tokenizer.json or a sentencepiece model.
+        config: the model's config.json; `vocab_size` and the ids of special tokens are used.
+
+    Raises:
+        UserError: no tokenizer, an unreadable one, or one that does not fit the model.
+    """
+    folder = Path(folder)
+    names = (TOKENIZER_JSON, *SENTENCEPIECE_FILES)
+    main = next((name for name in names if (folder / name).is_file()), None)
+    if main is None:
+        raise UserError(
+            f"{folder}: no tokenizer found; expected one of {', '.join(names)}. Copy the tokenizer files of "
+            "the original model there, or name its folder with --tokenizer_name_or_path"
+        )
+    kept = (*names, *SETTINGS_FILES, *VOCABULARY_FILES)
+    files = [folder / name for name in kept if (folder / name).is_file()]
+    settings = _Settings(folder, config)
+    kind = JsonTokenizer if main == TOKENIZER_JSON else SentencePieceTokenizer
+    return kind(files, settings)
