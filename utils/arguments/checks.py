@@ -90,15 +90,21 @@ def best_model(run: Any) -> Iterator[str]:
     if not (run.load_best_model_at_end and run.do_train):
         return
     if run.evaluation_strategy == "no" or run.evaluation_strategy != run.save_strategy:
+        found = f"{run.where('evaluation_strategy')} and {run.where('save_strategy')}"
         yield (
-            f"{run.where('load_best_model_at_end')} needs evaluation_strategy and save_strategy to be "
-            f"both steps or both epoch; they are {run.where('evaluation_strategy')} and {run.where('save_strategy')}"
+            f"{run.where('load_best_model_at_end')} needs evaluation_strategy and save_strategy to be both "
+            f"steps or both epoch; they are {found}"
         )
     elif run.save_strategy == "steps" and run.save_steps % run.eval_steps:
         yield (
             f"{run.where('load_best_model_at_end')} needs every checkpoint evaluated: "
             f"{run.where('save_steps')} must be a multiple of {run.where('eval_steps')}"
         )
+
+
+def steps(run: Any) -> Iterator[str]:
+    if run.max_steps == 0:
+        yield f"{run.where('max_steps')}: expected -1 (as many as num_train_epochs take) or at least 1"
 
 
 def precision(run: Any) -> Iterator[str]:
@@ -236,8 +242,15 @@ def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
 def unwritable(run: Any, name: str) -> Iterator[str]:
     """Whether a folder could be made, or written into, at a path; finds out without leaving a trace."""
     path = os.path.abspath(getattr(run, name))
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
+    while True:
+        try:
+            os.lstat(path)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            path = os.path.dirname(path)
+        except OSError as error:
+            yield f"{run.where(name)} cannot be written: {path}: {error.strerror}"
+            return
     if not os.path.isdir(path):
         yield f"{run.where(name)} cannot be written: {path} is not a folder"
     elif not _accepts_files(path):
@@ -247,8 +260,10 @@ def unwritable(run: Any, name: str) -> Iterator[str]:
 def _accepts_files(folder: str) -> bool:
     if not os.access(folder, os.W_OK | os.X_OK):
         return False
-    if os.path.realpath(folder).startswith(("/proc", "/sys")):  # root has the permission, the kernel refuses
+    if os.path.realpath(folder).split("/")[1] in ("proc", "sys"):  # root may, but the kernel refuses
         return False
+    if not hasattr(os, "O_TMPFILE"):
+        return True
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))  # a file without a name, gone when closed
     except PermissionError:

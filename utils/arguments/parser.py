@@ -187,3 +187,5 @@ def _check(run: Arguments, broken: set[str]) -> Iterator[str]:
             yield from check(view)
         except _Undecided:
             continue
+        except OSError as error:  # a folder that may not be listed
+            yield f"{error.filename}: cannot be read ({error.strerror})"

@@ -50,6 +50,7 @@ class FinetuneArguments(
         checks.dataset,
         checks.output_folder,
         checks.generation_in_evaluation,
+        checks.steps,
         checks.lazy_reading,
         checks.best_model,
         checks.precision,
@@ -72,6 +73,8 @@ class FinetuneArguments(
             self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
             if self.greater_is_better is None:
                 self.greater_is_better = self.metric_for_best_model not in ("loss", "ppl")
+        if self.resume_from_checkpoint in ("true", "True"):
+            self.resume_from_checkpoint = True
         if self.evaluation_strategy != "no" and "do_eval" not in self.provided:
             self.do_eval = True
         return []

@@ -39,6 +39,8 @@ def from_json(option: Option, value: Any) -> Any:
         if option.optional:
             return None
         raise Misfit(f"expected {_expected(option)}, found null")
+    if isinstance(value, str) and _is_broken(value):
+        raise Misfit(f"expected {_expected(option)}, found a character that no text or file name may hold")
     for kind in option.kinds:
         if kind is bool and isinstance(value, bool):
             return value
@@ -68,6 +70,11 @@ def from_text(option: Option, text: str) -> Any:
         if value is not None:
             return _checked(option, value)
     raise Misfit(f'expected {_expected(option)}, found "{text}"')
+
+
+def _is_broken(text: str) -> bool:
+    """Whether a JSON text holds NUL or half of a surrogate pair."""
+    return "\0" in text or any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def is_boolean_word(text: str) -> bool:
@@ -144,7 +151,7 @@ def value_range(option: Option) -> str:
         ("at most", option.maximum),
         ("below", option.below),
     )
-    return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    return " and ".join(f"{word} {bound:.12g}" for word, bound in bounds if bound is not None)
 
 
 def _expected(option: Option) -> str:
