@@ -107,6 +107,7 @@ class EagerEngine(Engine):
         self._lengths = np.zeros(0, dtype=np.int64)  # real tokens of each row
         self._seen = np.zeros((0, 0), dtype=np.int64)  # [rows, cached], 1 where attention may look
 
+    @paddle.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
         if len(self._lengths):
             raise RuntimeError("the eager engine cannot add rows to a running batch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Generator as PythonGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,12 +19,11 @@ from utils.inference.text import TextStream
 class Decoder(Protocol):
     """What the generator needs of a tokenizer."""
 
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
+    eos_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,13 @@ class Speed:
     """Time and real tokens (no padding) of everything generated so far. Times in seconds.
 
     Attributes:
+        load_seconds: until the generator was ready, if it was loaded from files.
         prompt_tokens, prefill_seconds: of the first forward of each batch.
         decode_tokens, decode_seconds: of all further forwards.
         first_token_seconds: from the start of each batch to its first tokens.
     """
 
+    load_seconds: float = 0.0
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
@@ -120,10 +121,17 @@ class Generator:
         speed: figures over all calls; assign `Speed()` to start anew.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Decoder) -> None:
+    def __init__(self, engine: Engine, tokenizer: Decoder, end_ids: Collection[int] | None = None) -> None:
+        """
+        Args:
+            engine: without rows in flight.
+            tokenizer: of the engine's model.
+            end_ids: tokens that end an answer; None takes the tokenizer's.
+        """
         self.engine = engine
         self.speed = Speed()
         self._tokenizer = tokenizer
+        self._end_ids = tokenizer.eos_ids if end_ids is None else tuple(end_ids)
 
     def generate(
         self,
@@ -223,7 +231,7 @@ class Generator:
         # A stop word that is a special token never shows in the text; its id ends the answer.
         ids = [self._tokenizer.encode(word) for word in options.stop]
         specials = [word[0] for word in ids if len(word) == 1 and not self._tokenizer.decode(word)]
-        end_ids = frozenset([*self._tokenizer.eos_ids, *specials])
+        end_ids = frozenset([*self._end_ids, *specials])
         seed = fallback_seed if options.seed is None else options.seed
         sampler = RowSampler(options, prompt, end_ids, seed, number)
         return _Row(index, prompt, options, budget, end_ids, stream, sampler)

@@ -71,9 +71,7 @@ class SamplingOptions:
             (self.seed is None or 0 <= self.seed < 2**64, "seed", "from 0 to 2**64 - 1"),
             (all(self.stop), "stop", "texts that are not empty"),
         ]
-        raise_if(
-            [f"{name} is {getattr(self, name)!r}: expected {text}" for ok, name, text in rules if not ok]
-        )
+        raise_if([f"{name} is {getattr(self, name)!r}: expected {text}" for ok, name, text in rules if not ok])
 
     @property
     def greedy(self) -> bool:

@@ -1,0 +1,115 @@
+"""Answers the prompts of a file, or chats, with a model: python predictor.py --model_name_or_path NAME ...
+
+`--help` lists the arguments. `--data_file` holds JSON Lines with "src" (and "tgt", if known); the
+answers go to `--output_file` in the same order.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils import runtime
+from utils.arguments import PredictArguments, parse
+from utils.errors import UserError, notice, run_script
+from utils.inference.batch import answer_file
+from utils.inference.benchmark import answer_examples, table
+from utils.inference.chat import Chat, chat_in_terminal
+from utils.inference.loading import Prepared, load, prepare
+from utils.inference.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from utils.inference.generator import Speed
+
+
+def main() -> None:
+    """Parses, checks, loads, answers."""
+    runtime.prepare()
+    run = parse(PredictArguments, script="predictor.py")
+    refuse_later_work(run)
+    prepared = prepare(
+        str(run.model_name_or_path),
+        device=run.device,
+        dtype=run.dtype,
+        chat_template=run.chat_template,
+        lora_path=run.lora_path,
+        prefix_path=run.prefix_path,
+    )
+    check_model_type(run, prepared)
+    src_length = fitting_src_length(run, prepared)
+    options = sampling_options(run)
+    load_now = partial(load, prepared, run.device, warm_up=run.benchmark)
+    if run.interactive:
+        generator = load_now()
+        chat_in_terminal(Chat(prepared, generator, options, src_length))
+        speed: Speed | None = generator.speed
+    elif run.data_file is None:
+        speed = answer_examples(prepared, load_now(), options, run.batch_size)
+    else:
+        speed = answer_file(
+            Path(run.data_file),
+            Path(run.output_file),
+            prepared,
+            load_now,
+            options,
+            src_length=src_length,
+            batch_size=run.batch_size,
+            resume=run.resume,
+        )
+        print(f"answers are in {run.output_file}")
+    if run.benchmark:
+        print(table(speed, run.device))
+
+
+def refuse_later_work(run: PredictArguments) -> None:
+    """Says clearly which documented modes this version does not have yet."""
+    missing = {
+        "--mode static": run.mode == "static",
+        "--inference_model": run.inference_model,
+    }
+    asked = [name for name, wanted in missing.items() if wanted]
+    if asked:
+        raise UserError(f"{' '.join(asked)}: not in this version yet; --mode dynamic runs the model itself")
+
+
+def check_model_type(run: PredictArguments, prepared: Prepared) -> None:
+    """`model_type` may only confirm what the checkpoint says."""
+    family = prepared.checkpoint.family
+    known = {family.name, *family.model_types}
+    if run.model_type is not None and run.model_type not in known:
+        raise UserError(
+            f"{run.where('model_type')}: {prepared.checkpoint.folder} holds a {family.title} model; "
+            f"leave model_type out, or write {family.name}"
+        )
+
+
+def fitting_src_length(run: PredictArguments, prepared: Prepared) -> int:
+    """`src_length`, lowered where it is a default that would fill all positions of the model."""
+    positions = prepared.positions
+    if positions is None or "src_length" in run.provided or run.src_length < positions:
+        return run.src_length
+    notice(f"the model has {positions} positions; src_length is {positions // 2}, half of them")
+    return positions // 2
+
+
+def sampling_options(run: PredictArguments) -> SamplingOptions:
+    """The arguments as options of the generator."""
+    return SamplingOptions(
+        max_new_tokens=run.max_new_tokens or run.max_length - run.src_length,
+        min_new_tokens=run.min_length,
+        temperature=run.temperature,
+        top_k=1 if run.decode_strategy == "greedy_search" else run.top_k,
+        top_p=run.top_p,
+        min_p=run.min_p,
+        repetition_penalty=run.repetition_penalty,
+        presence_penalty=run.presence_penalty,
+        frequency_penalty=run.frequency_penalty,
+        no_repeat_ngram_size=run.no_repeat_ngram_size,
+        seed=run.seed,
+        stop=tuple(run.stop),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,62 @@
+"""How fast a model answers, in real tokens (padding never counts)."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from utils.inference.loading import Prepared
+from utils.inference.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from utils.inference.generator import Generator, Speed
+
+# What is asked when the user gives no file; answers have the same length so that runs compare.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in a few sentences why the sky is blue and why sunsets are red.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "List five things to pack for a week of hiking in the mountains, with a reason for each.",
+)
+ANSWER_TOKENS = 64
+
+
+def answer_examples(prepared: Prepared, generator: Generator, options: SamplingOptions, batch_size: int) -> Speed:
+    """Answers two batches of built-in questions with 64 tokens each; the text is thrown away."""
+    prompts = [
+        prepared.template.encode_prompt(
+            prepared.tokenizer, [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
+        )
+        for number in range(2 * batch_size)
+    ]
+    fixed = replace(options, min_new_tokens=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, stop=())
+    generator.generate(prompts, fixed, batch_size)
+    return generator.speed
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes in use so far: of the GPU where one is used, else of this process."""
+    if device.startswith("gpu"):
+        import paddle
+
+        return int(paddle.device.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(speed: Speed | None, device: str) -> str:
+    """The figures of a run as lines of text."""
+    if speed is None or not speed.first_token_seconds:
+        return "nothing was generated, so there is nothing to measure"
+    prefill = speed.prompt_tokens / max(speed.prefill_seconds, 1e-9)
+    decode = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
+    rows = [
+        ("load time", f"{speed.load_seconds:.2f} s"),
+        ("time to first token", f"{fmean(speed.first_token_seconds) * 1000:.0f} ms (mean over batches)"),
+        ("prefill", f"{prefill:.1f} tokens/s ({speed.prompt_tokens} tokens)"),
+        ("decode", f"{decode:.1f} tokens/s ({speed.decode_tokens} tokens)"),
+        ("peak memory", f"{peak_memory(device) / 2**20:.0f} MiB"),
+    ]
+    return "\n".join(f"{name:<20} {value}" for name, value in rows)

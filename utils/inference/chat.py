@@ -1,0 +1,102 @@
+"""A conversation in the terminal: answers stream in, earlier rounds are remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from utils.data.template import Message
+from utils.errors import notice
+from utils.inference.loading import Prepared
+from utils.inference.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from utils.inference.generator import Completion, Generator
+
+HELP = "Type a message. /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
+
+
+class Chat:
+    """A conversation with a model.
+
+    Attributes:
+        messages: the rounds that the model remembers.
+    """
+
+    def __init__(self, prepared: Prepared, generator: Generator, options: SamplingOptions, src_length: int) -> None:
+        self.messages: list[Message] = []
+        self._prepared = prepared
+        self._generator = generator
+        self._options = options
+        self._src_length = src_length
+        self._rounds = 0
+
+    def say(self, text: str, write: Callable[[str], None]) -> Completion:
+        """Answers one message of the user; pieces of the answer go to `write` as they come.
+
+        Rounds that no longer fit into src_length are forgotten, the oldest first. Ctrl-C ends the
+        answer; what was said so far is remembered.
+        """
+        self.messages.append({"role": "user", "content": text})
+        stream = self._generator.stream(self._prompt(), self._options, number=self._rounds)
+        self._rounds += 1
+        said = ""
+        try:
+            while True:
+                piece = next(stream)
+                said += piece
+                write(piece)
+        except StopIteration as end:
+            completion: Completion = end.value
+        except KeyboardInterrupt:
+            stream.close()
+            completion = _interrupted(said)
+        if completion.error is not None:
+            self.messages.pop()
+        else:
+            self.messages.append({"role": "assistant", "content": completion.text})
+        return completion
+
+    def reset(self) -> None:
+        """Forgets all rounds."""
+        self.messages.clear()
+
+    def _prompt(self) -> list[int]:
+        template, tokenizer = self._prepared.template, self._prepared.tokenizer
+        forgotten = 0
+        while len(self.messages) > 1 and len(template.encode_prompt(tokenizer, self.messages)) > self._src_length:
+            del self.messages[:2]
+            forgotten += 1
+        if forgotten:
+            notice(f"{forgotten} of the oldest rounds no longer fit into src_length {self._src_length}")
+        ids, was_cut = self._prepared.encode(self.messages, self._src_length)
+        if was_cut:
+            notice(f"the message was cut to src_length {self._src_length} tokens")
+        return ids
+
+
+def _interrupted(text: str) -> Completion:
+    from utils.inference.generator import Completion
+
+    return Completion(text, (), "stop", 0)
+
+
+def chat_in_terminal(chat: Chat) -> None:
+    """Reads messages from standard input and writes answers to standard output until the end of input."""
+    notice(HELP)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text:
+            completion = chat.say(text, lambda piece: print(piece, end="", flush=True))
+            print(flush=True)
+            for remark in (completion.error, completion.note):
+                if remark:
+                    notice(remark)

@@ -1,0 +1,91 @@
+"""Answers that survive an interrupted run: one line each, beside the output file until it is written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+SUFFIX = ".partial"
+
+
+class Journal:
+    """The answers of one run so far.
+
+    The file's first line names the run (`key`); every further line is one answer. It is locked while
+    the run lasts, so that two runs cannot write the same output. A line that a killed process left
+    half-written is dropped.
+
+    Attributes:
+        answers: row number to what was recorded.
+        facts: what the first run recorded about itself beside the key (the seed it drew).
+        other_run: whether answers of another run were found, and dropped.
+    """
+
+    def __init__(self, output: Path, key: str, facts: dict[str, Any], *, resume: bool) -> None:
+        """
+        Args:
+            output: the file that the run will write in the end.
+            key: identifies inputs and arguments; answers of another key are not taken.
+            facts: JSON-able; recorded for those who continue.
+            resume: False drops whatever is there.
+
+        Raises:
+            UserError: another process is writing the same output.
+        """
+        self.path = output.with_name(output.name + SUFFIX)
+        self.answers: dict[int, dict[str, Any]] = {}
+        self.facts = facts
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"{output}: another run is writing it right now; wait for it, or give another --output_file"
+            ) from None
+        lines = self._whole_lines()
+        matches = bool(lines) and lines[0].get("key") == key
+        self.other_run = bool(lines) and not matches
+        if resume and matches:
+            self.facts = lines[0]["facts"]
+            self.answers = {line["row"]: line["answer"] for line in lines[1:]}
+        else:
+            self._file.seek(0)
+            self._file.truncate()
+            self._append({"key": key, "facts": facts})
+
+    def record(self, row: int, answer: dict[str, Any]) -> None:
+        """Adds one answer; it outlives the process from here on."""
+        self.answers[row] = answer
+        self._append({"row": row, "answer": answer})
+
+    def close(self, *, remove: bool) -> None:
+        """Ends the run; `remove` once the output is written."""
+        if remove:
+            self.path.unlink()
+        self._file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """The lines that are complete; the file ends behind them afterwards."""
+        lines, end = [], 0
+        for line in self._file.read().splitlines(keepends=True):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or not isinstance(value, dict):
+                break
+            lines.append(value)
+            end += len(line)
+        self._file.seek(end)
+        self._file.truncate()
+        return lines
