@@ -1,0 +1,84 @@
+"""Which stored tensor is which parameter of the model: names only, no Paddle, no values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.tensors import LazyTensor
+from utils.errors import UserError, raise_if
+from utils.families import Weight
+
+_SHOWN = 10  # names listed of each kind of fault
+
+
+def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
+    """Which stored tensor fills which parameter: parameter -> (tensor, whether it must be transposed).
+
+    Names may lack the prefix of the backbone ("model." or "llama."). Shapes are checked later, by
+    whoever knows them.
+
+    Raises:
+        UserError: parameters without a tensor, or tensors that belong nowhere; all are named.
+    """
+    stored = checkpoint.tensors()
+    weights = checkpoint.family.weights(checkpoint.config)
+    published = checkpoint.layout == "hf"
+    names = {(weight.published if published else weight.parameter): weight for weight in weights}
+    prefix = next(iter(names)).split(".")[0] + "."
+    ignored = [re.compile(pattern) for pattern in checkpoint.family.ignored_weights()]
+    if checkpoint.family.shape(checkpoint.config).tied:  # some writers store the tied head a second time
+        ignored.append(re.compile(rf"{re.escape(checkpoint.family.head)}\.weight"))
+    found: dict[str, tuple[LazyTensor, bool]] = {}
+    unused = []
+    for name, tensor in stored.items():
+        weight: Weight | None = names.get(name) or names.get(prefix + name)
+        if weight is not None:
+            found[weight.parameter] = (tensor, published and weight.transpose)
+        elif not any(pattern.fullmatch(name) for pattern in ignored):
+            unused.append(name)
+    missing = [name for name, weight in names.items() if weight.parameter not in found]
+    faults = []
+    if missing:
+        faults.append(f"{checkpoint.folder}: the checkpoint is incomplete: no tensor for {some(missing)}")
+    if unused:
+        faults.append(
+            f"{checkpoint.folder}: holds tensors that a {checkpoint.family.title} model of its config.json "
+            f"does not have: {some(unused)}; config.json and weights do not belong together"
+        )
+    raise_if(faults)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def stored_shape(tensor: LazyTensor, transpose: bool) -> tuple[int, ...]:
+    """The shape of a stored tensor in the layout of the Paddle model."""
+    return tensor.shape[::-1] if transpose else tensor.shape
+
+
+def check_shapes(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, tuple[LazyTensor, bool]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Compares stored tensors with the shapes of a model's parameters.
+
+    Raises:
+        UserError: shapes differ; all are named.
+    """
+    if set(sources) != set(shapes):  # the family's list of weights is wrong: a bug, not the user's fault
+        different = set(sources) ^ set(shapes)
+        raise RuntimeError(f"{checkpoint.family.name}: weights() differs from the model: {different}")
+    wrong = [
+        f"{tensor.name} is {list(stored_shape(tensor, transpose))}, expected {list(shapes[name])}"
+        for name, (tensor, transpose) in sources.items()
+        if stored_shape(tensor, transpose) != shapes[name]
+    ]
+    if wrong:
+        raise UserError(f"{checkpoint.folder}: shapes differ from config.json: {some(wrong)}")
