@@ -331,22 +331,16 @@ def test_any_file_is_an_object_or_a_clear_fault(text: str) -> None:
 
 # --- time and side effects -------------------------------------------------------------------------
 
-MAIN = """
-import sys
-from utils.arguments import FinetuneArguments, parse
-from utils.errors import run_script
-run_script(lambda: print(parse(FinetuneArguments, None, "finetune_generation.py").to_json()))
-assert False
-"""
+WRONG = "--dataset_name_or_path ./absent --src_length 9 --max_length 9 --device tpu --output_dir out --do_train"
 
 
-def run_in_a_process(root: Path, words: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+def run_script(root: Path, command: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    script, *words = command.split()
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", MAIN, *words],
+        [sys.executable, str(root / script), *words],
         cwd=folder,
-        env=environment,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -355,33 +349,28 @@ def run_in_a_process(root: Path, words: list[str], folder: Path) -> tuple[subpro
 
 
 @pytest.mark.parametrize(
-    "words, code",
+    "command, code",
     [
-        (["--help"], 0),
-        (["--learning_rat", "1"], 2),
-        (
-            [
-                "--dataset_name_or_path",
-                "./absent",
-                "--src_length",
-                "9",
-                "--max_length",
-                "9",
-                "--device",
-                "gpu",
-            ],
-            2,
-        ),
+        ("finetune_generation.py --help", 0),
+        ("predictor.py --help", 0),
+        ("merge_lora_params.py --help", 0),
+        ("finetune_generation.py --learning_rat 1 --output_dir out", 2),
+        (f"finetune_generation.py {WRONG}", 2),
+        ("predictor.py --batch_size 0 --model_name_or_path ./absent", 2),
+        ("merge_lora_params.py --lora_path ./absent --merge_model_path out", 2),
     ],
 )
-def test_answers_within_a_second_and_writes_nothing(root: Path, tmp_path: Path, words: list[str], code: int) -> None:
-    words = words if code == 0 else [*words, "--do_train", "--output_dir", "out"]
-    done, seconds = run_in_a_process(root, words, tmp_path)
+def test_scripts_answer_within_a_second_and_write_nothing(root: Path, tmp_path: Path, command: str, code: int) -> None:
+    done, seconds = run_script(root, command, tmp_path)
     if seconds >= 1:  # another job may have had the processor
-        done, seconds = run_in_a_process(root, words, tmp_path)
+        done, seconds = run_script(root, command, tmp_path)
     assert done.returncode == code and seconds < 1
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
-    assert code == 0 or all(line.startswith("error: ") for line in done.stderr.splitlines())
+    assert list(tmp_path.iterdir()) == []
+    if code == 0:
+        assert done.stdout.startswith(f"usage: python {command.split()[0]} ") and done.stderr == ""
+    else:
+        lines = done.stderr.splitlines()
+        assert len(lines) > 1 and all(line.startswith("error: ") for line in lines) and done.stdout == ""
 
 
 def test_arguments_import_no_paddle(root: Path) -> None:

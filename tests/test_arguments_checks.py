@@ -86,6 +86,18 @@ def test_contradictions(finetune: list[str], words: str, message: str, monkeypat
     assert message in fault
 
 
+def test_an_absent_gpu_is_named_with_its_line_and_a_default_gives_way(
+    finetune: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("utils.runtime.gpu_present", lambda: False)
+    path = tmp_path / "run.json"
+    path.write_text('{\n"device": "gpu:1"}', encoding="utf-8")
+    [fault] = faults([*finetune, str(path)])
+    assert fault.startswith(f"{path} line 2: --device gpu:1: no GPU can be used here")
+    assert parse(FinetuneArguments, finetune, "x.py").device == "cpu"
+    assert "running on the CPU" in capsys.readouterr().err
+
+
 def test_what_a_run_needs(data: Path, tmp_path: Path) -> None:
     found = faults([])
     assert any(fault.startswith("model_name_or_path is missing") for fault in found)

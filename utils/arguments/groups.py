@@ -46,12 +46,8 @@ class ModelArguments(Arguments):
         needs=["lora"],
     )
     prefix_tuning: bool = arg(False, "train a prefix of keys and values instead of the weights")
-    prefix_path: str | None = arg(
-        None, "folder of a prefix to start from", needs=["prefix_tuning"], path=True
-    )
-    num_prefix_tokens: int = arg(
-        128, "length of the prefix", minimum=1, unit="tokens", needs=["prefix_tuning"]
-    )
+    prefix_path: str | None = arg(None, "folder of a prefix to start from", needs=["prefix_tuning"], path=True)
+    num_prefix_tokens: int = arg(128, "length of the prefix", minimum=1, unit="tokens", needs=["prefix_tuning"])
     prefix_projection: bool = arg(
         False, "compute the prefix by a small network while training", needs=["prefix_tuning"]
     )
@@ -91,9 +87,7 @@ class GenerateArguments(Arguments):
     eval_with_do_generation: bool = arg(
         False, "evaluate generated answers (BLEU-4 and Rouge) instead of perplexity and accuracy"
     )
-    save_generation_output: bool = arg(
-        False, "keep them in generated_output.json in output_dir", needs=GENERATING
-    )
+    save_generation_output: bool = arg(False, "keep them in generated_output.json in output_dir", needs=GENERATING)
     eval_max_new_tokens: int | None = arg(
         None,
         "longest generated answer; max_length - src_length, at most 512, by default",
@@ -101,12 +95,8 @@ class GenerateArguments(Arguments):
         unit="tokens",
         needs=GENERATING,
     )
-    top_k: int = arg(
-        1, "sample from the k likeliest tokens; 1 is greedy, 0 is all", minimum=0, needs=GENERATING
-    )
-    top_p: float = arg(
-        1.0, "sample from the likeliest tokens of this total", above=0, maximum=1, needs=GENERATING
-    )
+    top_k: int = arg(1, "sample from the k likeliest tokens; 1 is greedy, 0 is all", minimum=0, needs=GENERATING)
+    top_p: float = arg(1.0, "sample from the likeliest tokens of this total", above=0, maximum=1, needs=GENERATING)
     temperature: float = arg(1.0, "divides the logits; 0 is greedy", minimum=0, needs=GENERATING)
 
 
@@ -125,9 +115,7 @@ class QuantArguments(Arguments):
     do_ptq: bool = arg(False, "quantize after training (PTQ)")
     ptq_step: int = arg(32, "calibration batches", minimum=1, unit="batches", needs=["do_ptq"])
     shift: bool = arg(False, "shift activations before PTQ; needs do_ptq")
-    shift_all_linear: bool = arg(
-        False, "shift before every Linear, at the cost of two operators", needs=["shift"]
-    )
+    shift_all_linear: bool = arg(False, "shift before every Linear, at the cost of two operators", needs=["shift"])
     shift_sampler: str = arg(
         "none",
         "zero points from minimum and maximum, or their moving average",
@@ -136,9 +124,7 @@ class QuantArguments(Arguments):
     )
     shift_step: int = arg(32, "batches that shift looks at", minimum=1, unit="batches", needs=["shift"])
     smooth: bool = arg(False, "smooth activations before PTQ (SmoothQuant); needs do_ptq")
-    smooth_all_linears: bool = arg(
-        False, "smooth before every Linear, at the cost of two operators", needs=["smooth"]
-    )
+    smooth_all_linears: bool = arg(False, "smooth before every Linear, at the cost of two operators", needs=["smooth"])
     smooth_sampler: str = arg(
         "none",
         "multi_step keeps several batches, in more memory",
@@ -172,9 +158,7 @@ class TrainingArguments(Arguments):
     do_predict: bool = arg(False, "evaluate on the rows of test.json")
     dry_run: bool = arg(False, "show what would happen and stop before the weights load")
     per_device_train_batch_size: int = arg(8, "rows per device and forward", minimum=1, unit="rows")
-    per_device_eval_batch_size: int = arg(
-        8, "rows per device and forward in evaluation", minimum=1, unit="rows"
-    )
+    per_device_eval_batch_size: int = arg(8, "rows per device and forward in evaluation", minimum=1, unit="rows")
     gradient_accumulation_steps: int = arg(1, "forwards per update", minimum=1)
     eval_accumulation_steps: int | None = arg(
         None, "evaluation batches kept on the device before they move to memory; all by default", minimum=1
@@ -187,9 +171,7 @@ class TrainingArguments(Arguments):
         "course of the learning rate after warm-up",
         choices=("linear", "cosine", "constant", "constant_with_warmup", "polynomial"),
     )
-    warmup_steps: int = arg(
-        0, "updates of warm-up; overrides warmup_ratio when positive", minimum=0, unit="updates"
-    )
+    warmup_steps: int = arg(0, "updates of warm-up; overrides warmup_ratio when positive", minimum=0, unit="updates")
     warmup_ratio: float = arg(0.0, "share of all updates that warm up", minimum=0, maximum=1)
     weight_decay: float = arg(0.0, "AdamW's weight decay", minimum=0)
     adam_beta1: float = arg(0.9, "AdamW's first moment", minimum=0, below=1)
@@ -200,9 +182,7 @@ class TrainingArguments(Arguments):
     recompute: bool = arg(False, "compute activations twice to save memory")
     fp16: bool = arg(False, "compute in float16 where the device can")
     bf16: bool = arg(False, "compute in bfloat16 where the device can")
-    fp16_opt_level: str = arg(
-        "O1", "O1: chosen operators in half precision; O2: the weights too", choices=("O1", "O2")
-    )
+    fp16_opt_level: str = arg("O1", "O1: chosen operators in half precision; O2: the weights too", choices=("O1", "O2"))
     dataloader_num_workers: int = arg(0, "processes that prepare batches", minimum=0)
     device: str = arg("gpu", DEVICE_HELP)
 
@@ -230,18 +210,14 @@ class ReportArguments(Arguments):
     )
     save_strategy: str = arg("steps", "when to save checkpoints", choices=("no", "steps", "epoch"))
     save_steps: int = arg(500, "updates between checkpoints", minimum=1, unit="updates")
-    save_total_limit: int | None = arg(
-        None, "checkpoints kept; older ones are deleted; all by default", minimum=1
-    )
+    save_total_limit: int | None = arg(None, "checkpoints kept; older ones are deleted; all by default", minimum=1)
     load_best_model_at_end: bool = arg(False, "end with the best checkpoint instead of the last")
     metric_for_best_model: str | None = arg(
         None,
         "what best means: accuracy, ppl or loss; with eval_with_do_generation bleu4, rouge1, rouge2 or "
         "rougel; loss or bleu4 by default",
     )
-    greater_is_better: bool | None = arg(
-        None, "whether more of it is better; false for loss and ppl by default"
-    )
+    greater_is_better: bool | None = arg(None, "whether more of it is better; false for loss and ppl by default")
     resume_from_checkpoint: bool | str | None = arg(
         None, "a checkpoint folder, or true for the last one in output_dir", path=True
     )
@@ -291,9 +267,7 @@ class PredictorArguments(Arguments):
     dtype: str | None = arg(None, "type of the weights; the checkpoint's own by default", choices=DTYPES)
     device: str = arg("gpu", DEVICE_HELP)
     data_file: str | None = arg(None, "JSON Lines with src, and tgt if known", path=True)
-    output_file: str = arg(
-        "output.json", "JSON Lines with src, tgt and output, in the order of data_file", path=True
-    )
+    output_file: str = arg("output.json", "JSON Lines with src, tgt and output, in the order of data_file", path=True)
     batch_size: int = arg(8, "prompts at a time; does not change greedy answers", minimum=1, unit="prompts")
     src_length: int = arg(1024, "longest prompt; longer ones are cut", minimum=1, unit="tokens")
     max_length: int = arg(2048, "longest prompt and answer together", minimum=2, unit="tokens")
@@ -315,9 +289,7 @@ class SamplingArguments(Arguments):
     )
     top_k: int = arg(1, "sample from the k likeliest tokens; 1 is greedy, 0 is all", minimum=0)
     top_p: float = arg(1.0, "sample from the likeliest tokens of this total", above=0, maximum=1)
-    min_p: float = arg(
-        0.0, "leave out tokens less likely than this share of the likeliest", minimum=0, maximum=1
-    )
+    min_p: float = arg(0.0, "leave out tokens less likely than this share of the likeliest", minimum=0, maximum=1)
     temperature: float = arg(1.0, "divides the logits; 0 is greedy", minimum=0)
     repetition_penalty: float = arg(1.0, "divides the logits of tokens seen before; 1 is off", above=0)
     presence_penalty: float = arg(0.0, "subtracted from the logits of tokens of the answer so far")
@@ -330,9 +302,7 @@ class SamplingArguments(Arguments):
     stop: list[str] = arg(  # noqa: RUF009
         [], "texts that end an answer, separated by commas or as a JSON list"
     )
-    seed: int | None = arg(
-        None, "seed of sampling; another each time by default", minimum=0, maximum=2**32 - 1
-    )
+    seed: int | None = arg(None, "seed of sampling; another each time by default", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass
@@ -346,7 +316,5 @@ class MergeArguments(Arguments):
     merge_model_path: str | None = arg(None, "folder for the merged model", path=True)
     device: str = arg("gpu", DEVICE_HELP)
     dtype: str | None = arg(None, "type of the merged weights; the base's own by default", choices=DTYPES)
-    export_format: str = arg(
-        "paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf")
-    )
+    export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))
     max_shard_size: str = arg("5GB", "largest weights file, such as 500MB or 5GB")

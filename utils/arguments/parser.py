@@ -87,7 +87,8 @@ def parse(cls: type[Run], argv: Sequence[str] | None = None, script: str = "") -
             if explicit or not faults:
                 setattr(run, "device", runtime.check_device(getattr(run, "device"), explicit=explicit))  # noqa: B009, B010
         except UserError as error:
-            faults.extend(f"{run.origin('device')}: {fault}" for fault in error.faults)
+            place = run.origin("device")
+            faults.extend(fault if place == "--device" else f"{place}: {fault}" for fault in error.faults)
     raise_if(faults)
     for text in notices:
         notice(text)
