@@ -5,8 +5,10 @@ Call `prepare()` first in every script; only then may anything import Paddle.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -100,8 +102,21 @@ def check_device(device: str, *, explicit: bool) -> str:
     return "cpu"
 
 
+def load_paddle() -> None:
+    """Imports Paddle and PaddleNLP without their start-up noise (several threads on a CPU are meant)."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        import paddle  # noqa: F401
+
+        quiet_libraries()
+    for line in said.getvalue().splitlines():
+        if "OMP_NUM_THREADS" not in line:
+            print(line, file=sys.stderr)
+
+
 def use_device(device: str) -> None:
-    """Selects the device in Paddle (imports Paddle)."""
+    """Loads Paddle and selects the device."""
+    load_paddle()
     import paddle
 
     paddle.set_device(device)

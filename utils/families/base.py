@@ -140,6 +140,10 @@ class FamilySpec:
         """
         raise NotImplementedError
 
+    def flatten_cache(self, cache: Any) -> Any:
+        """The inverse of `prefix_cache`: [batch, length, 2 * layers, kv_heads, head_dim]."""
+        raise NotImplementedError
+
     def cache_select(self, cache: Any, rows: Any) -> Any:
         """The cache of some rows of the batch; `rows` is an int64 tensor of row numbers."""
         raise NotImplementedError

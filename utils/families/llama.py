@@ -26,11 +26,23 @@ class Llama(FamilySpec):
         return known
 
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        names = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings initializer_range "
-            "bos_token_id eos_token_id pad_token_id"
-        ).split()
+        names = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_scaling",
+            "tie_word_embeddings",
+            "initializer_range",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        ]
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -68,6 +80,14 @@ class Llama(FamilySpec):
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
+    def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
+        from utils.kernels.attention import library_attention
+
+        model = super().create(config, **overrides)
+        for layer in model.llama.layers:
+            layer.self_attn.attn_func = library_attention
+        return model
+
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
         return model.llama(
             batch["input_ids"],
@@ -96,6 +116,11 @@ class Llama(FamilySpec):
         layers = flat.shape[2] // 2
         parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
         return [(parts[i], parts[layers + i]) for i in range(layers)]
+
+    def flatten_cache(self, cache: Any) -> Any:
+        import paddle
+
+        return paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
 
     def cache_select(self, cache: Any, rows: Any) -> Any:
         return [(key.index_select(rows), value.index_select(rows)) for key, value in cache]

@@ -1,0 +1,152 @@
+"""Finetunes a language model: SFT, LoRA or prefix tuning, then evaluates it.
+
+    python finetune_generation.py ./llama/lora_argument.json
+    python finetune_generation.py ./llama/lora_argument.json --learning_rate 1e-4 --dry_run
+
+Reads one JSON argument file; `--key value` after it overrides the file. `--help` lists every argument.
+Writes weights (or the adapter), tokenizer, chat template, results, checkpoints and the loss curve to
+output_dir. An interrupted run continues by itself when it is started again.
+
+Errors that the user can mend end with exit code 2 and one line each, before any weights load.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from utils import runtime
+from utils.arguments import FinetuneArguments, parse
+from utils.errors import UserError, notice, run_script
+
+
+def main() -> None:
+    # ----- arguments ---------------------------------------------------------------------------------
+    args = parse(FinetuneArguments, script="finetune_generation.py")
+    if args.do_ptq or args.do_gptq:
+        raise UserError("do_ptq / do_gptq: quantization is not part of this version yet; leave these options out")
+    runtime.prepare()
+    device = args.device
+
+    # ----- checks that need files, not weights ---------------------------------------------------------
+    from utils.checkpoints.locate import locate
+    from utils.data.rows import check_dataset, looks_like_path
+    from utils.training.reporters import check_reporters
+    from utils.training.start import check_adapters, check_world, checkpoint_to_resume
+
+    check_world()
+    check_reporters(args.report_to if "report_to" in args.provided else [])
+    splits = [
+        name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
+    ]
+    if looks_like_path(args.dataset_name_or_path):
+        check_dataset(args.dataset_name_or_path, splits, lazy=args.lazy)
+    resumed = checkpoint_to_resume(args)
+
+    # ----- model folder, tokenizer, template -----------------------------------------------------------
+    from utils.data.template import ChatTemplate
+    from utils.families.tokenizers import load_tokenizer
+
+    checkpoint = locate(args.model_name_or_path)
+    check_adapters(args, checkpoint)
+    source = locate(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else checkpoint
+    tokenizer = load_tokenizer(source.folder, checkpoint.config)
+    override = Path(args.chat_template) if args.chat_template else None
+    template = ChatTemplate.load(source.folder, default=checkpoint.family.chat_template, override=override)
+
+    # ----- data ----------------------------------------------------------------------------------------
+    from utils.data.collate import Collator
+    from utils.data.dataset import load_dataset, load_rows
+
+    data = {split: load_dataset(args, tokenizer, template, split) for split in splits}
+    for split, dataset in data.items():
+        if dataset.report.counts:
+            notice(f"{split} data: {dataset.summary()}")
+    dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
+    if args.dry_run:
+        from utils.training.dry_run import report
+
+        shape = checkpoint.family.shape(checkpoint.config)
+        print(report(args, shape, dtype, device, data, tokenizer, template, resumed))
+        return
+
+    # ----- model ---------------------------------------------------------------------------------------
+    runtime.use_device(device)
+    from utils.training.output import companion_files, install, write_results
+    from utils.training.settings import library_arguments
+    from utils.training.start import build, describe, typical_ids
+
+    output = Path(args.output_dir)
+    if args.overwrite_output_dir:
+        for old in output.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    model, trained = build(args, checkpoint, dtype, typical_ids(data.get("train")))
+
+    # ----- trainer -------------------------------------------------------------------------------------
+    from utils.inference.sampling import SamplingOptions
+    from utils.training.callbacks import console_callbacks
+    from utils.training.evaluation import GenerationEvaluation
+    from utils.training.trainer import Trainer
+
+    def answers(split: str, kept: bool) -> GenerationEvaluation:
+        return GenerationEvaluation(
+            model,
+            tokenizer,
+            template,
+            load_rows(args, split),
+            SamplingOptions(
+                max_new_tokens=args.eval_max_new_tokens,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                temperature=args.temperature,
+                seed=args.seed,
+            ),
+            src_length=args.src_length,
+            batch_size=args.per_device_eval_batch_size,
+            output_dir=output if kept else None,
+            show_progress=not args.disable_tqdm,
+        )
+
+    companions = companion_files(args, tokenizer, template, source.folder)
+    trainer = Trainer(
+        model,
+        trained,
+        library_arguments(args, device, dtype),
+        collator=Collator(tokenizer.pad_id),
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("dev"),
+        evaluate_generation=(
+            answers("dev", args.save_generation_output) if args.do_eval and args.eval_with_do_generation else None
+        ),
+        describe=describe(args, checkpoint, data.get("train")),
+        extra_files=companions,
+        callbacks=console_callbacks(args, output),
+    )
+
+    # ----- train ---------------------------------------------------------------------------------------
+    if args.do_train:
+        results = trainer.train(resumed)
+        if trainer.stopped_early:
+            return
+        if args.load_best_model_at_end and (best := trainer.load_best()):
+            notice(f"the best checkpoint is {best}; its weights are the result")
+
+        def finished(folder: Path) -> None:
+            trained.save(folder)
+            companions(folder)
+
+        install(output, finished)
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        write_results(output, "train", results)
+
+    # ----- evaluate and predict ------------------------------------------------------------------------
+    if args.do_eval:
+        write_results(output, "eval", trainer.evaluate())
+    if args.do_predict:
+        found = answers("test", True)(trainer.state.global_step, "test_generated_output.json")
+        write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()})
+    print(f"done: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,147 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and LoRA+ (arXiv:2402.12354).
+
+The layers are PaddleNLP's; selection of targets, files and checks are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddlenlp.peft import LoRAConfig, LoRAModel
+
+from utils.adapters.check import LORA_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.checkpoints.files import atomic_write
+from utils.checkpoints.fingerprint import fingerprint
+from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.tensors import read_tensors, write_safetensors
+from utils.errors import UserError, raise_if
+from utils.families import FamilySpec
+
+SHOWN_FAULTS = 5
+
+
+def target_patterns(model: Any, targets: Sequence[str]) -> list[str]:
+    """Regular expressions over full layer names for LoRA targets.
+
+    A plain name stands for the layers whose last name part is exactly that ("dense" does not catch
+    "dense_h_to_4h"); anything with other signs is a regular expression over the full name.
+
+    Raises:
+        UserError: a target that matches no Linear layer, with the names that there are.
+    """
+    linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
+    patterns, faults = [], []
+    for target in targets:
+        pattern = rf"(.*\.)?{target}" if re.fullmatch(r"\w+", target) else target
+        try:
+            found = any(re.fullmatch(pattern, name) for name in linears)
+        except re.error as error:
+            faults.append(f"lora_target_modules: {target!r} is no valid regular expression ({error})")
+            continue
+        if found:
+            patterns.append(pattern)
+        else:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+            faults.append(f"lora_target_modules: {target!r} matches no Linear layer; there are: {known}")
+    if faults:
+        raise UserError(faults)
+    return patterns
+
+
+def add_lora(
+    model: Any,
+    family: FamilySpec,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    rslora: bool = False,
+    lora_plus_scale: float = 1.0,
+) -> LoRAModel:
+    """Puts LoRA layers into `model` (in place) and freezes everything else.
+
+    Args:
+        rank: r of W + scale * A B.
+        alpha: numerator of the scale (alpha / r, with rsLoRA alpha / sqrt(r)); None is 2 * rank.
+        targets: layer names or regular expressions; None is the family's default.
+        lora_plus_scale: learning-rate ratio of B over A (LoRA+).
+    """
+    config = LoRAConfig(
+        target_modules=target_patterns(model, targets or family.lora_targets),
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        rslora=rslora,
+        lora_plus_scale=lora_plus_scale,
+        dtype=model.config.dtype,
+        # the library's fused forward and backward of a LoRA layer; it has no dropout
+        use_quick_lora=dropout == 0.0,
+    )
+    return LoRAModel(model, config)
+
+
+def save_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
+    """Writes `lora_config.json` and `lora_model_state.safetensors` (a few MB) into `folder`."""
+    tensors = [(n, p.numpy()) for n, p in adapted.model.named_parameters() if not p.stop_gradient]
+    write_safetensors(folder / f"{WEIGHTS[LORA_CONFIG]}.safetensors", tensors, {"format": "np"})
+    config = {
+        **adapted.lora_config.to_dict(),
+        "scaling": adapted.lora_config.scaling,
+        "base_model_name_or_path": base.name,
+        "base_fingerprint": fingerprint(base),
+    }
+    atomic_write(folder / LORA_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def restore_lora(adapted: LoRAModel, folder: Path) -> None:
+    """Fills the LoRA weights of `adapted` from an adapter folder.
+
+    Raises:
+        UserError: a weight that is missing, left over or of another shape; all are named.
+    """
+    path = adapter_weights(folder, LORA_CONFIG)
+    wanted = {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
+    fill_parameters(wanted, path)
+
+
+def fill_parameters(wanted: dict[str, Any], path: Path) -> None:
+    """Sets every parameter of `wanted` from the tensors of one file, all or nothing.
+
+    Raises:
+        UserError: names that are missing, unknown or of another shape.
+    """
+    found = dict(read_tensors(path))
+    faults = [f"{path}: has no {name}" for name in wanted if name not in found]
+    faults += [f"{path}: {name} belongs to no layer of this model" for name in found if name not in wanted]
+    faults += [
+        f"{path}: {name} has shape {list(value.shape)}, this model needs {list(wanted[name].shape)}"
+        for name, value in found.items()
+        if name in wanted and list(value.shape) != list(wanted[name].shape)
+    ]
+    if len(faults) > SHOWN_FAULTS:
+        faults[SHOWN_FAULTS:] = [f"{path}: and {len(faults) - SHOWN_FAULTS} more like these; is it another base's?"]
+    raise_if(faults)
+    for name, parameter in wanted.items():
+        parameter.set_value(paddle.to_tensor(found[name]).astype(parameter.dtype))
+
+
+def load_lora(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint) -> LoRAModel:
+    """`model` with the LoRA layers of an adapter folder in it, weights filled, ready to run or train.
+
+    Raises:
+        UserError: an adapter of another base, or one whose weights do not fit.
+    """
+    saved = check_adapter(path, LORA_CONFIG, base)
+    known = {field.name for field in fields(LoRAConfig)}
+    settings = {key: value for key, value in saved.items() if key in known}
+    settings.update(dtype=model.config.dtype, tensor_parallel_degree=-1, merge_weights=False)
+    adapted = LoRAModel(model, LoRAConfig(**settings))
+    restore_lora(adapted, Path(path))
+    return adapted

@@ -1,0 +1,132 @@
+"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190): trained keys and values before every layer's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+
+from utils.adapters.check import PREFIX_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.adapters.lora import fill_parameters
+from utils.checkpoints.files import atomic_write
+from utils.checkpoints.fingerprint import fingerprint
+from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.tensors import write_safetensors
+from utils.families import FamilySpec, ModelShape
+
+
+class PrefixTuning(nn.Layer):
+    """The prefix encoder of one model.
+
+    Without projection the keys and values are parameters; with it they are the output of a two-layer
+    network over a small embedding, which trains more steadily at high learning rates.
+
+    Attributes:
+        length: number of prefix positions. They have no position of their own: the prompt starts at 0.
+    """
+
+    def __init__(
+        self,
+        family: FamilySpec,
+        shape: ModelShape,
+        length: int,
+        *,
+        projection: bool = False,
+        projection_hidden: int | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(dtype=dtype)
+        self.family, self.shape, self.length = family, shape, length
+        self.projection = projection
+        self.projection_hidden = projection_hidden or shape.hidden
+        size = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        # Names and order of the parts are those of earlier toolchains, so that their files load.
+        if projection:
+            width = shape.kv_heads * shape.head_dim
+            parts = [
+                nn.Embedding(length, width),
+                nn.Linear(width, self.projection_hidden),
+                nn.Tanh(),
+                nn.Linear(self.projection_hidden, size),
+            ]
+        else:
+            parts = [nn.Embedding(length, size)]
+        self.encoder = nn.Sequential(*parts)
+        self.encoder.to(dtype=dtype)
+
+    def flat(self) -> Tensor:
+        """Keys and values [1, length, 2 * layers, kv_heads, head_dim]: keys of all layers, then values."""
+        encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
+        return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
+
+    def cache(self, batch: int) -> Any:
+        """The prefix as the cache that the family's model takes, for a batch of that size."""
+        return self.family.prefix_cache(self.flat().expand([batch, -1, -1, -1, -1]))
+
+    @paddle.no_grad()
+    def start_from_text(self, model: Any, ids: Sequence[int]) -> None:
+        """Starts from the keys and values of real tokens, which trains far better than noise on little
+        data (Li & Liang 2021, section 7.4). With projection there is no closed form; it keeps its noise.
+
+        Args:
+            ids: tokens of typical text; repeated or cut to the prefix length.
+        """
+        if self.projection:
+            return
+        repeated = (list(ids) * (self.length // len(ids) + 1))[: self.length]
+        tokens = paddle.to_tensor([repeated], dtype="int64")
+        ones = paddle.ones_like(tokens)
+        _, cache = self.family.step(model, tokens, ones, paddle.arange(self.length).unsqueeze(0))
+        flat = self.family.flatten_cache(cache)
+        weight = self.encoder[0].weight
+        weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))
+
+
+def save_prefix(folder: Path, prefix: PrefixTuning, base: Checkpoint) -> None:
+    """Writes `prefix_config.json` and `prefix_model_state.safetensors` into `folder`."""
+    tensors = [(name, value.numpy()) for name, value in prefix.encoder.state_dict().items()]
+    write_safetensors(folder / f"{WEIGHTS[PREFIX_CONFIG]}.safetensors", tensors, {"format": "np"})
+    shape = prefix.shape
+    config = {
+        "num_prefix_tokens": prefix.length,
+        "num_attention_heads": shape.heads,
+        "multi_query_group_num": shape.kv_heads,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "prefix_projection": prefix.projection,
+        "prefix_projection_hidden_size": prefix.projection_hidden,
+        "prefix_dropout": 0.0,
+        "tensor_parallel_degree": -1,
+        "dtype": str(prefix.encoder[0].weight.dtype).split(".")[-1],
+        "base_model_name_or_path": base.name,
+        "base_fingerprint": fingerprint(base),
+    }
+    atomic_write(folder / PREFIX_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def restore_prefix(prefix: PrefixTuning, folder: Path) -> None:
+    """Fills the prefix encoder from an adapter folder."""
+    fill_parameters(dict(prefix.encoder.state_dict()), adapter_weights(folder, PREFIX_CONFIG))
+
+
+def load_prefix(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint) -> PrefixTuning:
+    """The prefix of an adapter folder, ready to run or train on `model`.
+
+    Raises:
+        UserError: an adapter of another base, or one whose weights do not fit.
+    """
+    saved = check_adapter(path, PREFIX_CONFIG, base)
+    prefix = PrefixTuning(
+        family,
+        family.shape(base.config),
+        saved["num_prefix_tokens"],
+        projection=bool(saved.get("prefix_projection")),
+        projection_hidden=saved.get("prefix_projection_hidden_size"),
+        dtype=model.config.dtype,
+    )
+    restore_prefix(prefix, Path(path))
+    return prefix

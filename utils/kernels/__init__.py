@@ -1,0 +1,1 @@
+"""The one Python face over fused operators: Paddle's own on GPUs, plain Paddle on CPUs."""

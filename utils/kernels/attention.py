@@ -1,0 +1,91 @@
+"""Causal attention over packed sequences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+
+
+def segment_lengths(ends: np.ndarray) -> list[int]:
+    """Lengths of the consecutive segments of one row.
+
+    Args:
+        ends: [length] int, for each position the end (exclusive) of its segment.
+    """
+    lengths, start = [], 0
+    while start < len(ends):
+        end = int(ends[start])
+        lengths.append(end - start)
+        start = end
+    return lengths
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Tensor) -> Tensor:
+    """Causal attention in which a position sees only its own segment.
+
+    Each segment is computed alone, so the work is the sum of the squared segment lengths; with a
+    dense mask it would be the square of the packed length.
+
+    Args:
+        query, key, value: [batch, length, heads, head_dim] of one floating-point type.
+        segment_ends: [batch, 1, length, 1] int32; for each key position the end of its segment.
+
+    Returns:
+        [batch, length, heads * head_dim].
+    """
+    batch, length, heads, head_dim = query.shape
+    rows = segment_ends.reshape([batch, length]).numpy()
+    longest = max(int((row - np.arange(length)).max()) for row in rows)
+    hidden_future = paddle.triu(paddle.full([longest, longest], -1e30, dtype="float32"), diagonal=1)
+    scale = 1.0 / math.sqrt(head_dim)
+    # [batch] of [heads, length, head_dim]; unbind and split, not slices: the gradient of a slice fills
+    # a tensor of the whole size with zeros
+    by_row = [paddle.unbind(x.transpose([0, 2, 1, 3])) for x in (query * scale, key, value)]
+    outputs = []
+    for row, tensors in enumerate(zip(*by_row, strict=True)):
+        lengths = segment_lengths(rows[row])
+        parts = []
+        for qs, ks, vs in zip(*(paddle.split(x, lengths, axis=1) for x in tensors), strict=True):
+            n = qs.shape[1]
+            scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + hidden_future[:n, :n]
+            parts.append(paddle.matmul(F.softmax(scores, axis=-1).astype(vs.dtype), vs))
+        outputs.append(paddle.concat(parts, axis=1).transpose([1, 0, 2]).reshape([length, heads * head_dim]))
+    return paddle.stack(outputs)
+
+
+def library_attention(
+    query: Tensor,
+    config: Any,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    output_attentions: bool,
+    alibi: Tensor | None = None,
+    attn_mask_startend_row_indices: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """PaddleNLP's attention function, with packed sequences computed on devices without flash attention.
+
+    The library ignores `attn_mask_startend_row_indices` there, in silence: packed neighbours would
+    see each other.
+    """
+    if attn_mask_startend_row_indices is not None and not config.use_flash_attention:
+        return packed_attention(query, key, value, attn_mask_startend_row_indices)
+    from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
+
+    return scaled_dot_product_attention(
+        query,
+        config,
+        key,
+        value,
+        attention_mask,
+        output_attentions,
+        alibi,
+        attn_mask_startend_row_indices=attn_mask_startend_row_indices,
+        **options,
+    )

@@ -1,0 +1,1 @@
+"""Fine-tuning: the trainer, what users see while it runs, and exact resume."""

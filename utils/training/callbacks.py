@@ -1,0 +1,153 @@
+"""What the user sees while a run goes on, and how it stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import paddle
+from paddlenlp.trainer import TrainerCallback
+from tqdm import tqdm
+
+from utils.errors import notice
+from utils.training.curve import LossCurve
+from utils.training.reporters import Report, chart_name, installed, open_reporter
+
+
+def memory_gib() -> float:
+    """Peak memory of the device in GiB; on a CPU the memory of this process now."""
+    if paddle.device.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 2**30
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def clock(seconds: float) -> str:
+    """Seconds as H:MM:SS or MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class Progress(TrainerCallback):
+    """A bar with rate and ETA, and one line per logging step."""
+
+    def __init__(self, *, bar: bool) -> None:
+        self.wanted, self.bar = bar, None
+        self.first_step, self.started = 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step, self.started = state.global_step, time.monotonic()
+        if self.wanted and state.is_world_process_zero:
+            # a log file is no place for a moving bar: there it moves every 30 s
+            interval = 0.5 if sys.stderr.isatty() else 30.0
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=interval,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            done = state.global_step - self.first_step
+            left = (state.max_steps - state.global_step) * (time.monotonic() - self.started) / max(done, 1)
+            text = (
+                f"step {state.global_step}/{state.max_steps}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}  "
+                f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:.0f} tokens/s  "
+                f"effective {logs['effective_tokens']:.1%}  memory {logs['memory_gib']:.2f} GiB  ETA {clock(left)}"
+            )
+        else:
+            shown = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+            text = f"evaluation at step {state.global_step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Curve(TrainerCallback):
+    """Keeps `loss_curve.csv` and `loss_curve.png` in the output folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.curve = LossCurve(folder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self.curve.continue_from(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and state.is_world_process_zero:
+            self.curve.add(state.global_step, logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.curve.draw()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.curve.draw()
+
+
+class Reports(TrainerCallback):
+    """Sends every logged number to the reporters; they open when training begins."""
+
+    def __init__(self, openers: Sequence[Callable[[], Report]]) -> None:
+        self.openers, self.reports = openers, []  # type: ignore[var-annotated]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.reports = [opener() for opener in self.openers]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        values = {chart_name(k): float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        for report in self.reports:
+            report(values, state.global_step)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        notice("stopping after this step; a checkpoint will be saved (Ctrl-C again stops at once)")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._handle)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def console_callbacks(args: Any, output: Path) -> list[TrainerCallback]:
+    """Everything that shows, keeps or stops a run, as the arguments want it."""
+    names = [name for name in args.report_to if name != "none" and installed(name)]
+    log_dir = args.logging_dir or str(output / "runs")
+    openers = [partial(open_reporter, name, log_dir, args.run_name or output.name, args.to_json()) for name in names]
+    return [Progress(bar=not args.disable_tqdm), Curve(output), Reports(openers), StopOnSignal()]

@@ -1,0 +1,86 @@
+"""The loss curve that every run leaves in its output folder: numbers as CSV, the picture as PNG."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints.files import atomic_file, atomic_write
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "tokens_per_second",
+    "eval_loss",
+    "eval_accuracy",
+    "eval_bleu4",
+)
+
+
+class LossCurve:
+    """Points of one run, kept in `loss_curve.csv`; `draw` makes `loss_curve.png` from them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.table, self.picture = folder / "loss_curve.csv", folder / "loss_curve.png"
+        self.points: list[dict[str, Any]] = []
+
+    def continue_from(self, step: int) -> None:
+        """Takes up the points of an interrupted run up to `step`."""
+        if self.table.is_file():
+            with open(self.table, newline="", encoding="utf-8") as file:
+                self.points = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Adds what one log event measured and writes the table."""
+        point = {"step": step, **{key: values[key] for key in COLUMNS if key in values}}
+        if self.points and int(self.points[-1]["step"]) == step:
+            self.points[-1] = {**self.points[-1], **point}
+        else:
+            self.points.append(point)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.points)
+        atomic_write(self.table, text.getvalue())
+
+    def series(self, column: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the points that have this column."""
+        found = [(int(p["step"]), float(p[column])) for p in self.points if p.get(column) not in (None, "")]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def draw(self) -> None:
+        """Writes the picture: training loss, its running mean, and evaluation loss over steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib.figure import Figure
+
+        steps, losses = self.series("loss")
+        if not steps:
+            return
+        figure = Figure(figsize=(7, 4), layout="tight")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="training loss")
+        axes.plot(steps, running_mean(losses), color="tab:blue", label="running mean")
+        eval_steps, eval_losses = self.series("eval_loss")
+        if eval_steps:
+            axes.plot(eval_steps, eval_losses, color="tab:orange", marker="o", label="evaluation loss")
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_file(self.picture) as file:
+            figure.savefig(file, format="png", dpi=120)
+
+
+def running_mean(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean without the bias towards zero at the start (Kingma & Ba 2015, section 3)."""
+    means, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        means.append(total / mass)
+    return means

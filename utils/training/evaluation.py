@@ -1,0 +1,75 @@
+"""Evaluation with generation: the generator answers the dev rows, BLEU and ROUGE judge the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.checkpoints.files import atomic_write
+from utils.data.encode import encode_source
+from utils.data.rows import Row
+from utils.data.template import ChatTemplate
+from utils.families.tokenizers import Tokenizer
+from utils.inference.engine import EagerEngine
+from utils.inference.generator import Generator
+from utils.inference.sampling import SamplingOptions
+from utils.training.metrics import text_metrics
+from utils.training.model import TrainingModel
+
+OUTPUT = "generated_output.json"
+
+
+class GenerationEvaluation:
+    """Answers rows with the model as it is now and measures the answers.
+
+    Args:
+        rows: each with a question and its answer (of a conversation, the last one).
+        options: how to generate; greedy unless the user said otherwise.
+        output_dir: where `generated_output.json` goes, or None to keep no outputs. The outputs of
+            each evaluation stay in `generated_output-step-N.json`.
+    """
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        rows: Sequence[Row],
+        options: SamplingOptions,
+        *,
+        src_length: int,
+        batch_size: int,
+        output_dir: Path | None,
+        show_progress: bool = True,
+    ) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.options, self.batch_size, self.output_dir = options, batch_size, output_dir
+        self.show_progress = show_progress
+        self.prompts = [encode_source(row.question, tokenizer, template, src_length)[0] for row in rows]
+
+    def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
+        """bleu4, rouge1, rouge2, rougel of the answers given now."""
+        self.model.eval()
+        engine = EagerEngine(self.model.family, self.model.base, pad_id=self.tokenizer.pad_id, prefix=self.model.prefix)
+        generator = Generator(engine, self.tokenizer)
+        with tqdm(
+            total=len(self.rows), unit="row", desc="answering", leave=False, disable=not self.show_progress
+        ) as bar:
+            found = generator.generate(self.prompts, self.options, self.batch_size, on_row=lambda *_: bar.update())
+        outputs = [completion.text for completion in found]
+        references = [row.answer or "" for row in self.rows]
+        if self.output_dir is not None:
+            lines = [
+                json.dumps(
+                    {"src": row.question[-1]["content"], "tgt": row.answer, "output": text},
+                    ensure_ascii=False,
+                )
+                for row, text in zip(self.rows, outputs, strict=True)
+            ]
+            text = "\n".join(lines) + "\n"
+            atomic_write(self.output_dir / name, text)
+            atomic_write(self.output_dir / name.replace(".json", f"-step-{step}.json"), text)
+        return text_metrics(outputs, references)

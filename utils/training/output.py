@@ -1,0 +1,53 @@
+"""What a finished run leaves in its output folder beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints.files import write_json
+from utils.data.template import ChatTemplate
+from utils.families.tokenizers import Tokenizer
+
+ARGUMENTS = "arguments.json"
+
+
+def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, source: Path) -> Callable[[Path], None]:
+    """A function that writes what belongs beside weights: tokenizer, template, generation settings
+    of the base, and the arguments of the run."""
+
+    def write(folder: Path) -> None:
+        tokenizer.save(folder)
+        template.save(folder)
+        settings = source / "generation_config.json"
+        if settings.is_file():
+            shutil.copyfile(settings, folder / settings.name)
+        write_json(folder / ARGUMENTS, args.to_json())
+
+    return write
+
+
+def install(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes files beside and then moves each into `folder`, so that none is ever half-written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".final.tmp-") as name:
+        staging = Path(name)
+        write(staging)
+        for path in sorted(staging.iterdir()):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+
+
+def write_results(folder: Path, split: str, values: Mapping[str, float]) -> None:
+    """Writes `SPLIT_results.json` and adds the values to `all_results.json`."""
+    write_json(folder / f"{split}_results.json", dict(values))
+    everything = folder / "all_results.json"
+    before = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    write_json(everything, {**before, **values})

@@ -1,0 +1,146 @@
+"""Exact resume: everything that decides the next step's loss, in files that hold data only (no pickle)."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.checkpoints.files import is_complete, write_json
+from utils.checkpoints.tensors import read_tensors, write_safetensors
+from utils.errors import UserError
+
+OPTIMIZER = "optimizer.safetensors"
+PROGRESS = "progress.json"
+STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The good checkpoints of a run, oldest first. Half-written ones never get this name."""
+    found = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))
+    ]
+    return [path for _, path in sorted(found) if is_complete(path) and (path / PROGRESS).is_file()]
+
+
+def named_parameters(model: Any) -> dict[str, str]:
+    """Paddle's internal parameter name -> name in the model. The internal one depends on how many
+    layers the process built before, so files keep the other."""
+    return {parameter.name: name for name, parameter in model.named_parameters()}
+
+
+def save_optimizer(path: Path, optimizer: Any, model: Any) -> None:
+    """Writes the optimizer's tensors as "PARAMETER|SLOT" (slots: moments, powers, master weights)."""
+    names = named_parameters(model)
+    tensors = []
+    for key, value in optimizer.state_dict().items():
+        if key == "LR_Scheduler":
+            continue
+        entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
+        for slot, tensor in entries.items():
+            internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
+            tensors.append((f"{names[internal]}|{slot[len(internal) + 1 :]}", tensor.numpy()))
+    write_safetensors(path, tensors, {"format": "np"})
+
+
+def load_optimizer(path: Path, optimizer: Any, model: Any) -> None:
+    """Fills the optimizer from what `save_optimizer` wrote."""
+    import paddle
+
+    internal = {name: key for key, name in named_parameters(model).items()}
+    state: dict[str, Any] = {}
+    for key, value in read_tensors(path):
+        name, slot = key.split("|")
+        if name not in internal:
+            raise UserError(f"{path}: holds the state of {name}, which this run does not train")
+        tensor = paddle.to_tensor(value)
+        if slot == "master":
+            state.setdefault("master_weights", {})[internal[name]] = tensor
+        else:
+            state[f"{internal[name]}_{slot}"] = tensor
+    optimizer.set_state_dict(state)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from, as JSON values."""
+    import paddle
+
+    kind, key, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    python = random.getstate()
+    return {
+        "python": [python[0], list(python[1]), python[2]],
+        "numpy": [kind, [int(k) for k in key], int(position), int(has_gauss), float(gauss)],
+        "paddle": [_generator_values(state) for state in paddle.get_rng_state("cpu")],
+        "device": [_generator_values(state) for state in paddle.get_rng_state()],
+    }
+
+
+def set_random_state(saved: Mapping[str, Any]) -> None:
+    """Restores what `random_state` returned."""
+    import paddle
+
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, key, position, has_gauss, cached = saved["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), position, has_gauss, cached))
+    paddle.set_rng_state([_generator_state(values) for values in saved["paddle"]], "cpu")
+    paddle.set_rng_state([_generator_state(values) for values in saved["device"]])
+
+
+def _generator_values(state: Any) -> list[Any]:
+    device, seed, offset, engine = state.__getstate__()
+    return [device, seed, offset, bytes(engine).decode("ascii")]
+
+
+def _generator_state(values: list[Any]) -> Any:
+    import paddle
+
+    device, seed, offset, engine = values
+    state = paddle.base.core.GeneratorState.__new__(paddle.base.core.GeneratorState)
+    state.__setstate__((device, seed, offset, list(engine.encode("ascii"))))
+    return state
+
+
+def save_progress(folder: Path, progress: Mapping[str, Any]) -> None:
+    """Writes the scheduler, the generators, sums for the averages, and the place in the data."""
+    write_json(folder / PROGRESS, dict(progress))
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    """What `save_progress` wrote.
+
+    Raises:
+        UserError: `folder` is no checkpoint of a training run, or its progress file is broken.
+    """
+    path = folder / PROGRESS
+    if not path.is_file() or not (folder / STATE).is_file():
+        raise UserError(
+            f"resume_from_checkpoint {folder}: is no complete checkpoint of this toolchain (it has no {PROGRESS}); "
+            "give a checkpoint-N folder, or leave the option out to continue from the last good one"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to resume a run whose data or whose meaning of a step has changed.
+
+    Raises:
+        UserError: names each setting that differs, with both values.
+    """
+    faults = [
+        f"{folder}: was written with {key} = {saved.get(key)!r}, this run has {value!r}; restore it, or start anew "
+        "with another output_dir (or --overwrite_output_dir)"
+        for key, value in current.items()
+        if key in saved and saved[key] != value
+    ]
+    if faults:
+        raise UserError(faults)
