@@ -28,7 +28,8 @@ UNFIT = re.compile(
     r"prostitut|whore|rape|incest|pornog|erotic|copulat|intercourse|feces|excrement|urin|anus|anal\b|"
     r"kill|murder|suicid|tortur|slave|nazi|hitler|terror|genocid|assassin|shot dead|execution|corpse|"
     r"negro|nigg|race\b|racial|ethnic|tribe|savage|jew|muslim|islam|christ|god\b|religio|cocaine|heroin|"
-    r"marijuana|narcotic|drunk|idiot|moron|imbecil|retard|cripple|stupid|homosexual|lesbian|gay\b|gonorrh|syphil|venereal",
+    r"marijuana|narcotic|drunk|idiot|moron|imbecil|retard|cripple|stupid|homosexual|lesbian|gay\b|"
+    r"gonorrh|syphil|venereal",
     re.IGNORECASE,
 )
 DEFINE = re.compile(r'^Define the (noun|verb|adj|adv) "([a-z][a-z \-]{3,})"\.$')

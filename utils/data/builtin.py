@@ -35,6 +35,5 @@ def resolve_built_in(name: str) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"dataset_name_or_path {name}: neither a folder nor a built-in dataset{hint} "
-        f"(built in: {', '.join(known)})"
+        f"dataset_name_or_path {name}: neither a folder nor a built-in dataset{hint} (built in: {', '.join(known)})"
     )

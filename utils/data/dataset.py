@@ -66,9 +66,7 @@ class Tokenized:
     @classmethod
     def load(cls, folder: Path) -> Tokenized:
         """Reads what `save` wrote; the arrays stay on disk (memory-mapped)."""
-        arrays = [
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("input_ids", "labels", "offsets")
-        ]
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("input_ids", "labels", "offsets")]
         report = DataReport.from_json(json.loads((folder / "report.json").read_text("utf-8")))
         return cls(arrays[0], arrays[1], arrays[2], report)
 
@@ -110,6 +108,13 @@ class SupervisedDataset:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) of the tokens, so that a continued run is known to see the same data."""
+        digest = hashlib.sha256()
+        for array_ in (self._tokenized.offsets, self._tokenized.input_ids, self._tokenized.labels):
+            digest.update(np.ascontiguousarray(array_).data)
+        return digest.hexdigest()
 
     def _example(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= number < len(self._tokenized.offsets) - 1:
@@ -197,9 +202,7 @@ def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: 
     folder = cache_root() / "datasets" / name
     if is_complete(folder):
         return Tokenized.load(folder)
-    made = tokenize(
-        source, tokenizer, template, args.src_length, args.max_length, progress=not args.disable_tqdm
-    )
+    made = tokenize(source, tokenizer, template, args.src_length, args.max_length, progress=not args.disable_tqdm)
     try:
         with atomic_directory(folder) as staging:
             made.save(staging)
@@ -245,9 +248,7 @@ def load_dataset(
         from utils.data.stream import open_stream
 
         if not isinstance(source, FileSource):
-            raise UserError(
-                f"lazy reads files; the built-in dataset {source.name} is in memory: leave lazy out"
-            )
+            raise UserError(f"lazy reads files; the built-in dataset {source.name} is in memory: leave lazy out")
         return open_stream(
             source,
             tokenizer,

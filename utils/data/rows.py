@@ -146,9 +146,7 @@ def _from_pairs(raw: dict[str, Any], require_answer: bool) -> list[Message]:
 def _from_turns(raw: dict[str, Any], key: str, who: str, what: str) -> list[Message]:
     turns = raw[key]
     if not isinstance(turns, list) or not turns:
-        raise RowFault(
-            f'"{key}" must be a list of turns, found {"an empty one" if turns == [] else _kind(turns)}'
-        )
+        raise RowFault(f'"{key}" must be a list of turns, found {"an empty one" if turns == [] else _kind(turns)}')
     messages: list[Message] = []
     if raw.get("system"):
         messages.append({"role": "system", "content": _text(raw["system"], "system")})
@@ -266,9 +264,7 @@ def _array_lines(file: Path) -> Iterator[Line]:
         try:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
-            yield Line(
-                number, None, f"not valid JSON ({error.msg}, line {error.lineno} column {error.colno})"
-            )
+            yield Line(number, None, f"not valid JSON ({error.msg}, line {error.lineno} column {error.colno})")
             return
         yield Line(number, value)
         while place < len(text) and text[place] in blanks:

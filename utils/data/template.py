@@ -108,9 +108,7 @@ class ChatTemplate(ABC):
         rounds, rest = self.rounds(tokenizer, messages)
         return [i for one in rounds for part in one for i in part] + rest
 
-    def encode_conversation(
-        self, tokenizer: Tokenizer, messages: Sequence[Message]
-    ) -> tuple[list[int], list[bool]]:
+    def encode_conversation(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The ids of a conversation that ends with an answer, and which of them are supervised.
 
         Supervised are the assistant's texts and the token that ends each of its turns. What a template
@@ -187,9 +185,7 @@ class JinjaTemplate(ChatTemplate):
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             if settings.get("chat_template") != self.text:
                 settings["chat_template"] = self.text
-                settings_file.write_text(
-                    json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-                )
+                settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
     def _compiled(self) -> Any:
