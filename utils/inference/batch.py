@@ -118,7 +118,7 @@ def answer_file(
     questions = read_questions(data_file, prepared, src_length)
     cut = [question.place for question in questions if question.was_cut]
     if cut:
-        notice(f"{len(cut)} prompts were cut to src_length {src_length} tokens, the first at {cut[0]}")
+        notice(f"{len(cut)} of {len(questions)} prompts were cut to src_length {src_length} tokens, first {cut[0]}")
     drawn = {"seed": secrets.randbits(32) if options.seed is None else options.seed}
     journal = Journal(output_file, run_key(prepared, questions, options), drawn, resume=resume)
     finished = False

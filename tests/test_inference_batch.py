@@ -1,0 +1,333 @@
+"""Loading with adapters, answering files, the journal, and chats, in this process on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from tiny_models import write_tiny_llama
+
+from utils.adapters.lora import add_lora, save_lora
+from utils.adapters.prefix import PrefixTuning, save_prefix
+from utils.checkpoints.load import load_model
+from utils.errors import UserError
+from utils.inference.batch import answer_file
+from utils.inference.chat import Chat
+from utils.inference.engine import EagerEngine
+from utils.inference.generator import Completion, Generator
+from utils.inference.journal import Journal
+from utils.inference.loading import Prepared, load, prepare
+from utils.inference.sampling import SamplingOptions
+
+OPTIONS = SamplingOptions(max_new_tokens=10)
+ROWS = [{"src": f"Question {'very ' * (n % 4)}number {n}?", "tgt": f"answer {n}"} for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path) -> Prepared:
+    return prepare(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def generator(prepared: Prepared) -> Generator:
+    return load(prepared, "cpu")
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def answer(prepared: Prepared, generator: Generator, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Answers rows as the predictor does and returns what was written."""
+
+    def run(rows: list[Any], options: SamplingOptions = OPTIONS, **changes: Any) -> list[dict[str, Any]]:
+        settings: dict[str, Any] = {"src_length": 200, "batch_size": 4, "resume": True, **changes}
+        engine = settings.pop("load", lambda: generator)
+        data = write_rows(tmp_path / "data.json", rows)
+        answer_file(data, tmp_path / "output.json", prepared, engine, options, **settings)
+        assert not (tmp_path / "output.json.partial").exists()
+        return read(tmp_path / "output.json")
+
+    return run
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def first_logits(engine: EagerEngine, prompt: list[int]) -> np.ndarray:
+    engine.reset()
+    found = engine.prefill([prompt]).numpy()[0]
+    engine.reset()
+    return found
+
+
+def test_lora_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
+    """Adapted logits equal those of W + alpha / r * A B, computed here with numpy."""
+    checkpoint = prepared.checkpoint
+    adapted = add_lora(load_model(checkpoint, "float32"), checkpoint.family, rank=4, alpha=12, dropout=0.5)
+    random = np.random.default_rng(0)
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_" in name:
+            parameter.set_value(random.normal(0, 0.1, parameter.shape).astype(np.float32))
+    save_lora(tmp_path, adapted, checkpoint)
+    merged = load_model(checkpoint, "float32")
+    weights, parts = dict(merged.named_parameters()), dict(adapted.model.named_parameters())
+    for name in [name for name in parts if name.endswith("lora_A")]:
+        target = weights[name.replace("lora_A", "weight")]
+        delta = parts[name].numpy() @ parts[name.replace("lora_A", "lora_B")].numpy() * 3.0
+        target.set_value(target.numpy() + delta)
+    prompt = list(range(5, 25))
+    wanted = first_logits(EagerEngine(checkpoint.family, merged, pad_id=0), prompt)
+    loaded = load(prepare(str(folder), device="cpu", lora_path=str(tmp_path)), "cpu")
+    assert isinstance(loaded.engine, EagerEngine)
+    np.testing.assert_allclose(first_logits(loaded.engine, prompt), wanted, atol=1e-4)
+    plain = first_logits(EagerEngine(checkpoint.family, load_model(checkpoint, "float32"), pad_id=0), prompt)
+    assert np.abs(plain - wanted).max() > 0.1
+
+
+def test_prefix_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
+    """A prefix made of the keys and values of real tokens acts as they do where positions do not count."""
+    checkpoint = prepared.checkpoint
+    model = load_model(checkpoint, "float32")
+    prefix = PrefixTuning(checkpoint.family, checkpoint.family.shape(checkpoint.config), 6)
+    prefix.start_from_text(model, [11, 12, 13])
+    save_prefix(tmp_path, prefix, checkpoint)
+    prompt = list(range(5, 25))
+    loaded = load(prepare(str(folder), device="cpu", prefix_path=str(tmp_path)), "cpu")
+    assert isinstance(loaded.engine, EagerEngine)
+    engine = EagerEngine(checkpoint.family, model, pad_id=0, prefix=prefix)
+    np.testing.assert_allclose(first_logits(loaded.engine, prompt), first_logits(engine, prompt), atol=1e-5)
+    with paddle.no_grad():
+        positions = paddle.concat([paddle.arange(6), paddle.arange(20)]).unsqueeze(0)
+        ids = paddle.to_tensor([[11, 12, 13, 11, 12, 13, *prompt]])
+        by_hand, _ = checkpoint.family.step(model, ids, paddle.ones_like(ids), positions)
+    np.testing.assert_allclose(first_logits(loaded.engine, prompt), by_hand.numpy()[0], atol=1e-4)
+
+
+def test_adapter_of_another_base_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    adapted = add_lora(load_model(prepared.checkpoint, "float32"), prepared.checkpoint.family, rank=2)
+    (tmp_path / "adapter").mkdir()
+    save_lora(tmp_path / "adapter", adapted, prepared.checkpoint)
+    other = write_tiny_llama(tmp_path / "other", seed=8)
+    with pytest.raises(UserError, match="another base"):
+        prepare(str(other), device="cpu", lora_path=str(tmp_path / "adapter"))
+
+
+def test_the_adapters_own_template_is_used(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
+    adapted = add_lora(load_model(prepared.checkpoint, "float32"), prepared.checkpoint.family, rank=2)
+    save_lora(tmp_path, adapted, prepared.checkpoint)
+    same = prepare(str(folder), device="cpu", lora_path=str(tmp_path))
+    assert same.template.fingerprint() == prepared.template.fingerprint()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    own = prepare(str(folder), device="cpu", lora_path=str(tmp_path))
+    messages: Any = [{"role": "user", "content": "hi"}]
+    assert own.template.encode_prompt(own.tokenizer, messages) == own.tokenizer.encode("hi!")
+    (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}?")
+    mine = prepare(str(folder), device="cpu", lora_path=str(tmp_path), chat_template=str(tmp_path / "mine.jinja"))
+    assert mine.template.encode_prompt(mine.tokenizer, messages) == mine.tokenizer.encode("hi?")
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_in_order_with_their_fields(answer: Callable[..., Any], generator: Generator) -> None:
+    rows = answer(ROWS)
+    assert [(row["src"], row["tgt"]) for row in rows] == [(row["src"], row["tgt"]) for row in ROWS]
+    assert len({row["output"] for row in rows}) > 3
+    assert rows == answer(ROWS, batch_size=1) == answer(ROWS, batch_size=9)
+
+
+def test_every_shape_of_row_and_every_fault(answer: Callable[..., Any], tmp_path: Path) -> None:
+    data = [
+        {"src": "plain"},
+        '{"src": "broken',
+        {"src": ["a", "b"], "tgt": ["c", "d"]},
+        {"src": ["a", "b"], "tgt": ["c"]},
+        {"messages": [{"role": "user", "content": "from messages"}]},
+        {"instruction": "do", "input": "this", "output": "known"},
+        {"src": "   ", "tgt": "x"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        [1, 2],
+        {"src": 3},
+    ]
+    rows = answer(data)
+    assert [row["src"] for row in rows] == [
+        "plain", None, ["a", "b"], ["a", "b"], "from messages", "do\nthis", "   ", "hi", None, 3,
+    ]  # fmt: skip
+    assert [row["tgt"] for row in rows] == [
+        None, None, ["c", "d"], ["c"], None, "known", "x", "ho", None, None,
+    ]  # fmt: skip
+    broken = [number for number, row in enumerate(rows) if row["output"] is None]
+    assert broken == [1, 6, 8, 9]
+    assert all(f"data.json line {number + 1}: " in rows[number]["error"] for number in broken)
+    assert all("error" not in rows[number] for number in range(10) if number not in broken)
+    # the answer that is known is not part of what the model is asked
+    assert rows[2]["output"] == rows[3]["output"]
+
+
+def test_a_file_without_any_good_row_is_an_error(answer: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        answer([{"x": 1}] * 7)
+    assert len(caught.value.faults) == 6 and "line 1" in caught.value.faults[0]
+    with pytest.raises(UserError, match="empty"):
+        answer([])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json"]
+
+
+def test_long_prompts_are_cut_and_counted(answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answer([{"src": "short"}, {"src": "long " * 300}], src_length=80)
+    assert all(row["output"] for row in rows)
+    assert "1 of 2 prompts were cut to src_length 80 tokens" in capsys.readouterr().err
+
+
+def test_too_few_positions_are_reported(answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = answer(
+        [{"src": "short"}, {"src": "1 " * 220}, {"src": "1 " * 900}],
+        replace(OPTIONS, max_new_tokens=60, min_new_tokens=60),
+        src_length=2000,
+    )
+    assert rows[0]["output"] and rows[1]["output"]
+    assert rows[2]["output"] is None and "line 3" in rows[2]["error"] and "512 positions" in rows[2]["error"]
+    assert "line 2: the answer was cut at" in capsys.readouterr().err
+
+
+# --- interrupted runs ----------------------------------------------------------------------------------
+
+
+class Interrupting:
+    """A generator that is interrupted after some answers, and counts what it is asked."""
+
+    def __init__(self, generator: Generator, after: int) -> None:
+        self.asked = 0
+        self.speed = generator.speed
+        self._generator = generator
+        self._after = after
+
+    def generate(self, prompts: Any, options: Any, batch_size: int, on_row: Any, numbers: Any) -> None:
+        self.asked = len(prompts)
+
+        def counted(index: int, completion: Completion) -> None:
+            on_row(index, completion)
+            self._after -= 1
+            if self._after == 0:
+                raise KeyboardInterrupt
+
+        self._generator.generate(prompts, options, batch_size, counted, numbers)
+
+
+@pytest.mark.parametrize(
+    "options", [OPTIONS, replace(OPTIONS, top_k=0, temperature=2.0), replace(OPTIONS, top_k=0, seed=5)]
+)
+def test_an_interrupted_run_goes_on(
+    answer: Callable[..., Any], generator: Generator, tmp_path: Path, options: SamplingOptions
+) -> None:
+    first, second = Interrupting(generator, 4), Interrupting(generator, -1)
+    rows = [*ROWS, "broken", *ROWS]  # the same questions twice: only the row number tells them apart
+    with pytest.raises(KeyboardInterrupt):
+        answer(rows, options, load=lambda: first)
+    assert not (tmp_path / "output.json").exists()
+    header, *done = read(tmp_path / "output.json.partial")
+    assert first.asked == 18 and len(done) == 4
+    written = answer(rows, options, load=lambda: second, batch_size=3)
+    assert second.asked == 14
+    whole = answer(rows, replace(options, seed=header["facts"]["seed"]))
+    assert written == whole
+
+
+def test_other_arguments_start_anew(
+    answer: Callable[..., Any], generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer(ROWS, load=lambda: Interrupting(generator, 4))
+    second = Interrupting(generator, -1)
+    answer(ROWS, replace(OPTIONS, max_new_tokens=9), load=lambda: second)
+    assert second.asked == 9 and "starting anew" in capsys.readouterr().err
+
+
+def test_no_resume_when_not_wanted(answer: Callable[..., Any], generator: Generator) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        answer(ROWS, load=lambda: Interrupting(generator, 4))
+    second = Interrupting(generator, -1)
+    answer(ROWS, load=lambda: second, resume=False)
+    assert second.asked == 9
+
+
+def test_journal_drops_a_torn_line_and_locks(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    journal = Journal(output, "key", {"seed": 1}, resume=True)
+    journal.record(0, {"output": "zero"})
+    journal.record(2, {"output": "zwei ü"})
+    with pytest.raises(UserError, match="another run is writing"):
+        Journal(output, "key", {"seed": 2}, resume=True)
+    journal.close(remove=False)
+    whole = journal.path.read_bytes()
+    for torn in range(1, len('{"row": 2, "answer": {"output": "zwei ü"}}'.encode()) + 1):
+        journal.path.write_bytes(whole)
+        os.truncate(journal.path, len(whole) - torn)
+        again = Journal(output, "key", {"seed": 2}, resume=True)
+        assert again.facts == {"seed": 1} and again.answers == {0: {"output": "zero"}}
+        again.record(2, {"output": "zwei ü"})
+        again.close(remove=False)
+        assert journal.path.read_bytes() == whole
+    journal = Journal(output, "other", {"seed": 3}, resume=True)
+    assert journal.other_run and journal.answers == {} and journal.facts == {"seed": 3}
+    journal.close(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- chat ----------------------------------------------------------------------------------------------
+
+
+def test_chat_remembers_streams_and_forgets_the_oldest(
+    prepared: Prepared, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = Chat(prepared, generator, replace(OPTIONS, max_new_tokens=6, min_new_tokens=6), src_length=110)
+    pieces: list[str] = []
+    first = chat.say("Hello", pieces.append)
+    assert "".join(pieces) == first.text and first.text
+    second = chat.say("And now?", pieces.append)
+    asked: Any = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And now?"},
+    ]
+    assert second.prompt_tokens == len(prepared.template.encode_prompt(prepared.tokenizer, asked))
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    chat.say("A question that is a bit longer than those before it were", pieces.append)
+    assert len(chat.messages) < 6 and chat.messages[0]["content"] != "Hello"
+    assert "oldest rounds no longer fit" in capsys.readouterr().err
+    chat.reset()
+    assert chat.say("Hello", pieces.append).text == first.text
+
+
+def test_chat_survives_ctrl_c_in_an_answer(prepared: Prepared, generator: Generator) -> None:
+    options = replace(OPTIONS, max_new_tokens=50, min_new_tokens=50)
+    chat = Chat(prepared, generator, options, src_length=200)
+    pieces: list[str] = []
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    chat.say("Hello", write)
+    assert chat.messages[1] == {"role": "assistant", "content": "".join(pieces)}
+    assert chat.say("Again", lambda piece: None).text
