@@ -200,9 +200,7 @@ def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
 
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
     special = [
-        token
-        for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"], strict=True)
-        if kind == _CONTROL_TOKEN
+        token for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"], strict=True) if kind == _CONTROL_TOKEN
     ]
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}

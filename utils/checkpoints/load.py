@@ -30,9 +30,7 @@ def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | Non
         paddle.set_default_dtype(before)
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None
-) -> Any:
+def load_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None) -> Any:
     """The Paddle model of a checkpoint, in eval mode.
 
     Args:

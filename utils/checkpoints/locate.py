@@ -150,8 +150,7 @@ def _inspect(name: str, folder: Path) -> Checkpoint:
     if family is None:
         known = ", ".join(sorted(kind for spec in FAMILIES.values() for kind in spec.model_types))
         raise UserError(
-            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; "
-            f"known are {known}"
+            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; known are {known}"
         )
     files = _weight_files(folder)
     return Checkpoint(name, folder, config, family, _layout(files, family, config), files)

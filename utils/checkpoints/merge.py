@@ -66,9 +66,7 @@ def read_adapter(folder: Path, config: Mapping[str, Any]) -> dict[str, Pair]:
         raise UserError(f"{path}: holds tensors that are no LoRA pair: {some(others)}")
     odd = [layer for layer, pair in halves.items() if len(pair) != 2]
     if odd or not halves:
-        raise UserError(
-            f"{path}: not a whole adapter; half of a pair is missing for {some(odd) or 'every layer'}"
-        )
+        raise UserError(f"{path}: not a whole adapter; half of a pair is missing for {some(odd) or 'every layer'}")
     return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}
 
 
@@ -128,9 +126,7 @@ def _check_fit(
         elif len(shape) != 2 or a.shape != (shape[0], rank) or b.shape != (rank, shape[1]):
             wrong.append(f"{layer} (A {list(a.shape)}, B {list(b.shape)}, rank {rank}, base {list(shape)})")
     if wrong:
-        raise UserError(
-            f"{adapter}: does not fit {base.name}; is it an adapter of another base? {some(wrong)}"
-        )
+        raise UserError(f"{adapter}: does not fit {base.name}; is it an adapter of another base? {some(wrong)}")
 
 
 def _merged(

@@ -45,17 +45,13 @@ def save_model(
     def lazy(weight: Weight) -> LazyTensor:
         parameter = parameters[weight.parameter]
         kept = dtype or str(parameter.dtype).removeprefix("paddle.")
-        return stored_as(
-            weight, export_format, kept, tuple(parameter.shape), lambda: cast(parameter.numpy(), kept)
-        )
+        return stored_as(weight, export_format, kept, tuple(parameter.shape), lambda: cast(parameter.numpy(), kept))
 
     tensors = [lazy(weight) for weight in family.weights(config)]
     return write_model(folder, tensors, family, config, export_format, max_shard_bytes)
 
 
-def stored_as(
-    weight: Weight, export_format: str, dtype: str, shape: tuple[int, ...], read: Any
-) -> LazyTensor:
+def stored_as(weight: Weight, export_format: str, dtype: str, shape: tuple[int, ...], read: Any) -> LazyTensor:
     """A parameter (its shape and values in the Paddle layout) as a tensor of the layout to write."""
     if export_format == "paddle":
         return LazyTensor(weight.parameter, dtype, shape, read)

@@ -116,7 +116,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], base: int, room: int) 
     if dtype is None:
         raise ValueError(f"tensor {name} has the type {entry['dtype']}, which is not supported")
     tensor = LazyTensor(name, dtype, shape, lambda: mapped(path, dtype, shape, base + begin))
-    if not 0 <= begin <= end <= room or end - begin != tensor.nbytes:
+    if not 0 <= begin <= end <= room or end - begin != tensor.nbytes or min(shape, default=0) < 0:
         raise ValueError(f"tensor {name} lies outside the file")
     return tensor
 
@@ -167,9 +167,7 @@ def write_lazy(path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, st
             file.write(np.ascontiguousarray(values).data if values.size else b"")
 
 
-def write_safetensors(
-    path: Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, str]
-) -> None:
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str, str]) -> None:
     """Writes (name, values) pairs as one safetensors file atomically; uint16 is written as bfloat16."""
     write_lazy(path, [in_memory(name, array) for name, array in tensors], metadata)
 

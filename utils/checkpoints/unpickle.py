@@ -7,6 +7,8 @@ not read but remembered by their place in the file, so that opening costs neithe
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickle
 import struct
 import zipfile
@@ -14,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -104,7 +106,7 @@ class _Array:
             return values.T if self.fortran else values
 
         tensor = LazyTensor(name, dtype, shape, read)
-        if tensor.nbytes != size:
+        if tensor.nbytes != size or min(shape, default=0) < 0:
             raise ValueError(f"tensor {name} has {size} bytes, expected {tensor.nbytes}")
         if isinstance(data, _FileBytes) and data.offset + size > path.stat().st_size:
             raise ValueError(f"tensor {name} is cut short")
@@ -145,6 +147,10 @@ def _encode(text: str, _encoding: str) -> bytes:
     return text.encode("latin-1")  # how protocol 2 writes byte strings
 
 
+def _no_bytes() -> bytes:
+    return b""  # how protocol 2 writes an empty byte string
+
+
 def _paddle_dense(expression: str, scope: Mapping[str, Any]) -> Any:
     """Stands for the `eval("data", {"data": array})` that Paddle writes for some tensors."""
     if expression != "data":
@@ -156,6 +162,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "tuple"): tuple,
     ("builtins", "eval"): _paddle_dense,
+    ("builtins", "bytes"): _no_bytes,
     ("_codecs", "encode"): _encode,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
@@ -172,14 +179,14 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its handling of each 
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: mmap.mmap | io.BytesIO, path: Path) -> None:
         super().__init__(file)
         self._path = path
         self._file = file
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _KNOWN[module, name]
+            return _KNOWN[module.replace("__builtin__", "builtins"), name]  # its name in protocol 2
         except KeyError:
             raise UserError(
                 f"{self._path}: refused: it asks for {module}.{name} to be run while loading, which files of "
@@ -219,7 +226,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its handling of each 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _load(file: BinaryIO, path: Path) -> Mapping[str, Any]:
+def _load(file: mmap.mmap | io.BytesIO, path: Path) -> Mapping[str, Any]:
     content = _Unpickler(file, path).load()
     if not isinstance(content, Mapping):
         raise ValueError(f"a {type(content).__name__} instead of named tensors")
@@ -241,9 +248,10 @@ def open_pdparams(path: Path) -> dict[str, LazyTensor]:
     """
     tensors: dict[str, LazyTensor] = {}
     try:
-        with open(path, "rb") as file:
-            content = _load(file, path)
-            if file.read(1):
+        # A map of the file gives what there is, however much a damaged length asks for.
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            content = _load(view, path)
+            if view.read(1):
                 raise ValueError("bytes after its end")
         for name, value in content.items():
             if name == "StructuredToParameterName@@":  # Paddle's internal names beside the tensors
@@ -272,8 +280,7 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
             root = names[0].removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError("its values are big-endian")
-            with archive.open(names[0]) as file:
-                content = _load(file, path)  # type: ignore[arg-type]
+            content = _load(io.BytesIO(archive.read(names[0])), path)
             entries = {info.filename.removeprefix(f"{root}data/"): info for info in archive.infolist()}
         for name, tensor in content.items():
             if not isinstance(tensor, _TorchTensor):
