@@ -213,9 +213,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocabulary = 1 + max([size - 1, *self._added.values()])
         written = sorted({*self.special_tokens, *self._added}, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, written)) + ")") if written else None
-        for role, token_id in (("bos", self._model.bos_id()), ("eos", self._model.eos_id())):
+        model = self._model
+        for role, token_id in (("bos", model.bos_id()), ("eos", model.eos_id()), ("unk", model.unk_id())):
             if token_id >= 0:
-                settings.default_token(role, self._model.id_to_piece(token_id))
+                settings.default_token(role, model.id_to_piece(token_id))
         settings.apply(self)
         self.adds_bos = settings.flag("add_bos_token", default=True) and self.bos_id is not None
 

@@ -1,0 +1,193 @@
+"""The one path from a conversation to ids: training and inference see the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import CHATML, LLAMA2, write_bpe, write_sentencepiece
+
+from utils.data.template import ChatTemplate, JinjaTemplate, Message, PaddleNLPTemplate, PlainTemplate
+from utils.errors import UserError
+from utils.families.tokenizers import Tokenizer, load_tokenizer
+
+PADDLENLP = {
+    "system": "Be kind. ",
+    "conversation": ["{{bos_token}}Human: {{user}}\n", "Bot: ", "{{bot}}\n"],
+    "query": "something else: {{query}}",
+}
+TEMPLATES: dict[str, ChatTemplate] = {
+    "chatml": JinjaTemplate(CHATML, "test"),
+    "llama2": JinjaTemplate(LLAMA2, "test"),
+    "plain": PlainTemplate(),
+    "paddlenlp": PaddleNLPTemplate(PADDLENLP, "test"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    bpe, pieces = tmp_path_factory.mktemp("bpe"), tmp_path_factory.mktemp("pieces")
+    return {
+        "bpe": load_tokenizer(bpe, write_bpe(bpe)),
+        "pieces": load_tokenizer(pieces, write_sentencepiece(pieces)),
+    }
+
+
+def talk(*texts: str, system: str | None = None) -> list[Message]:
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for number, text in enumerate(texts):
+        messages.append({"role": "assistant" if number % 2 else "user", "content": text})
+    return messages
+
+
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=30),
+    st.lists(st.sampled_from(["one ", "\n", " ", "你好", "<|im_end|>", "</s>", "{{", "assistant"]), max_size=6).map(
+        "".join
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "pieces"])
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=40)
+@given(texts=st.lists(TEXTS, min_size=2, max_size=8).filter(lambda texts: len(texts) % 2 == 0))
+def test_training_ids_begin_with_the_prompt_of_every_turn(
+    name: str, kind: str, texts: list[str], tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer, template = tokenizers[kind], TEMPLATES[name]
+    messages = talk(*texts)
+    ids, supervised = template.encode_conversation(tokenizer, messages)
+    assert len(ids) == len(supervised)
+    for turn in range(0, len(messages), 2):
+        prompt = template.encode_prompt(tokenizer, messages[: turn + 1])
+        assert ids[: len(prompt)] == prompt
+        assert supervised[len(prompt)]
+    assert supervised[-1] and ids[-1] in tokenizer.special_ids
+
+
+def test_chatml_ids_are_those_of_the_whole_text(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, template = tokenizers["bpe"], TEMPLATES["chatml"]
+    text = (
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nfive six<|im_end|>\n"
+        "<|im_start|>assistant\nseven eight<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
+        "<|im_start|>assistant\nten<|im_end|>"
+    )
+    ids, supervised = template.encode_conversation(tokenizer, talk("five six", "seven eight", "你好", "ten"))
+    assert ids == tokenizer.encode(text)
+    learned = tokenizer.decode([i for i, flag in zip(ids, supervised, strict=True) if flag], skip_special=False)
+    assert learned == "seven eight<|im_end|>ten<|im_end|>"
+
+
+def test_llama2_ids_are_those_of_the_published_code(tokenizers: dict[str, Tokenizer]) -> None:
+    """LLaMA 2 encodes each finished round as one text between begin and end token."""
+    tokenizer, template = tokenizers["pieces"], TEMPLATES["llama2"]
+    rounds = [("What is the capital of France?", "Paris"), ("one", "two")]
+    expected: list[int] = []
+    for question, answer in rounds:
+        expected += [1, *tokenizer.encode(f"[INST] {question} [/INST] {answer} "), 2]
+    ids, supervised = template.encode_conversation(tokenizer, talk(*(text for pair in rounds for text in pair)))
+    assert ids == expected
+    assert sum(supervised) == sum(len(tokenizer.encode(f" {a} ", continuation=True)) + 1 for _, a in rounds)
+
+
+def test_plain_joins_begin_token_prompt_answer_and_end_token(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, template = tokenizers["pieces"], TEMPLATES["plain"]
+    ids, supervised = template.encode_conversation(tokenizer, talk("one", "two"))
+    assert ids == [1, *tokenizer.encode("one"), *tokenizer.encode("two"), 2]
+    assert supervised == [False] * (1 + len(tokenizer.encode("one"))) + [True] * (len(tokenizer.encode("two")) + 1)
+    assert template.encode_prompt(tokenizer, talk("one")) == [1, *tokenizer.encode("one")]
+
+
+def test_paddlenlp_template(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, template = tokenizers["bpe"], TEMPLATES["paddlenlp"]
+    ids, supervised = template.encode_conversation(tokenizer, talk("one", "two", "three", "four"))
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "Be kind. <|im_start|>Human: one\nBot: two\n<|im_end|><|im_start|>Human: three\nBot: four\n<|im_end|>"
+    )
+    assert tokenizer.decode([i for i, flag in zip(ids, supervised, strict=True) if flag]) == "two\nfour\n"
+
+
+def test_a_system_message_reaches_the_model(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["bpe"]
+    for name in ("chatml", "plain", "paddlenlp"):
+        ids = TEMPLATES[name].encode_prompt(tokenizer, talk("one", system="seven"))
+        assert "seven" in tokenizer.decode(ids), name
+
+
+def test_a_template_without_end_token_still_teaches_to_stop(tokenizers: dict[str, Tokenizer]) -> None:
+    template = JinjaTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "test")
+    ids, supervised = template.encode_conversation(tokenizers["bpe"], talk("one", "two"))
+    assert ids[-1] == tokenizers["bpe"].eos_id and supervised[-1]
+
+
+def test_the_end_of_turn_of_the_template_stops_generation(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tmp_path, {**write_bpe(tmp_path, eos_token="<|endoftext|>"), "eos_token_id": 0})
+    assert tokenizer.eos_ids == (0,)
+    assert TEMPLATES["chatml"].stop_ids(tokenizer) == (0, 2)
+
+
+def test_order_in_which_templates_are_looked_for(tmp_path: Path) -> None:
+    assert ChatTemplate.load(None, default=None).source == "plain"
+    assert ChatTemplate.load(tmp_path, default=None).source == "plain"
+    assert ChatTemplate.load(tmp_path, default="family").fingerprint() == JinjaTemplate("family", "").fingerprint()
+    (tmp_path / "chat_template.json").write_text(json.dumps(PADDLENLP))
+    assert ChatTemplate.load(tmp_path, default="family").source == "paddlenlp"
+    for given in ("settings", [{"name": "tools", "template": "x"}, {"name": "default", "template": "settings"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+        loaded = ChatTemplate.load(tmp_path, default="family")
+        assert loaded.fingerprint() == JinjaTemplate("settings", "").fingerprint()
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert ChatTemplate.load(tmp_path, default="f").fingerprint() == JinjaTemplate("file", "").fingerprint()
+    (tmp_path / "mine.jinja").write_text("mine")
+    loaded = ChatTemplate.load(tmp_path, default="f", override=tmp_path / "mine.jinja")
+    assert loaded.fingerprint() == JinjaTemplate("mine", "").fingerprint()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_saved_template_is_found_again(name: str, tmp_path: Path) -> None:
+    TEMPLATES[name].save(tmp_path)
+    assert ChatTemplate.load(tmp_path, default=None).fingerprint() == TEMPLATES[name].fingerprint()
+
+
+def test_saving_replaces_the_template_that_came_with_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old", "eos_token": "x"}))
+    JinjaTemplate("new", "").save(tmp_path)
+    settings_of = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings_of == {"chat_template": "new", "eos_token": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for %}", "line 1"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages[3].content }}", "refuses this conversation"),
+        ("{{ messages[-1].content }}", "rewrites earlier turns"),
+    ],
+)
+def test_a_faulty_template_is_a_user_error(text: str, said: str, tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        JinjaTemplate(text, "mine.jinja").encode_conversation(tokenizers["bpe"], talk("one", "two"))
+    assert "mine.jinja" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"conversation": ["one"]}', "{}", "{"])
+def test_a_faulty_paddlenlp_file_is_a_user_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(content)
+    with pytest.raises(UserError, match=r"chat_template\.json"):
+        ChatTemplate.load(tmp_path, default=None)
+
+
+def test_functions_that_published_templates_call(tokenizers: dict[str, Tokenizer]) -> None:
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m | tojson }}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    )
+    ids, _ = JinjaTemplate(text, "test").encode_conversation(tokenizers["bpe"], talk("<a>", "two"))
+    decoded = tokenizers["bpe"].decode(ids, skip_special=False)
+    assert decoded == '{"role": "user", "content": "<a>"}two<|im_end|>'

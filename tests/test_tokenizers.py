@@ -1,0 +1,155 @@
+"""Tokenizers: ids, special tokens, vocabulary checks, and folders that go through save and load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import write_bpe, write_sentencepiece
+
+from utils.errors import UserError
+from utils.families.tokenizers import Tokenizer, load_tokenizer
+
+SETTINGS = settings(deadline=None, max_examples=60)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("bpe")
+    return load_tokenizer(folder, write_bpe(folder))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("pieces")
+    return load_tokenizer(folder, write_sentencepiece(folder))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "pieces"])
+@SETTINGS
+@given(text=st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00▁"), max_size=40))
+def test_text_survives_encoding(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocabulary for i in ids)
+
+
+def test_special_tokens_in_a_text_are_recognised_and_nothing_is_added(bpe: Tokenizer) -> None:
+    ids = bpe.encode("<|im_start|>user\none<|im_end|>")
+    assert ids[0] == bpe.token_id("<|im_start|>") == bpe.bos_id
+    assert ids[-1] == bpe.token_id("<|im_end|>") == bpe.eos_id
+    assert ids.count(bpe.eos_id) == 1
+    assert bpe.encode("one") == ids[ids.index(bpe.encode("\n")[0]) + 1 : -1]
+    assert bpe.decode(ids) == "user\none"
+    assert bpe.decode(ids, skip_special=False) == "<|im_start|>user\none<|im_end|>"
+
+
+def test_sentencepiece_gives_the_ids_of_the_library(pieces: Tokenizer) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_proto=pieces.files[0].read_bytes())
+    text = "What is the capital of France? 你好"
+    assert pieces.encode(text) == model.encode(text)
+    assert pieces.encode(f"<s>{text}</s>") == [1, *model.encode(text), 2]
+    assert (pieces.bos_id, pieces.eos_id, pieces.adds_bos) == (1, 2, True)
+    assert pieces.pad_id == model.unk_id()  # config says -1, which is no id
+    assert pieces.decode([1, *model.encode(text), 2], skip_special=False) == f"<s>{text}</s>"
+
+
+def test_a_continuation_has_no_blank_of_its_own(pieces: Tokenizer) -> None:
+    whole = pieces.encode("one two")
+    assert pieces.encode("one") + pieces.encode(" two", continuation=True) == whole
+    assert pieces.encode("one") + pieces.encode(" two") != whole
+
+
+def test_a_continuation_in_tokenizer_json_has_no_blank_of_its_own(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers
+
+    letters = "▁abc"
+    model = models.BPE(vocab={letter: i for i, letter in enumerate([*letters, "</s>"])}, merges=[])
+    library = Library(model)
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    library.add_special_tokens(["</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = load_tokenizer(tmp_path, {"vocab_size": 5})
+    assert tokenizer.encode("ab c") == [0, 1, 2, 0, 3]
+    assert tokenizer.encode(" c", continuation=True) == [0, 3]
+    assert tokenizer.decode([0, 1, 2, 0, 3]) == "ab c"
+
+
+def test_every_named_end_token_ends_generation(tmp_path: Path) -> None:
+    config = write_bpe(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    assert load_tokenizer(tmp_path, config).eos_ids == (2, 0)
+
+
+def test_tokens_that_only_the_settings_name(tmp_path: Path) -> None:
+    config = write_sentencepiece(
+        tmp_path,
+        pad_token="<pad>",
+        added_tokens_decoder={
+            "400": {"content": "<pad>", "special": True},
+            "401": {"content": "<go>", "special": False},
+        },
+    )
+    config["vocab_size"] = 402
+    tokenizer = load_tokenizer(tmp_path, config)
+    assert (tokenizer.pad_id, tokenizer.vocabulary) == (400, 402)
+    ids = tokenizer.encode("one<pad><go>")
+    assert ids[-2:] == [400, 401]
+    assert tokenizer.decode(ids) == "one<go>"
+
+
+def test_ids_beyond_the_tokenizer_decode_to_nothing(bpe: Tokenizer, pieces: Tokenizer) -> None:
+    for tokenizer in (bpe, pieces):
+        assert tokenizer.decode([*tokenizer.encode("one"), tokenizer.vocabulary + 7]) == "one"
+
+
+def test_saved_folder_loads_as_the_same_tokenizer(bpe: Tokenizer, pieces: Tokenizer, tmp_path: Path) -> None:
+    for number, tokenizer in enumerate((bpe, pieces)):
+        folder = tmp_path / str(number)
+        tokenizer.save(folder)
+        tokenizer.save(folder)  # into a folder that has it already
+        again = load_tokenizer(folder, {"vocab_size": tokenizer.vocabulary, "eos_token_id": 2})
+        assert again.fingerprint() == tokenizer.fingerprint()
+        assert again.encode("one two 你好") == tokenizer.encode("one two 你好")
+    assert bpe.fingerprint() != pieces.fingerprint()
+
+
+def test_paddlenlp_file_name(tmp_path: Path) -> None:
+    config = write_sentencepiece(tmp_path, "sentencepiece.bpe.model")
+    assert load_tokenizer(tmp_path, config).bos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("no files", "no tokenizer found"),
+        ("small model", "vocab_size in config.json is 10"),
+        ("no end", "no end-of-text token"),
+        ("broken", "not a readable tokenizer.json"),
+        ("broken settings", "not readable as JSON"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_a_user_error(change: str, said: str, tmp_path: Path) -> None:
+    config = write_bpe(tmp_path)
+    if change == "no files":
+        (tmp_path / "tokenizer.json").unlink()
+    elif change == "small model":
+        config["vocab_size"] = 10
+    elif change == "no end":
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+        config = {"vocab_size": config["vocab_size"]}
+    elif change == "broken":
+        (tmp_path / "tokenizer.json").write_text("{")
+    else:
+        (tmp_path / "tokenizer_config.json").write_text("{,")
+    with pytest.raises(UserError, match=said) as caught:
+        load_tokenizer(tmp_path, config)
+    assert str(tmp_path) in str(caught.value)
