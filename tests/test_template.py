@@ -136,8 +136,8 @@ def test_order_in_which_templates_are_looked_for(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path, default="family").fingerprint() == JinjaTemplate("family", "").fingerprint()
     (tmp_path / "chat_template.json").write_text(json.dumps(PADDLENLP))
     assert ChatTemplate.load(tmp_path, default="family").source == "paddlenlp"
-    for given in ("settings", [{"name": "tools", "template": "x"}, {"name": "default", "template": "settings"}]):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+    for entry in ("settings", [{"name": "tools", "template": "x"}, {"name": "default", "template": "settings"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
         loaded = ChatTemplate.load(tmp_path, default="family")
         assert loaded.fingerprint() == JinjaTemplate("settings", "").fingerprint()
     (tmp_path / "chat_template.jinja").write_text("file")

@@ -203,13 +203,9 @@ class SentencePieceTokenizer(Tokenizer):
         size = self._model.vocab_size()
         control = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.special_tokens = {self._model.id_to_piece(i): i for i in control}
-        self._added = {
-            content: token_id for content, (token_id, _) in settings.added.items() if token_id >= size
-        }
+        self._added = {content: token_id for content, (token_id, _) in settings.added.items() if token_id >= size}
         self._added_by_id = {token_id: content for content, token_id in self._added.items()}
-        self.special_tokens |= {
-            content: token_id for content, (token_id, special) in settings.added.items() if special
-        }
+        self.special_tokens |= {content: token_id for content, (token_id, special) in settings.added.items() if special}
         self.vocabulary = 1 + max([size - 1, *self._added.values()])
         written = sorted({*self.special_tokens, *self._added}, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, written)) + ")") if written else None

@@ -1,0 +1,189 @@
+"""The endless stream: every row in every epoch, and exact resume at any item."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import write_bpe
+
+from utils.data.dataset import load_dataset
+from utils.data.encode import Example, encode_row
+from utils.data.rows import read_rows
+from utils.data.sources import FileSource
+from utils.data.stream import StreamDataset
+from utils.data.template import ChatTemplate
+from utils.errors import UserError
+from utils.families.tokenizers import Tokenizer, load_tokenizer
+
+Kit = tuple[Tokenizer, ChatTemplate]
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    config = write_bpe(folder)
+    return load_tokenizer(folder, config), ChatTemplate.load(folder, default=None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files of 40 and 25 rows, with blank lines."""
+    folder = tmp_path_factory.mktemp("data") / "train"
+    folder.mkdir()
+    for name, numbers in (("a.json", range(40)), ("b.json", range(40, 65))):
+        rows = [json.dumps({"src": f"Define {i}", "tgt": "one two " * (1 + i * 5 % 9)}) for i in numbers]
+        (folder / name).write_text("\n\n".join(rows) + "\n\n")
+    return sorted(folder.iterdir())
+
+
+def stream(files: list[Path], kit: Kit, *, limit: int | None = None, **options: Any) -> StreamDataset:
+    chosen = {"src_length": 64, "max_length": 128, "seed": 3, "block_packs": 4, **options}
+    return StreamDataset(FileSource(files, limit), *kit, **chosen)
+
+
+def plain(items: Any) -> list[tuple[list[int], ...]]:
+    return [tuple(np.asarray(item[name]).tolist() for name in sorted(item)) for item in items]
+
+
+def segments(items: Any) -> list[tuple[list[int], list[int]]]:
+    found = []
+    for item in items:
+        start = 0
+        for length in item.get("lengths", [len(item["input_ids"])]):
+            part = slice(start, start + length)
+            found.append((item["input_ids"][part].tolist(), item["labels"][part].tolist()))
+            start += length
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_gives_every_row_once(files: list[Path], kit: Kit, packed: bool) -> None:
+    examples = [encode_row(row, *kit, 64, 128) for row in read_rows(files)]
+    expected = sorted((e.input_ids.tolist(), e.labels.tolist()) for e in examples if isinstance(e, Example))
+    dataset = stream(files, kit, packed=packed)
+    iterator = iter(dataset)
+    orders = []
+    for _ in range(3):
+        epoch: list[Any] = []
+        while len(epoch) < len(expected):
+            epoch += segments([next(iterator)])
+        assert sorted(epoch) == expected
+        orders.append(epoch)
+    assert orders[0] != orders[1] != orders[2]  # the shuffle differs from epoch to epoch
+
+
+def test_packs_keep_the_limit_and_are_full(files: list[Path], kit: Kit) -> None:
+    items = list(islice(stream(files, kit, packed=True, block_packs=16), 40))
+    assert all(sum(item["lengths"]) == len(item["input_ids"]) <= 128 for item in items)
+    assert np.mean([len(item["input_ids"]) for item in items]) > 0.8 * 128
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    after=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    packed=st.booleans(),
+    shuffle=st.booleans(),
+    read_ahead=st.integers(0, 30),
+    limit=st.sampled_from([None, 1, 33, 50]),
+)
+def test_resume_goes_on_exactly(
+    after: list[int],
+    packed: bool,
+    shuffle: bool,
+    read_ahead: int,
+    limit: int | None,
+    files: list[Path],
+    kit: Kit,
+) -> None:
+    """Several resumes in a row, each after a loader has read further than what was used."""
+    options = {"packed": packed, "shuffle": shuffle, "limit": limit}
+    expected = plain(islice(stream(files, kit, **options), sum(after) + 40))
+    done = 0
+    state: dict[str, Any] | None = None
+    for count in after:
+        dataset = stream(files, kit, **options)
+        iterator = iter(dataset) if state is None else dataset.iter_from(state)
+        assert plain(islice(iterator, count + read_ahead)) == expected[done : done + count + read_ahead]
+        done += count
+        state = json.loads(json.dumps(dataset.state_after(done)))
+    assert state is not None
+    rest = stream(files, kit, **options).iter_from(state)
+    assert plain(islice(rest, 40)) == expected[done : done + 40]
+
+
+def test_state_of_items_read_by_someone_else(files: list[Path], kit: Kit) -> None:
+    used = stream(files, kit)
+    list(islice(used, 30))
+    assert stream(files, kit).state_after(30) == used.state_after(30)
+    resumed = stream(files, kit)
+    resumed.restore(used.state_after(60))
+    with pytest.raises(ValueError, match="was resumed after item"):
+        resumed.state_after(3)
+
+
+def test_changed_files_or_seed_cannot_resume(files: list[Path], kit: Kit) -> None:
+    state = stream(files, kit).state_after(5)
+    for other in (stream(files[:1], kit), stream(files, kit, seed=4)):
+        with pytest.raises(UserError, match="have changed since the checkpoint"):
+            other.restore(state)
+
+
+def test_a_broken_row_late_in_the_stream_is_left_out_and_said(
+    tmp_path: Path, kit: Kit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.json"
+    file.write_text('{"src": "one", "tgt": "two"}\n{"src": "one"\n{"src": "one", "tgt": "three"}\n')
+    dataset = stream([file], kit, shuffle=False)
+    answers = [[int(label) for label in item["labels"] if label != -100] for item in islice(dataset, 4)]
+    assert [kit[0].decode(answer) for answer in answers] == ["two", "three"] * 2
+    assert f"{file} line 2: row left out: not valid JSON" in capsys.readouterr().err
+    assert dataset.report.counts == {"dropped, broken": 1}
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "?\n"])
+def test_no_usable_row_does_not_hang(content: str, tmp_path: Path, kit: Kit) -> None:
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(UserError, match="no row could be used"):
+        next(iter(stream([tmp_path / "train.json"], kit)))
+
+
+def test_json_array_is_refused(tmp_path: Path, kit: Kit) -> None:
+    (tmp_path / "train.json").write_text('[{"src": "one", "tgt": "two"}]')
+    with pytest.raises(UserError, match="cannot be streamed with lazy"):
+        stream([tmp_path / "train.json"], kit)
+
+
+def test_paddle_reads_the_stream_of_a_lazy_run(files: list[Path], kit: Kit) -> None:
+    from paddle.io import DataLoader, IterableDataset
+
+    from utils.data.collate import Collator
+
+    args: Any = SimpleNamespace(
+        dataset_name_or_path=str(files[0].parent.parent),
+        task_name=None,
+        intokens=True,
+        lazy=True,
+        src_length=64,
+        max_length=128,
+        max_train_samples=None,
+        max_eval_samples=None,
+        eval_with_do_generation=False,
+        seed=3,
+        disable_tqdm=True,
+    )
+    dataset = load_dataset(args, *kit, "train")
+    assert isinstance(dataset, StreamDataset) and isinstance(dataset, IterableDataset)
+    expected = list(islice(stream(files, kit, packed=True, block_packs=128), 6))
+    loader = DataLoader(dataset, batch_size=2, collate_fn=Collator(kit[0].pad_id), num_workers=0)
+    for number, batch in enumerate(islice(loader, 3)):
+        made = Collator(kit[0].pad_id)(expected[2 * number : 2 * number + 2])
+        assert set(batch) == set(made)
+        assert all((np.asarray(batch[name]) == made[name]).all() for name in made)
