@@ -42,11 +42,17 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two fingerprints are those of one model, up to rounding of its float type."""
-    if {**first, "sample": None} != {**second, "sample": None}:
+def same_base(stored: object, actual: dict[str, Any]) -> bool:
+    """Whether a fingerprint read from a file is that of a model, up to rounding of its float type.
+
+    What is no fingerprint at all (a file that was edited) belongs to no model.
+    """
+    if not isinstance(stored, dict) or {**stored, "sample": None} != {**actual, "sample": None}:
         return False
-    pairs = zip(first["sample"], second["sample"], strict=False)
-    return len(first["sample"]) == len(second["sample"]) and all(
-        math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs
+    sample = stored.get("sample")
+    if not isinstance(sample, list) or len(sample) != len(actual["sample"]):
+        return False
+    return all(
+        isinstance(one, (int, float)) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6)
+        for one, other in zip(sample, actual["sample"], strict=True)
     )
