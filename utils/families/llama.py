@@ -81,11 +81,19 @@ class Llama(FamilySpec):
         )
 
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
-        from utils.kernels.attention import library_attention
+        import paddle
+        from paddlenlp.transformers.llama import modeling
+
+        from utils.kernels import attention, norm, rotary
 
         model = super().create(config, **overrides)
         for layer in model.llama.layers:
-            layer.self_attn.attn_func = library_attention
+            layer.self_attn.attn_func = attention.library_attention
+        if not paddle.is_compiled_with_cuda():  # GPUs have fused operators for these
+            modeling.apply_rotary_pos_emb = rotary.apply_rotary_pos_emb
+            for layer in model.sublayers():
+                if isinstance(layer, modeling.LlamaRMSNorm):
+                    layer.forward = norm.forward_of(layer)
         return model
 
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:

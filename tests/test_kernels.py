@@ -1,0 +1,82 @@
+"""Kernels against the library's own operators: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from utils.kernels.norm import rms_norm
+from utils.kernels.rotary import apply_rotary_pos_emb
+
+
+def gradients(function: Callable[..., Any], *inputs: Any) -> list[np.ndarray]:
+    """Outputs of `function`, then the gradients of a fixed weighting of them for each input."""
+    tensors = [paddle.to_tensor(value, stop_gradient=False) for value in inputs]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((output * paddle.cos(paddle.arange(output.size, dtype="float32").reshape(output.shape))).sum()
+               for output in outputs)  # fmt: skip
+    loss.backward()
+    return [output.numpy() for output in outputs] + [tensor.grad.numpy() for tensor in tensors]
+
+
+def test_rms_norm_matches_its_definition() -> None:
+    random = np.random.default_rng(0)
+    x, weight = random.normal(size=(2, 7, 24)).astype("float32"), random.normal(size=24).astype("float32")
+
+    def definition(x: Any, weight: Any) -> Any:
+        return x / paddle.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
+
+    for ours, theirs in zip(
+        gradients(lambda a, b: rms_norm(a, b, 1e-5), x, weight), gradients(definition, x, weight), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    with paddle.no_grad():
+        plain = rms_norm(paddle.to_tensor(x), paddle.to_tensor(weight), 1e-5).numpy()
+    np.testing.assert_allclose(plain, definition(paddle.to_tensor(x), paddle.to_tensor(weight)).numpy(), atol=1e-5)
+
+
+def test_rms_norm_without_a_trained_weight() -> None:
+    x = paddle.randn([3, 8])
+    x.stop_gradient = False
+    weight = paddle.ones([8])
+    rms_norm(x, weight, 1e-6).sum().backward()
+    assert weight.grad is None
+    # the norm does not change along x itself
+    np.testing.assert_allclose((x.grad * x).sum(-1).numpy(), np.zeros(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [None, [[0, 1, 2, 0, 1], [5, 3, 3, 0, 9]]])
+def test_rotary_matches_complex_multiplication(positions: list[list[int]] | None) -> None:
+    random = np.random.default_rng(1)
+    query = random.normal(size=(2, 5, 4, 8)).astype("float32")
+    key = random.normal(size=(2, 5, 2, 8)).astype("float32")
+    angles = np.arange(12)[:, None] * (0.5 ** np.arange(4))[None]
+    table = np.concatenate([angles, angles], axis=-1)[None, :, None].astype("float32")
+    cos, sin = paddle.to_tensor(np.cos(table)), paddle.to_tensor(np.sin(table))
+    ids = None if positions is None else paddle.to_tensor(positions, dtype="int64")
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        places = np.array(positions if positions is not None else [range(5)] * 2)
+        turn = np.exp(1j * angles[places])[:, :, None]
+        value = (x[..., :4] + 1j * x[..., 4:]) * turn
+        return np.concatenate([value.real, value.imag], axis=-1)
+
+    def ours(q: Any, k: Any) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin, ids)
+
+    found = gradients(ours, query, key)
+    np.testing.assert_allclose(found[0], turned(query), atol=1e-5)
+    np.testing.assert_allclose(found[1], turned(key), atol=1e-5)
+
+    def plain(q: Any, k: Any) -> Any:  # the same through autograd
+        places = paddle.to_tensor([list(range(5))] * 2) if ids is None else ids
+        c, s = cos[0, :, 0][places].unsqueeze(2), sin[0, :, 0][places].unsqueeze(2)
+        return tuple(x * c + paddle.concat([-x[..., 4:], x[..., :4]], -1) * s for x in (q, k))
+
+    for one, other in zip(found, gradients(plain, query, key), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -1,0 +1,67 @@
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddle.autograd import PyLayer
+
+# On CPUs: Paddle's `pow` costs 50 times a product, a mean over the last axis 7 times the matrix
+# product with a column of 1/n, and a product with a broadcast vector twice that with a tiled one.
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over the last axis, which is kept."""
+    width = x.shape[-1]
+    return paddle.matmul(x, paddle.full([width, 1], 1.0 / width, dtype=x.dtype))
+
+
+def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) in float32, and 1 / rms(x) [..., 1]."""
+    x = x.astype("float32")
+    scale = paddle.rsqrt(_mean(x * x) + epsilon)
+    return x * scale, scale
+
+
+class _RMSNorm(PyLayer):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        normal, scale = _normalised(x, epsilon)
+        ctx.save_for_backward(normal, scale, weight)
+        ctx.dtype = x.dtype
+        return normal.astype(weight.dtype) * weight.expand_as(normal)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        normal, scale, weight = ctx.saved_tensor()
+        gradient = gradient.astype("float32")
+        inner = gradient * weight.astype("float32").expand_as(gradient)
+        of_x = (inner - normal * _mean(inner * normal)) * scale
+        of_weight = None
+        if not weight.stop_gradient:
+            of_weight = (gradient * normal).reshape([-1, normal.shape[-1]]).sum(0).astype(weight.dtype)
+        return of_x.astype(ctx.dtype), of_weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x²) + epsilon) * weight over the last axis.
+
+    Args:
+        x: [..., width]; the mean is taken in float32.
+        weight: [width].
+
+    Returns:
+        [..., width] in the type of `weight`.
+    """
+    if paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient):
+        return _RMSNorm.apply(x, weight, epsilon)
+    normal, _ = _normalised(x, epsilon)
+    return normal.astype(weight.dtype) * weight.expand_as(normal)
+
+
+def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
+    """A `forward` for a library norm layer that has `weight` and `variance_epsilon`."""
+    return lambda x: rms_norm(x, layer.weight, layer.variance_epsilon)
