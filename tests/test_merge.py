@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.families.tokenizers import load_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
+ADAPTER_WEIGHTS = "lora_model_state.safetensors"
 RANK = 4
 # Changes the logits by up to 2.7. Where an adapter outweighs its base (0.3 here), two orders of summation in
 # float32 differ by 1.2e-5, and a merge computed in float64 differs from base + adapter by as much.
@@ -65,7 +66,7 @@ def make_adapter(folder: Path, base: Checkpoint, *, rslora: bool = False) -> Pat
             tensors.append((f"{layer}.lora_A", random.normal(0, SPREAD, (width, RANK)).astype(np.float32)))
             tensors.append((f"{layer}.lora_B", random.normal(0, SPREAD, (RANK, height)).astype(np.float32)))
     folder.mkdir()
-    write_safetensors(folder / "lora_model_state.safetensors", tensors, {"format": "np"})
+    write_safetensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "np"})
     config = {
         "r": RANK,
         "lora_alpha": 6,
@@ -101,6 +102,26 @@ def test_merged_logits_equal_base_and_adapter(
     assert np.abs(together - reference["tiny"]).max() > 0.1
     assert np.abs(merged - together).max() < 1e-5
     assert locate(tmp_path / "merged").layout == export_format
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_weights_are_the_exact_sums_rounded_once(tmp_path: Path, base: Checkpoint, rslora: bool) -> None:
+    """Against the formula in float64, which holds for a model of any size and any size of logits."""
+    adapter = make_adapter(tmp_path / "adapter", base, rslora=rslora)
+    merge_lora(base, adapter, tmp_path / "merged")
+    halves = {name: value.astype(np.float64) for name, value in read_tensors(adapter / ADAPTER_WEIGHTS)}
+    merged = dict(read_tensors(tmp_path / "merged" / "model.safetensors"))
+    published = {name: tensor.read().astype(np.float64) for name, tensor in base.tensors().items()}
+    changed = 0
+    for weight in base.family.weights(base.config):
+        exact = published[weight.published].T if weight.transpose else published[weight.published]
+        layer = weight.parameter.removesuffix(".weight")
+        if f"{layer}.lora_A" in halves:
+            scale = 6 / (RANK**0.5 if rslora else RANK)
+            exact = exact + scale * (halves[f"{layer}.lora_A"] @ halves[f"{layer}.lora_B"])
+            changed += 1
+        assert np.abs(merged[weight.parameter] - exact).max() <= 2.0**-23 * np.abs(exact).max()
+    assert changed == 8
 
 
 def test_merge_from_paddle_layout_in_shards_and_half_precision(
@@ -170,16 +191,33 @@ def test_command_refuses_before_anything_is_written(tmp_path: Path, root: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
+def test_only_an_earlier_merge_is_replaced(tmp_path: Path, base: Checkpoint) -> None:
+    (tmp_path / "work").mkdir()
+    adapter = make_adapter(tmp_path / "work" / "adapter", base)
+    refused = "holds more than an earlier merge"
+    with pytest.raises(UserError, match=refused):
+        merge_lora(base, adapter, tmp_path / "work")
+    assert (adapter / ADAPTER_WEIGHTS).is_file()
+
+    merge_lora(base, adapter, tmp_path / "out")
+    merge_lora(base, adapter, tmp_path / "out", export_format="hf")
+    assert locate(tmp_path / "out").layout == "hf"
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=refused):
+        merge_lora(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Checkpoint) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     config = json.loads((adapter / "lora_config.json").read_text())
-    tensors = dict(read_tensors(adapter / "lora_model_state.safetensors"))
+    tensors = dict(read_tensors(adapter / ADAPTER_WEIGHTS))
     first = "llama.layers.0.self_attn.q_proj"
 
     def refuse(says: str, /, changed: dict[str, Any] | None = None, **settings: Any) -> None:
         pairs = {**tensors, **(changed or {})}
         stored = [(name, value) for name, value in pairs.items() if value is not None]
-        write_safetensors(adapter / "lora_model_state.safetensors", stored, {"format": "np"})
+        write_safetensors(adapter / ADAPTER_WEIGHTS, stored, {"format": "np"})
         (adapter / "lora_config.json").write_text(json.dumps({**config, **settings}))
         with pytest.raises(UserError, match=says):
             merge_lora(base, adapter, tmp_path / "out")
@@ -194,7 +232,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Checkpoint) 
     refuse(r"rank 8", r=8)
     refuse(r"r is missing", r=None)
     refuse(r"pissa is set", pissa=True)
-    (adapter / "lora_model_state.safetensors").unlink()
+    (adapter / ADAPTER_WEIGHTS).unlink()
     with pytest.raises(UserError, match="neither"):
         merge_lora(base, adapter, tmp_path / "out")
 
@@ -232,14 +270,14 @@ def test_conversion_there_and_back_changes_nothing(tmp_path: Path, base: Checkpo
 def test_partial_targets_keep_their_layers(tmp_path: Path, base: Checkpoint) -> None:
     """An adapter on some layers only names them in full in both layouts."""
     adapter = make_adapter(tmp_path / "adapter", base)
-    tensors = dict(read_tensors(adapter / "lora_model_state.safetensors"))
+    tensors = dict(read_tensors(adapter / ADAPTER_WEIGHTS))
     kept = [(name, value) for name, value in tensors.items() if ".layers.1." in name and "q_proj" in name]
-    write_safetensors(adapter / "lora_model_state.safetensors", kept, {"format": "np"})
+    write_safetensors(adapter / ADAPTER_WEIGHTS, kept, {"format": "np"})
     to_peft(adapter, tmp_path / "theirs", base)
     named = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["target_modules"]
     assert named == ["model.layers.1.self_attn.q_proj"]
     from_peft(tmp_path / "theirs", tmp_path / "back", base)
-    assert dict(read_tensors(tmp_path / "back" / "lora_model_state.safetensors")).keys() == dict(kept).keys()
+    assert dict(read_tensors(tmp_path / "back" / ADAPTER_WEIGHTS)).keys() == dict(kept).keys()
     ids = np.arange(3, 15)[None]
     merge_lora(base, tmp_path / "back", tmp_path / "merged")
     together = adapted_logits(base, tmp_path / "back", ids)

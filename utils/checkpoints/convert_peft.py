@@ -58,6 +58,11 @@ def _base_of(config: Mapping[str, Any], file: Path, base: Checkpoint | None) -> 
         raise UserError([*error.faults, f"{file}: its base cannot be used; name it with --base"]) from error
 
 
+def _check_target(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target}: is there already; name a new folder")
+
+
 def _layers(base: Checkpoint) -> dict[str, str]:
     """Names of all Linear layers: published -> of the Paddle model."""
     return {
@@ -86,8 +91,9 @@ def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None
         base: the model that it belongs to; None is the one that its configuration names.
 
     Raises:
-        UserError: no adapter, one of another base, or a method that PEFT does not have.
+        UserError: no adapter, one of another base, a method that PEFT does not have, or `target` exists.
     """
+    _check_target(target)
     base = _base_of(read_json(adapter / LORA_CONFIG), adapter / LORA_CONFIG, base)
     config = check_adapter(adapter, LORA_CONFIG, base)
     pairs = read_pairs(adapter, config)
@@ -128,8 +134,10 @@ def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> No
         base: the model that it belongs to; None is the one that its configuration names.
 
     Raises:
-        UserError: no PEFT LoRA adapter, one that does not fit the base, or settings without counterpart.
+        UserError: no PEFT LoRA adapter, one that does not fit the base, settings without counterpart, or
+            `target` exists.
     """
+    _check_target(target)
     file = adapter / PEFT_CONFIG
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -190,8 +198,6 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--base", help="the model that it belongs to; by default the one that the adapter names")
     run = parser.parse_args()
-    if run.output.exists():
-        raise UserError(f"{run.output}: is there already; name a new folder")
     base = locate(run.base) if run.base else None
     (to_peft if run.to_peft else from_peft)(run.adapter, run.output, base)
     print(f"adapter written to {run.output}")

@@ -126,7 +126,20 @@ def _exchange(first: Path, second: Path) -> bool:
 def is_complete(folder: Path) -> bool:
     """Whether `atomic_directory` finished this folder and all of its files still have their sizes."""
     try:
-        sizes = json.loads((folder / COMPLETE).read_text())["files"]
+        sizes = _sizes(folder)
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def holds_nothing_else(folder: Path) -> bool:
+    """Whether a folder holds only what `atomic_directory` put there, so that it may be replaced."""
+    try:
+        known = {*_sizes(folder), COMPLETE}
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(path.relative_to(folder).as_posix() in known for path in folder.rglob("*") if not path.is_dir())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return dict(json.loads((folder / COMPLETE).read_text())["files"])

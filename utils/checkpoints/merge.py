@@ -8,13 +8,16 @@ import numpy as np
 
 from utils.adapters.check import LORA_CONFIG, check_adapter
 from utils.checkpoints.companions import write_companions
-from utils.checkpoints.files import atomic_directory
+from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.lora_pairs import Pair, check_fit, read_pairs, scaling
 from utils.checkpoints.match import match, stored_shape
 from utils.checkpoints.save import MAX_SHARD_BYTES, stored_as, write_model
 from utils.checkpoints.tensors import LazyTensor, cast
+from utils.errors import UserError
 from utils.families import Weight
+
+MERGE_RECORD = "merge_lora.json"  # what was merged; also marks a folder that another merge may replace
 
 
 def merge_lora(
@@ -39,8 +42,10 @@ def merge_lora(
         The files of tensors.
 
     Raises:
-        UserError: an adapter of another base or one that does not fit, or a damaged file.
+        UserError: an adapter of another base or one that does not fit, a damaged file, or a `target`
+            that holds anything but an earlier merge.
     """
+    _check_target(target, base, adapter)
     config = check_adapter(adapter, LORA_CONFIG, base)
     pairs = read_pairs(adapter, config)
     sources = match(base)
@@ -53,8 +58,19 @@ def merge_lora(
         tensors.append(_merged(weight, tensor, transpose, pair, scale, export_format, dtype or tensor.dtype))
     with atomic_directory(target) as staging:
         write_companions(base, adapter, staging)
+        write_json(staging / MERGE_RECORD, {"base": base.name, "adapter": str(adapter), "scaling": scale})
         files = write_model(staging, tensors, base.family, base.config, export_format, max_shard_bytes)
     return [target / file.name for file in files]
+
+
+def _check_target(target: Path, base: Checkpoint, adapter: Path) -> None:
+    """Only an earlier merge is ever replaced: whatever else stands there may be somebody's work."""
+    place = target.resolve()
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    holds_input = any(place in (path.resolve(), *path.resolve().parents) for path in (base.folder, adapter))
+    if holds_input or not (target / MERGE_RECORD).is_file() or not holds_nothing_else(target):
+        raise UserError(f"{target}: is there already and holds more than an earlier merge; name a new folder")
 
 
 def _merged(
