@@ -146,6 +146,16 @@ def test_packs_hold_every_example_once(folder: Path, kit: Kit) -> None:
     assert f"packed into {len(packed)} rows" in packed.summary()
 
 
+def test_fingerprint_is_that_of_the_tokens(folder: Path, kit: Kit, tmp_path: Path) -> None:
+    first = supervised(options(folder), kit).fingerprint()
+    moved = folder.rename(tmp_path / "moved")
+    assert supervised(options(moved, src_length=127), kit).fingerprint() == first
+    assert supervised(options(moved, max_train_samples=59), kit).fingerprint() != first
+    text = (moved / "train.json").read_text()
+    (moved / "train.json").write_text(text.replace("one", "two", 1))
+    assert supervised(options(moved), kit).fingerprint() != first
+
+
 def test_evaluation_by_generation_is_never_packed(folder: Path, kit: Kit) -> None:
     args = options(folder, intokens=True, eval_with_do_generation=True)
     assert supervised(args, kit, "dev").efficiency is None

@@ -181,6 +181,7 @@ def test_paddle_reads_the_stream_of_a_lazy_run(files: list[Path], kit: Kit) -> N
     )
     dataset = load_dataset(args, *kit, "train")
     assert isinstance(dataset, StreamDataset) and isinstance(dataset, IterableDataset)
+    assert not hasattr(dataset, "__len__") and "0 examples" in dataset.summary()
     expected = list(islice(stream(files, kit, packed=True, block_packs=128), 6))
     loader = DataLoader(dataset, batch_size=2, collate_fn=Collator(kit[0].pad_id), num_workers=0)
     for number, batch in enumerate(islice(loader, 3)):

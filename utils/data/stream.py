@@ -156,6 +156,10 @@ class StreamDataset:
             yield from items[skip:]
             position, skip = following, 0
 
+    def summary(self) -> str:
+        """What was kept, cut and dropped of the rows read so far in this epoch; one line each."""
+        return self.report.summary()
+
     # --- blocks ----------------------------------------------------------------------------------
 
     def _read_block(self, start: Position) -> tuple[list[dict[str, Any]], Position]:
@@ -237,5 +241,10 @@ def open_stream(source: FileSource, tokenizer: Tokenizer, template: ChatTemplate
 
     class PaddleStream(StreamDataset, IterableDataset):
         """The same stream, under the base class that the loader asks for."""
+
+        @property
+        def __len__(self) -> Any:
+            """Paddle's class has one that fails when called; a stream has none, and says so when asked."""
+            raise AttributeError("a stream has no length")
 
     return PaddleStream(source, tokenizer, template, **options)
