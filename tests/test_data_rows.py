@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from utils.data.rows import check_dataset, read_rows, split_files
+from utils.data.rows import RowFault, check_dataset, parse_row, read_rows, split_files
 from utils.errors import UserError
 
+KEYS = st.sampled_from(
+    "src tgt messages role content conversations from value instruction input output history system".split()  # noqa: SIM905
+)
 PAIR = {"src": "one", "tgt": "two"}
 TWO_ROUNDS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
@@ -101,6 +106,8 @@ def test_a_json_array_is_read_too(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "turn 2 must be the assistant's"),
         ({"messages": [{"role": "system", "content": "a"}]}, "no question"),
         ({"conversations": [{"from": "human"}]}, r'"conversations\[0\].value" must be a string, found null'),
+        ('{"src": "a", "tgt": "b\\ud800"}', "half of a surrogate pair at character 2"),
+        ("[" * 100_000, "not valid JSON"),
         ({"instruction": "a", "output": ["b"]}, '"output" must be a string, found a list'),
     ],
 )
@@ -111,6 +118,26 @@ def test_broken_row_is_named(row: Any, said: str, tmp_path: Path) -> None:
     assert [fault.startswith(f"{file} line 3: ") for fault in caught.value.faults] == [True]
     with pytest.raises(UserError, match=said):
         list(read_rows(file))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(raw=JSON, require_answer=st.booleans())
+def test_no_row_breaks_the_reader(raw: Any, require_answer: bool) -> None:
+    try:
+        messages = parse_row(raw, require_answer=require_answer)
+    except RowFault as fault:
+        assert str(fault)
+    else:
+        roles = [message["role"] for message in messages if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
+        assert roles and not (require_answer and len(roles) % 2)
 
 
 def test_answers_are_optional_for_prediction(tmp_path: Path) -> None:
@@ -189,3 +216,12 @@ def test_a_broken_row_is_reported_within_a_second_and_without_paddle(root: Path,
     assert done.stderr.startswith(f"error: {tmp_path / 'train.json'} line 3: not valid JSON")
     assert len(done.stderr.splitlines()) == 1
     assert seconds < 1
+
+
+def test_data_modules_load_no_paddle(root: Path) -> None:
+    names = [f"utils.data.{file.stem}" for file in (root / "utils/data").glob("*.py") if file.stem != "__init__"]
+    program = (
+        f"import sys, utils.families.tokenizers, {', '.join(names)}; print([n for n in sys.modules if 'paddle' in n])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert len(names) > 8 and done.stdout.strip() == "[]"

@@ -19,7 +19,7 @@ from utils.data.encode import Example, encode_row
 from utils.data.rows import read_rows
 from utils.data.sources import FileSource
 from utils.data.stream import StreamDataset
-from utils.data.template import ChatTemplate
+from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 
@@ -146,6 +146,20 @@ def test_a_broken_row_late_in_the_stream_is_left_out_and_said(
     assert [kit[0].decode(answer) for answer in answers] == ["two", "three"] * 2
     assert f"{file} line 2: row left out: not valid JSON" in capsys.readouterr().err
     assert dataset.report.counts == {"dropped, broken": 1}
+
+
+def test_a_row_that_the_template_refuses_is_left_out(tmp_path: Path, kit: Kit) -> None:
+    file = tmp_path / "train.json"
+    refused = {"messages": [{"role": role, "content": "one"} for role in ("system", "user", "assistant")]}
+    file.write_text(json.dumps(refused) + '\n{"src": "one", "tgt": "two"}\n')
+    picky = JinjaTemplate(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.content }}{% endfor %}",
+        "test",
+    )
+    dataset = stream([file], (kit[0], picky))
+    assert len(segments(islice(dataset, 2))) == 2
+    assert dataset.report.places == {"dropped, broken": [f"{file} line 1"]}
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "?\n"])

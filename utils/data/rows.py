@@ -109,6 +109,11 @@ def _kind(value: Any) -> str:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise RowFault(f'"{name}" must be a string, found {_kind(value)}')
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # "\\ud800" in JSON is half a character
+            raise RowFault(f'"{name}" holds half of a surrogate pair at character {error.start + 1}') from None
     return value
 
 
@@ -117,7 +122,7 @@ def _texts(value: Any, name: str) -> list[str]:
         return [_text(part, f"{name}[{number}]") for number, part in enumerate(value)]
     if not isinstance(value, str):
         raise RowFault(f'"{name}" must be a string or a list of strings, found {_kind(value)}')
-    return [value]
+    return [_text(value, name)]
 
 
 def _from_pairs(raw: dict[str, Any], require_answer: bool) -> list[Message]:
@@ -265,6 +270,9 @@ def _array_lines(file: Path) -> Iterator[Line]:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             yield Line(number, None, f"not valid JSON ({error.msg}, line {error.lineno} column {error.colno})")
+            return
+        except RecursionError:
+            yield Line(number, None, "not valid JSON (nested too deeply)")
             return
         yield Line(number, value)
         while place < len(text) and text[place] in blanks:

@@ -216,14 +216,14 @@ class StreamDataset:
         file = self._source.files[number]
         try:
             row = to_row(decoded, file)
-        except RowFault as fault:
+            example = encode_row(row, self._tokenizer, self._template, self._src_length, self._max_length, self.report)
+        except (RowFault, UserError) as fault:
             # Hours into a run a broken row is no reason to lose it; the first rows were checked at its start.
             self._broken += 1
             self.report.note("dropped, broken", f"{file} line {line}")
             if self._broken <= SHOWN_BROKEN:
                 notice(f"{file} line {line}: row left out: {fault}")
             return None
-        example = encode_row(row, self._tokenizer, self._template, self._src_length, self._max_length, self.report)
         return None if isinstance(example, Dropped) else example
 
 
