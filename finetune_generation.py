@@ -7,13 +7,15 @@ Reads one JSON argument file; `--key value` after it overrides the file. `--help
 Writes weights (or the adapter), tokenizer, chat template, results, checkpoints and the loss curve to
 output_dir. An interrupted run continues by itself when it is started again.
 
-Errors that the user can mend end with exit code 2 and one line each, before any weights load.
+Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 143 after
+SIGTERM and 130 after Ctrl-C, when the training under way has saved a checkpoint and is not finished.
 """
 
 from __future__ import annotations
 
-import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 from utils import runtime
 from utils.arguments import FinetuneArguments, parse
@@ -22,26 +24,30 @@ from utils.errors import UserError, notice, run_script
 
 def main() -> None:
     # ----- arguments ---------------------------------------------------------------------------------
-    args = parse(FinetuneArguments, script="finetune_generation.py")
+    args: Any = parse(FinetuneArguments, script="finetune_generation.py")
     if args.do_ptq or args.do_gptq:
         raise UserError("do_ptq / do_gptq: quantization is not part of this version yet; leave these options out")
     runtime.prepare()
     device = args.device
+    output = Path(args.output_dir)
 
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
-    from utils.data.rows import check_dataset, looks_like_path
+    from utils.data.rows import check_dataset
+    from utils.training.plan import check_output, checkpoint_to_resume, clear_output, describe, make_plan, mark_finished
     from utils.training.reporters import check_reporters
-    from utils.training.start import check_adapters, check_world, checkpoint_to_resume
+    from utils.training.start import check_adapters, check_world
 
     check_world()
     check_reporters(args.report_to if "report_to" in args.provided else [])
     splits = [
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
     ]
-    if looks_like_path(args.dataset_name_or_path):
-        check_dataset(args.dataset_name_or_path, splits, lazy=args.lazy)
-    resumed = checkpoint_to_resume(args)
+    check_dataset(args.dataset_name_or_path, splits, lazy=args.lazy)
+    start = None
+    if args.do_train:
+        check_output(args)
+        start = checkpoint_to_resume(args)
 
     # ----- model folder, tokenizer, template -----------------------------------------------------------
     from utils.data.template import ChatTemplate
@@ -62,31 +68,51 @@ def main() -> None:
     for split, dataset in data.items():
         if dataset.report.counts:
             notice(f"{split} data: {dataset.summary()}")
+    plan = None
+    if args.do_train:
+        run = describe(args, checkpoint, data["train"], tokenizer, template)
+        plan = make_plan(args, run, data["train"], start)
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         from utils.training.dry_run import report
 
-        shape = checkpoint.family.shape(checkpoint.config)
-        print(report(args, shape, dtype, device, data, tokenizer, template, resumed))
+        print(report(args, checkpoint, dtype, device, data, tokenizer, template, plan))
         return
+
+    # ----- is there anything to do? --------------------------------------------------------------------
+    from utils.training.output import missing_results
+
+    if plan is not None and plan.finished:
+        notice(
+            f"{output} holds the finished training of these {plan.steps} steps, nothing is trained again; "
+            "to train anew give another output_dir, or --overwrite_output_dir"
+        )
+        if not missing_results(output, splits):
+            print(f"done: {output}")
+            return
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
-    from utils.training.output import companion_files, install, write_results
-    from utils.training.settings import library_arguments
-    from utils.training.start import build, describe, typical_ids
+    from utils.training.start import build, typical_ids
 
-    output = Path(args.output_dir)
-    if args.overwrite_output_dir:
-        for old in output.glob("checkpoint-*"):
-            shutil.rmtree(old)
     model, trained = build(args, checkpoint, dtype, typical_ids(data.get("train")))
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.inference.sampling import SamplingOptions
     from utils.training.callbacks import console_callbacks
     from utils.training.evaluation import GenerationEvaluation
+    from utils.training.output import companion_files, install, write_results
+    from utils.training.rows import RowNames
+    from utils.training.settings import library_arguments
     from utils.training.trainer import Trainer
+
+    options = SamplingOptions(
+        max_new_tokens=args.eval_max_new_tokens,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
 
     def answers(split: str, kept: bool) -> GenerationEvaluation:
         return GenerationEvaluation(
@@ -94,56 +120,58 @@ def main() -> None:
             tokenizer,
             template,
             load_rows(args, split),
-            SamplingOptions(
-                max_new_tokens=args.eval_max_new_tokens,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                temperature=args.temperature,
-                seed=args.seed,
-            ),
+            options,
             src_length=args.src_length,
             batch_size=args.per_device_eval_batch_size,
             output_dir=output if kept else None,
             show_progress=not args.disable_tqdm,
         )
 
+    dev_answers = answers("dev", args.save_generation_output) if args.do_eval and args.eval_with_do_generation else None
+    test_answers = answers("test", True) if args.do_predict else None
     companions = companion_files(args, tokenizer, template, source.folder)
     trainer = Trainer(
         model,
         trained,
-        library_arguments(args, device, dtype),
+        library_arguments(args, device, dtype, plan.steps if plan else -1),
         collator=Collator(tokenizer.pad_id),
         train_dataset=data.get("train"),
         eval_dataset=data.get("dev"),
-        evaluate_generation=(
-            answers("dev", args.save_generation_output) if args.do_eval and args.eval_with_do_generation else None
-        ),
-        describe=describe(args, checkpoint, data.get("train")),
+        evaluate_generation=dev_answers,
+        name_rows=RowNames(args, tokenizer, template),
         extra_files=companions,
         callbacks=console_callbacks(args, output),
     )
 
     # ----- train ---------------------------------------------------------------------------------------
-    if args.do_train:
-        results = trainer.train(resumed)
+    if plan is not None and plan.finished:
+        trainer.take_result(output, plan.result_step)
+    elif plan is not None:
+        clear_output(args)
+        results = trainer.train_by(plan)
         if trainer.stopped_early:
-            return
+            notice(
+                f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
+                "the same command continues there"
+            )
+            sys.exit(128 + trainer.stopped_by)
         if args.load_best_model_at_end and (best := trainer.load_best()):
             notice(f"the best checkpoint is {best}; its weights are the result")
 
-        def finished(folder: Path) -> None:
+        def result(folder: Path) -> None:
             trained.save(folder)
             companions(folder)
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-        install(output, finished)
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        install(output, result)
         write_results(output, "train", results)
+        mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
 
     # ----- evaluate and predict ------------------------------------------------------------------------
     if args.do_eval:
         write_results(output, "eval", trainer.evaluate())
-    if args.do_predict:
-        found = answers("test", True)(trainer.state.global_step, "test_generated_output.json")
+    if test_answers is not None:
+        found = test_answers(trainer.weights_step, "test_generated_output.json")
         write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()})
     print(f"done: {output}")
 

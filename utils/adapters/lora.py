@@ -6,7 +6,6 @@ The layers are PaddleNLP's; selection of targets, files and checks are ours.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,42 +15,15 @@ import paddle
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from utils.adapters.check import LORA_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.adapters.targets import target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import read_tensors, write_safetensors
-from utils.errors import UserError, raise_if
+from utils.errors import raise_if
 from utils.families import FamilySpec
 
 SHOWN_FAULTS = 5
-
-
-def target_patterns(model: Any, targets: Sequence[str]) -> list[str]:
-    """Regular expressions over full layer names for LoRA targets.
-
-    A plain name stands for the layers whose last name part is exactly that ("dense" does not catch
-    "dense_h_to_4h"); anything with other signs is a regular expression over the full name.
-
-    Raises:
-        UserError: a target that matches no Linear layer, with the names that there are.
-    """
-    linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
-    patterns, faults = [], []
-    for target in targets:
-        pattern = rf"(.*\.)?{target}" if re.fullmatch(r"\w+", target) else target
-        try:
-            found = any(re.fullmatch(pattern, name) for name in linears)
-        except re.error as error:
-            faults.append(f"lora_target_modules: {target!r} is no valid regular expression ({error})")
-            continue
-        if found:
-            patterns.append(pattern)
-        else:
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
-            faults.append(f"lora_target_modules: {target!r} matches no Linear layer; there are: {known}")
-    if faults:
-        raise UserError(faults)
-    return patterns
 
 
 def add_lora(
@@ -73,8 +45,9 @@ def add_lora(
         targets: layer names or regular expressions; None is the family's default.
         lora_plus_scale: learning-rate ratio of B over A (LoRA+).
     """
+    linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
     config = LoRAConfig(
-        target_modules=target_patterns(model, targets or family.lora_targets),
+        target_modules=target_patterns(linears, targets or family.lora_targets),
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
@@ -132,8 +105,19 @@ def fill_parameters(wanted: dict[str, Any], path: Path) -> None:
         parameter.set_value(paddle.to_tensor(found[name]).astype(parameter.dtype))
 
 
-def load_lora(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint) -> LoRAModel:
+def load_lora(
+    model: Any,
+    family: FamilySpec,
+    path: str | Path,
+    base: Checkpoint,
+    *,
+    dropout: float = 0.0,
+    lora_plus_scale: float = 1.0,
+) -> LoRAModel:
     """`model` with the LoRA layers of an adapter folder in it, weights filled, ready to run or train.
+
+    Args:
+        dropout, lora_plus_scale: for further training; what the adapter was trained with is history.
 
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
@@ -141,7 +125,14 @@ def load_lora(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint
     saved = check_adapter(path, LORA_CONFIG, base)
     known = {field.name for field in fields(LoRAConfig)}
     settings = {key: value for key, value in saved.items() if key in known}
-    settings.update(dtype=model.config.dtype, tensor_parallel_degree=-1, merge_weights=False)
+    settings.update(
+        dtype=model.config.dtype,
+        tensor_parallel_degree=-1,
+        merge_weights=False,
+        lora_dropout=dropout,
+        lora_plus_scale=lora_plus_scale,
+        use_quick_lora=dropout == 0.0,
+    )
     adapted = LoRAModel(model, LoRAConfig(**settings))
     restore_lora(adapted, Path(path))
     return adapted

@@ -1,6 +1,9 @@
-"""How many rows each micro-batch has; plain arithmetic, so that a dry run needs no Paddle."""
+"""How many rows each micro-batch has and how many steps a run takes; plain arithmetic, no Paddle."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 
 def batch_sizes(examples: int, batch_size: int, accumulation: int) -> list[int]:
@@ -19,3 +22,23 @@ def batch_sizes(examples: int, batch_size: int, accumulation: int) -> list[int]:
         for place in range(rest):
             sizes[place - accumulation] += 1
     return sizes
+
+
+def epoch_steps(examples: int, batch_size: int, accumulation: int) -> int:
+    """Optimizer steps of one epoch; an epoch with fewer examples than micro-batches is one step."""
+    return max(1, len(batch_sizes(examples, batch_size, accumulation)) // accumulation)
+
+
+def run_steps(args: Any, examples: int | None) -> int:
+    """Optimizer steps of a whole run.
+
+    Args:
+        args: max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps.
+        examples: of an epoch; None for a stream, which has as many steps as max_steps says.
+    """
+    limit: int = args.max_steps
+    if limit > 0 or examples is None:
+        return limit
+    per_epoch = epoch_steps(examples, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    # a rounding error must not cost a step: 0.7 * 10 is 6.999...
+    return max(1, math.floor(per_epoch * args.num_train_epochs + 1e-6))

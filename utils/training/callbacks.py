@@ -40,18 +40,22 @@ class Progress(TrainerCallback):
     """A bar with rate and ETA, and one line per logging step."""
 
     def __init__(self, *, bar: bool) -> None:
-        self.wanted, self.bar = bar, None
+        self.wanted = bar
+        self.bar: Any = None
         self.first_step, self.started = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.started = state.global_step, time.monotonic()
         if self.wanted and state.is_world_process_zero:
             # a log file is no place for a moving bar: there it moves every 30 s
-            interval = 0.5 if sys.stderr.isatty() else 30.0
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=interval,
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                desc="training",
+                mininterval=0.5 if sys.stderr.isatty() else 30.0,
                 dynamic_ncols=True,
-            )  # fmt: skip
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -71,7 +75,10 @@ class Progress(TrainerCallback):
         else:
             shown = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
             text = f"evaluation at step {state.global_step}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
-        tqdm.write(text, file=sys.stdout)
+        if self.bar is not None and sys.stderr.isatty():
+            tqdm.write(text)  # above the bar
+        else:
+            print(text)
         sys.stdout.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,8 +94,8 @@ class Curve(TrainerCallback):
         self.curve = LossCurve(folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            self.curve.continue_from(state.global_step)
+        if state.is_world_process_zero:
+            self.curve.start(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and state.is_world_process_zero:
@@ -107,7 +114,8 @@ class Reports(TrainerCallback):
     """Sends every logged number to the reporters; they open when training begins."""
 
     def __init__(self, openers: Sequence[Callable[[], Report]]) -> None:
-        self.openers, self.reports = openers, []  # type: ignore[var-annotated]
+        self.openers = openers
+        self.reports: list[Report] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -120,34 +128,51 @@ class Reports(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Attributes:
+        received: the number of the signal that came first, or None.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+            notice("stopping after this step; a checkpoint will be saved (Ctrl-C stops at once)")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
-        notice("stopping after this step; a checkpoint will be saved (Ctrl-C again stops at once)")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._handle)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _stop(self, control: Any) -> None:
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop(control)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop(control)  # it came during an evaluation, after which there is time to save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The loop ends the epoch when it stops within it; what belongs to a true end must wait for that.
+        if self.received is not None and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before.clear()
 
 
 def console_callbacks(args: Any, output: Path) -> list[TrainerCallback]:
-    """Everything that shows, keeps or stops a run, as the arguments want it."""
+    """Everything that shows or keeps what a run does, as the arguments want it."""
     names = [name for name in args.report_to if name != "none" and installed(name)]
     log_dir = args.logging_dir or str(output / "runs")
     openers = [partial(open_reporter, name, log_dir, args.run_name or output.name, args.to_json()) for name in names]
-    return [Progress(bar=not args.disable_tqdm), Curve(output), Reports(openers), StopOnSignal()]
+    return [Progress(bar=not args.disable_tqdm), Curve(output), Reports(openers)]

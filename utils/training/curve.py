@@ -28,24 +28,28 @@ class LossCurve:
         self.table, self.picture = folder / "loss_curve.csv", folder / "loss_curve.png"
         self.points: list[dict[str, Any]] = []
 
-    def continue_from(self, step: int) -> None:
-        """Takes up the points of an interrupted run up to `step`."""
-        if self.table.is_file():
+    def start(self, step: int) -> None:
+        """Begins the table; of an interrupted run, takes up the points up to `step`."""
+        if step and self.table.is_file():
             with open(self.table, newline="", encoding="utf-8") as file:
-                self.points = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                # a killed run may leave half a line
+                whole = [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+            self.points = [row for row in whole if int(row["step"]) <= step]
+        self._write(self.points)
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Adds what one log event measured and writes the table."""
+        """Adds what one log event measured and writes it to the table."""
         point = {"step": step, **{key: values[key] for key in COLUMNS if key in values}}
         if self.points and int(self.points[-1]["step"]) == step:
             self.points[-1] = {**self.points[-1], **point}
+            self._write(self.points)
         else:
             self.points.append(point)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.points)
-        atomic_write(self.table, text.getvalue())
+            with open(self.table, "a", encoding="utf-8") as file:
+                file.write(_lines([point]))
+
+    def _write(self, points: list[dict[str, Any]]) -> None:
+        atomic_write(self.table, ",".join(COLUMNS) + "\n" + _lines(points))
 
     def series(self, column: str) -> tuple[list[int], list[float]]:
         """Steps and values of the points that have this column."""
@@ -74,6 +78,12 @@ class LossCurve:
         axes.legend()
         with atomic_file(self.picture) as file:
             figure.savefig(file, format="png", dpi=120)
+
+
+def _lines(points: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(points)
+    return text.getvalue()
 
 
 def running_mean(values: list[float], weight: float = 0.9) -> list[float]:

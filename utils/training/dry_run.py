@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
+from utils.checkpoints.locate import Checkpoint
 from utils.data.encode import IGNORED
 from utils.data.template import ChatTemplate
 from utils.families.base import ModelShape
 from utils.families.tokenizers import Tokenizer
-from utils.training.batches import batch_sizes
+from utils.training.batches import epoch_steps
+from utils.training.plan import Plan, method
+from utils.training.start import trained_parameters
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SHOWN_TOKENS = 400
@@ -40,33 +42,7 @@ def marked_example(item: Any, tokenizer: Tokenizer) -> str:
     return text
 
 
-def steps(args: Any, examples: int | None) -> tuple[int, int]:
-    """(optimizer steps per epoch, of the whole run); a stream has as many as max_steps says."""
-    if examples is None:
-        return args.max_steps, args.max_steps
-    sizes = batch_sizes(examples, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-    per_epoch = max(1, len(sizes) // min(args.gradient_accumulation_steps, max(len(sizes), 1)))
-    return per_epoch, args.max_steps if args.max_steps > 0 else int(per_epoch * args.num_train_epochs)
-
-
-def trainable_parameters(args: Any, shape: ModelShape) -> int:
-    """How many weights the run trains (LoRA: of the default targets)."""
-    width = shape.head_dim * shape.kv_heads
-    if args.prefix_tuning:
-        size = 2 * shape.layers * width
-        hidden = args.prefix_projection_hidden_size or shape.hidden
-        if args.prefix_projection:
-            return args.num_prefix_tokens * width + width * hidden + hidden * size
-        return args.num_prefix_tokens * size
-    if args.lora:
-        query = shape.head_dim * shape.heads
-        pairs = [(shape.hidden, query), (shape.hidden, width), (shape.hidden, width), (query, shape.hidden)]
-        pairs += [(shape.hidden, shape.intermediate)] * 2 + [(shape.intermediate, shape.hidden)]
-        return shape.layers * args.lora_rank * sum(a + b for a, b in pairs)
-    return shape.parameters
-
-
-def memory_bytes(args: Any, shape: ModelShape, dtype: str) -> dict[str, float]:
+def memory_bytes(args: Any, shape: ModelShape, whole: int, trained: int, dtype: str) -> dict[str, float]:
     """Estimated memory of one device: weights, gradients, optimizer, activations of a micro-batch.
 
     Activations after Korthikanti et al. 2022 (arXiv:2205.05198), table 2, without their attention
@@ -74,64 +50,67 @@ def memory_bytes(args: Any, shape: ModelShape, dtype: str) -> dict[str, float]:
     layer's worth and 2 s b h per layer. Logits of all positions are counted: the longest answer may
     supervise nearly all of them.
     """
-    trained = trainable_parameters(args, shape)
     size = BYTES[dtype]
     tokens = args.max_length * args.per_device_train_batch_size
     layer = tokens * (34 * shape.hidden + 5 * shape.heads * args.max_length) * size / 2
     kept = layer + shape.layers * 2 * tokens * shape.hidden * size if args.recompute else layer * shape.layers
     return {
-        "weights": shape.parameters * size,
+        "weights": whole * size,
         "gradients": trained * size,
         "optimizer": trained * (8 + (4 if size == 2 else 0)),
         "activations": kept + 3 * tokens * shape.vocabulary * 4,
     }
 
 
-def training_lines(args: Any, dataset: Any, tokenizer: Tokenizer) -> list[str]:
+def training_lines(args: Any, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
     """Steps, tokens per step, and one example with its loss mask visible."""
-    examples = len(dataset) if hasattr(dataset, "__len__") else None
-    per_epoch, total = steps(args, examples)
-    lines = [f"steps: {total:,} ({per_epoch:,} per epoch)"]
-    if examples:
-        tokens = dataset.report.tokens / per_epoch
-        lines.append(f"tokens per step: about {tokens:,.0f}")
-    lines += [
+    if args.lazy:
+        per_epoch = "a stream has no epochs"
+    else:
+        steps = epoch_steps(len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        per_epoch = f"{steps:,} per epoch, about {dataset.report.tokens / steps:,.0f} tokens each"
+    return [
+        f"steps: {plan.steps:,} ({per_epoch})",
         "first example (the loss sees what stands in ⟦⟧):",
         marked_example(next(iter(dataset)), tokenizer),
     ]
-    return lines
 
 
 def report(
     args: Any,
-    shape: ModelShape,
+    checkpoint: Checkpoint,
     dtype: str,
     device: str,
     data: dict[str, Any],
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    resumed: Path | None,
+    plan: Plan | None,
 ) -> str:
-    """The whole report as text."""
-    memory = {name: value / 2**30 for name, value in memory_bytes(args, shape, dtype).items()}
-    trained = trainable_parameters(args, shape) / 1e6
-    lines = []
+    """The whole report as text; `plan` is None where nothing would be trained."""
+    whole, trained = trained_parameters(args, checkpoint)
+    shape = checkpoint.family.shape(checkpoint.config)
+    memory = {name: value / 2**30 for name, value in memory_bytes(args, shape, whole, trained, dtype).items()}
+    lines = [
+        "arguments:",
+        *argument_lines(args),
+        f"device: {device}, computing in {dtype}",
+        f"model: {whole:,} parameters, {trained:,} of them trained ({method(args)})"
+        if method(args) == "sft"
+        else f"model: {whole:,} parameters, {trained:,} trained beside them ({method(args)})",
+        f"chat template: {template.source}",
+    ]
     for split, dataset in data.items():
         lines += [f"{split} data: {line}" for line in dataset.summary().splitlines()]
-    if "train" in data:
-        lines += training_lines(args, data["train"], tokenizer)
-    return "\n".join(
-        [
-            "arguments:",
-            *argument_lines(args),
-            f"device: {device}, computing in {dtype}",
-            f"model: {shape.parameters / 1e6:,.0f} M parameters, {trained:,.2f} M trained",
-            f"chat template: {template.source}",
-            *lines,
+    if plan is not None:
+        lines += training_lines(args, data["train"], tokenizer, plan)
+        lines += [
             f"memory per device, estimated: {math.fsum(memory.values()):.2f} GiB at rows of max_length ("
             + ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
             + ")",
-            f"starts: {f'from {resumed}' if resumed else 'anew'}",
-            f"would write: {args.output_dir}/ (weights, tokenizer, template, checkpoints, results, loss curve)",
+            f"starts: {plan}",
         ]
-    )
+        written = "weights, tokenizer, template, checkpoints, results, loss curve"
+    else:
+        written = "results"
+    lines.append(f"would write: {args.output_dir}/ ({written})")
+    return "\n".join(lines)

@@ -46,6 +46,7 @@ class GenerationEvaluation:
         show_progress: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.stop_ids = template.stop_ids(tokenizer)
         self.options, self.batch_size, self.output_dir = options, batch_size, output_dir
         self.show_progress = show_progress
         self.prompts = [encode_source(row.question, tokenizer, template, src_length)[0] for row in rows]
@@ -54,7 +55,7 @@ class GenerationEvaluation:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
         engine = EagerEngine(self.model.family, self.model.base, pad_id=self.tokenizer.pad_id, prefix=self.model.prefix)
-        generator = Generator(engine, self.tokenizer)
+        generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
             total=len(self.rows), unit="row", desc="answering", leave=False, disable=not self.show_progress
         ) as bar:

@@ -42,7 +42,7 @@ class TrainingModel(nn.Layer):
         """
         super().__init__()
         self.family, self.base, self.prefix = family, base, prefix
-        self.config = base.config  # type: ignore[attr-defined]
+        self.config = base.config
         self.neftune_alpha = neftune_alpha
         self.inputs_need_gradient = inputs_need_gradient
         if prefix is not None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, sou
 def install(folder: Path, write: Callable[[Path], None]) -> None:
     """Writes files beside and then moves each into `folder`, so that none is ever half-written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".final.tmp-") as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".final.tmp-{os.getpid()}-") as name:
         staging = Path(name)
         write(staging)
         for path in sorted(staging.iterdir()):
@@ -43,6 +43,14 @@ def install(folder: Path, write: Callable[[Path], None]) -> None:
                 os.fsync(file.fileno())
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
+
+
+RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "predict_results.json"}
+
+
+def missing_results(folder: Path, splits: Sequence[str]) -> list[str]:
+    """The results files that a run over these splits has not written into its output folder."""
+    return [RESULTS[split] for split in splits if not (folder / RESULTS[split]).is_file()]
 
 
 def write_results(folder: Path, split: str, values: Mapping[str, float]) -> None:

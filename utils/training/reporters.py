@@ -43,11 +43,11 @@ def _scalar_writer(writer: Any) -> Report:
 def open_reporter(name: str, log_dir: str, run_name: str, settings: dict[str, Any]) -> Report:
     """A function that sends named values of one step to the reporter."""
     if name == "visualdl":
-        from visualdl import LogWriter
+        from visualdl import LogWriter  # type: ignore[import-untyped]
 
         return _scalar_writer(LogWriter(logdir=log_dir))
     if name == "tensorboard":
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
         return _scalar_writer(SummaryWriter(log_dir))
     module = importlib.import_module(PACKAGES[name])

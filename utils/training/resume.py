@@ -21,12 +21,30 @@ STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint, good or not."""
+    return _CHECKPOINT.match(path.name) is not None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(load_progress(checkpoint)["global_step"])
+
+
+def is_good(folder: Path) -> bool:
+    """Whether a folder is a checkpoint with all of its files."""
+    return is_complete(folder) and (folder / PROGRESS).is_file()
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The good checkpoints of a run, oldest first. Half-written ones never get this name."""
-    found = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))
-    ]
-    return [path for _, path in sorted(found) if is_complete(path) and (path / PROGRESS).is_file()]
+    """The good checkpoints of a run, oldest first."""
+    named = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _CHECKPOINT.match(path.name))]
+    return [path for _, path in sorted(named) if is_good(path)]
+
+
+def incomplete(output_dir: Path) -> list[Path]:
+    """Folders with a checkpoint's name that are none: files are missing or cut short."""
+    return sorted(path for path in output_dir.glob("checkpoint-*") if is_checkpoint(path) and not is_good(path))
 
 
 def named_parameters(model: Any) -> dict[str, str]:
@@ -119,7 +137,7 @@ def load_progress(folder: Path) -> dict[str, Any]:
         UserError: `folder` is no checkpoint of a training run, or its progress file is broken.
     """
     path = folder / PROGRESS
-    if not path.is_file() or not (folder / STATE).is_file():
+    if not path.is_file() or not is_complete(folder):
         raise UserError(
             f"resume_from_checkpoint {folder}: is no complete checkpoint of this toolchain (it has no {PROGRESS}); "
             "give a checkpoint-N folder, or leave the option out to continue from the last good one"
@@ -128,19 +146,3 @@ def load_progress(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-
-
-def check_same_run(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses to resume a run whose data or whose meaning of a step has changed.
-
-    Raises:
-        UserError: names each setting that differs, with both values.
-    """
-    faults = [
-        f"{folder}: was written with {key} = {saved.get(key)!r}, this run has {value!r}; restore it, or start anew "
-        "with another output_dir (or --overwrite_output_dir)"
-        for key, value in current.items()
-        if key in saved and saved[key] != value
-    ]
-    if faults:
-        raise UserError(faults)

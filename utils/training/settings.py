@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 
-def library_arguments(args: Any, device: str, dtype: str) -> Any:
-    """PaddleNLP's TrainingArguments for a run.
+def library_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
+    """PaddleNLP's TrainingArguments for a run of `steps` optimizer steps.
 
     What our trainer does itself (resume, best model, reports, progress) is switched off there.
     """
@@ -27,8 +27,7 @@ def library_arguments(args: Any, device: str, dtype: str) -> Any:
         adam_beta2=args.adam_beta2,
         adam_epsilon=args.adam_epsilon,
         max_grad_norm=args.max_grad_norm,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
+        max_steps=steps,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_ratio=args.warmup_ratio,
         warmup_steps=args.warmup_steps,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
-from utils.checkpoints.fingerprint import fingerprint
+from utils.adapters.targets import adapted_shapes
 from utils.checkpoints.locate import Checkpoint
-from utils.errors import UserError
-from utils.training import resume
+from utils.checkpoints.match import match
+from utils.errors import UserError, raise_if
+from utils.training.plan import method
 
 if TYPE_CHECKING:
     from utils.training.model import TrainingModel
@@ -20,17 +21,67 @@ if TYPE_CHECKING:
 PREFIX_INIT_TOKENS = 2048
 
 
-def method(args: Any) -> str:
-    """ "lora", "prefix" or "sft"."""
-    return "lora" if args.lora else "prefix" if args.prefix_tuning else "sft"
-
-
 def check_adapters(args: Any, checkpoint: Checkpoint) -> None:
-    """Checks the adapters that a run starts from, before any weights load."""
+    """Checks the adapter that a run starts from, or the layers of a new one, before any weights load.
+
+    What the adapter's files fix is taken over into `args`, so that the rest of the run has one truth.
+
+    Raises:
+        UserError: an adapter of another base, options that contradict it, or unknown layers.
+    """
     if args.lora_path:
-        check_adapter(args.lora_path, LORA_CONFIG, checkpoint)
+        saved = check_adapter(args.lora_path, LORA_CONFIG, checkpoint)
+        names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "rslora": "rslora"}
+        _take_over(args, "lora_path", {ours: saved[theirs] for ours, theirs in names.items() if theirs in saved})
+        if "lora_target_modules" in args.provided:
+            raise UserError("lora_target_modules and lora_path exclude each other: the adapter has its layers already")
+    elif args.lora:
+        adapted_shapes(checkpoint, args.lora_target_modules)
     if args.prefix_path:
-        check_adapter(args.prefix_path, PREFIX_CONFIG, checkpoint)
+        saved = check_adapter(args.prefix_path, PREFIX_CONFIG, checkpoint)
+        same = ("num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size")
+        _take_over(args, "prefix_path", {name: saved[name] for name in same if name in saved})
+    elif args.prefix_tuning and not args.do_train:
+        raise UserError("prefix_tuning without do_train evaluates a trained prefix: name its folder as prefix_path")
+
+
+def _take_over(args: Any, path: str, settings: Mapping[str, Any]) -> None:
+    """Sets arguments to what an adapter's file says.
+
+    Raises:
+        UserError: the user gave another value.
+    """
+    faults = []
+    for name, value in settings.items():
+        if name in args.provided and getattr(args, name) != value:
+            faults.append(f"{args.where(name)}: the adapter of {path} has {value}; leave {name} out")
+        setattr(args, name, value)
+    raise_if(faults)
+
+
+def trained_parameters(args: Any, checkpoint: Checkpoint) -> tuple[int, int]:
+    """(number of weights of the base, number of weights that the run trains); reads no weights."""
+    tensors = [tensor for tensor, _ in match(checkpoint).values()]
+    whole = sum(math.prod(tensor.shape) for tensor in tensors)
+    shape = checkpoint.family.shape(checkpoint.config)
+    if args.lora:
+        return whole, sum(args.lora_rank * sum(sizes) for sizes in adapted_layers(args, checkpoint).values())
+    if args.prefix_tuning:
+        width = shape.head_dim * shape.kv_heads
+        size = 2 * shape.layers * width
+        if not args.prefix_projection:
+            return whole, args.num_prefix_tokens * size
+        hidden = args.prefix_projection_hidden_size or shape.hidden
+        return whole, args.num_prefix_tokens * width + (width + 1) * hidden + (hidden + 1) * size
+    return whole, whole
+
+
+def adapted_layers(args: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """[in, out] of the layers that the run's LoRA adapts, those of lora_path or of lora_target_modules."""
+    if args.lora_path:
+        saved = check_adapter(args.lora_path, LORA_CONFIG, checkpoint)
+        return adapted_shapes(checkpoint, saved["target_modules"])
+    return adapted_shapes(checkpoint, args.lora_target_modules)
 
 
 def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[int]) -> tuple[TrainingModel, Trained]:
@@ -57,7 +108,14 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
     trained: Trained
     if args.lora:
         if args.lora_path:
-            adapted = load_lora(base, family, args.lora_path, checkpoint)
+            adapted = load_lora(
+                base,
+                family,
+                args.lora_path,
+                checkpoint,
+                dropout=args.lora_dropout,
+                lora_plus_scale=args.lora_plus_scale,
+            )
         else:
             adapted = add_lora(
                 base,
@@ -96,28 +154,6 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
     return model, trained
 
 
-def checkpoint_to_resume(args: Any) -> Path | None:
-    """The checkpoint that this run continues from: the one asked for, else the last good one.
-
-    Raises:
-        UserError: the one asked for is no complete checkpoint, or there is none.
-    """
-    output = Path(args.output_dir)
-    asked = args.resume_from_checkpoint
-    if isinstance(asked, str):
-        folder = Path(asked)
-        if not folder.is_dir():
-            raise UserError(f"resume_from_checkpoint {asked}: no such folder")
-        resume.load_progress(folder)
-        return folder
-    good = resume.checkpoints(output) if output.is_dir() else []
-    if asked is True and not good:
-        raise UserError(f"resume_from_checkpoint: {output} holds no complete checkpoint; leave the option out")
-    if asked is False or args.overwrite_output_dir or not good:
-        return None
-    return good[-1]
-
-
 def check_world() -> None:
     """Refuses a launch of several processes: parallel training is not part of this version yet."""
     processes = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
@@ -126,21 +162,6 @@ def check_world() -> None:
             f"started as {processes} processes: parallel training is not part of this version yet; "
             "run the script without paddle.distributed.launch and set the parallel degrees to 1"
         )
-
-
-def describe(args: Any, checkpoint: Checkpoint, dataset: Any) -> dict[str, Any]:
-    """What must not change between a run and its continuation."""
-    names = ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "intokens", "lazy"]
-    if args.lora:
-        names += ["lora_rank", "lora_alpha", "lora_dropout", "rslora", "lora_target_modules"]
-    elif args.prefix_tuning:
-        names += ["num_prefix_tokens", "prefix_projection"]
-    return {
-        "model": fingerprint(checkpoint),
-        "method": method(args),
-        "data": dataset.fingerprint() if dataset is not None else None,
-        **{name: getattr(args, name) for name in names},
-    }
 
 
 def typical_ids(dataset: Any) -> list[int]:

@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import paddle
 from paddlenlp import trainer as library
+from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_directory
+from utils.data.encode import IGNORED
 from utils.errors import UserError, notice
 from utils.training import resume
-from utils.training.callbacks import memory_gib
+from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
+from utils.training.plan import Plan
 from utils.training.sampler import EpochSampler
 from utils.training.trained import Trained
+from utils.training.window import Window
 
-TOKENS = "tokens"  # number of real tokens of a batch, beside the model's inputs
-
-
-class Window:
-    """Sums since the last log line."""
-
-    def __init__(self) -> None:
-        self.loss, self.targets, self.tokens, self.positions = 0.0, 0, 0, 0
-        self.started = time.monotonic()
+SIZES = "sizes"  # int64 [batch]: real tokens of each row of a batch, beside the model's inputs
+BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
 
 
-class CountingCollator:
-    """A collator that also says how many real tokens the batch has."""
+class SizingCollator:
+    """A collator that also says how many real tokens each row has."""
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, np.ndarray]]) -> None:
         self.collator = collator
 
     def __call__(self, items: list[Any]) -> dict[str, np.ndarray]:
-        tokens = sum(len(item["input_ids"]) for item in items)
-        return {**self.collator(items), TOKENS: np.array([tokens], dtype=np.int64)}
+        sizes = np.array([len(item["input_ids"]) for item in items], dtype=np.int64)
+        return {**self.collator(items), SIZES: sizes}
 
 
 class _Boundaries(library.TrainerCallback):
@@ -48,6 +45,9 @@ class _Boundaries(library.TrainerCallback):
 
     def __init__(self, owner: Trainer) -> None:
         self.owner = owner
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.owner.continue_state()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.owner.restore_random_state()
@@ -58,6 +58,8 @@ class _Boundaries(library.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # the loop counts epochs from the batches of this process, wrong after a resume
         state.epoch = state.global_step / self.owner.steps_per_epoch
+        if state.global_step >= state.max_steps and args.logging_strategy == library.IntervalStrategy.STEPS:
+            control.should_log = True  # the last steps may not fill a logging window
 
 
 class Trainer(library.Trainer):
@@ -68,7 +70,8 @@ class Trainer(library.Trainer):
       micro-batches; the library averages micro-batches, so that few targets weigh as much as many.
     - A run continued from a checkpoint has the losses of the uninterrupted one, also from an
       epoch's end and in later epochs; a checkpoint appears whole or not at all.
-    - It stops before an update whose loss is not finite.
+    - It stops before an update whose loss or gradient is not finite.
+    - SIGTERM and Ctrl-C end it after the step under way, with a checkpoint.
     """
 
     def __init__(
@@ -81,47 +84,50 @@ class Trainer(library.Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         evaluate_generation: Callable[[int], dict[str, float]] | None = None,
-        describe: Mapping[str, Any] | None = None,
+        name_rows: Callable[[list[list[int]]], str] | None = None,
         extra_files: Callable[[Path], None] | None = None,
-        callbacks: list[Any] | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         """
         Args:
             trained: the part of `model` that checkpoints hold.
             args: PaddleNLP's TrainingArguments, see `settings.library_arguments`.
             evaluate_generation: (step) -> metrics of generated text; None evaluates likelihood.
-            describe: what must be the same for a resume (data, batch, lengths, seed).
+            name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
         """
+        self.control: Any
+        self.signals = StopOnSignal()
         super().__init__(
             model=model,
             args=args,
-            data_collator=CountingCollator(collator),
+            data_collator=SizingCollator(collator),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_Boundaries(self), *(callbacks or [])],
+            callbacks=[_Boundaries(self), self.signals, *callbacks],
         )
         self.remove_callback(library.PrinterCallback)
         self.trained = trained
         self.evaluate_generation = evaluate_generation
-        self.describe = dict(describe or {})
+        self.name_rows = name_rows
         self.extra_files = extra_files
+        self.run: dict[str, Any] = {}
         self.window = Window()
         self.step_targets, self.step_scale = 0, 1.0  # of the optimizer step under way
+        self.step_batches: list[tuple[paddle.Tensor, dict[str, Any]]] = []  # its losses and inputs
+        self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
         self.total_loss, self.total_targets, self.total_tokens = 0.0, 0, 0
+        self.micro_batches = 0  # of the whole run, for the place in streamed data
         self.resumed: dict[str, Any] | None = None
         self.random_state_due = False
-        self.stopped_early = False
-        self.evaluated: tuple[int, dict[str, float]] | None = None  # (step, metrics) of the last evaluation
         self.loaded_step: int | None = None  # of the best checkpoint, once its weights are in the model
-        self.micro_batches = 0  # of this process, for the place in streamed data
 
     # --- data ----------------------------------------------------------------------------------------
 
     @property
     def streams(self) -> bool:
         """Whether the training data is a stream without a length."""
-        return not hasattr(self.train_dataset, "__len__")
+        return isinstance(self.train_dataset, paddle.io.IterableDataset)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,6 +135,11 @@ class Trainer(library.Trainer):
         if self.streams:
             return self.args.max_steps
         return max(1, len(self.sampler) // self.args.gradient_accumulation_steps)
+
+    def get_train_dataloader(self) -> Any:
+        if self.streams:  # several loader processes would each read all of a stream
+            self.args.dataloader_num_workers = 0
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self) -> EpochSampler:
         self.sampler = EpochSampler(
@@ -150,8 +161,9 @@ class Trainer(library.Trainer):
         """Adds the gradient of one micro-batch; returns its summed loss."""
         model.train()
         inputs = dict(self._prepare_inputs(inputs))
-        tokens = int(inputs.pop(TOKENS))
-        targets = int((inputs["labels"] != -100).sum())
+        batch = dict(inputs)
+        tokens = int(inputs.pop(SIZES).sum())
+        targets = int((inputs["labels"] != IGNORED).sum())
         with self.autocast_smart_context_manager():
             loss = model(**inputs)
         if not self.step_targets:
@@ -159,39 +171,51 @@ class Trainer(library.Trainer):
         scaled = loss / self.step_scale
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
         self.step_targets += targets
+        self.step_batches.append((loss.detach(), batch))
         self.micro_batches += 1
         window = self.window
         window.targets += targets
         window.tokens += tokens
         window.positions += inputs["input_ids"].size
+        self.total_targets += targets
         self.total_tokens += tokens
         return loss.detach()
 
+    @paddle.no_grad()
     def weight_gradients(self) -> None:
-        """Makes the summed gradients of the step those of the mean over its targets."""
+        """Makes the summed gradients of the step those of the mean over its targets; checks them."""
         factor = self.step_scale / max(self.step_targets, 1)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if factor != 1.0:
-            with paddle.no_grad():
-                for parameter in self.model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.scale_(factor)
+            for gradient in gradients:
+                gradient.scale_(factor)
+        self.step_figures = {"learning_rate": self._get_learning_rate()}
+        if not self.do_grad_scaling:  # a scaler skips such steps by itself
+            flat = [gradient.astype("float32").reshape([-1]) for gradient in gradients]
+            norm = float(paddle.add_n([paddle.dot(values, values) for values in flat]).sqrt())
+            self.step_figures["grad_norm"] = norm
+            if not np.isfinite(norm):
+                self._stop_at("gradient's norm", norm, [batch for _, batch in self.step_batches])
         self.step_targets = 0
+        self.step_batches = []
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
         if np.isfinite(float(loss)):
             return
-        rows = "" if self.streams else f" on examples {self._examples_of_step()}"
-        raise UserError(
-            f"the loss is {float(loss)} in step {self.state.global_step + 1}{rows}; the weights were not updated. "
-            "Lower the learning rate, use bf16 instead of fp16, or look at these examples; "
-            "the last good checkpoint is kept"
-        )
+        bad = [batch for own, batch in self.step_batches if not np.isfinite(float(own))]
+        self._stop_at("loss", float(loss), bad)
 
-    def _examples_of_step(self) -> list[int]:
-        epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
-        accumulation = self.args.gradient_accumulation_steps
-        batches = self.sampler.batches(epoch)[step * accumulation : (step + 1) * accumulation]
-        return sorted(number for batch in batches for number in batch)
+    def _stop_at(self, what: str, value: float, batches: list[dict[str, Any]]) -> NoReturn:
+        """Ends the run before the update of a step with numbers that are not finite."""
+        named = ""
+        if self.name_rows is not None:
+            named = f" on {self.name_rows([ids for batch in batches for ids in rows_of(batch)])}"
+        good = resume.checkpoints(Path(self.args.output_dir))
+        kept = f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
+        raise UserError(
+            f"the {what} is {value} in step {self.state.global_step + 1}{named}; the weights were not updated, {kept}. "
+            "Lower the learning rate, use bf16 instead of fp16, or look at these rows"
+        )
 
     # --- log, evaluate, save -------------------------------------------------------------------------
 
@@ -202,36 +226,24 @@ class Trainer(library.Trainer):
         self.total_loss += float(tr_loss)
         tr_loss.subtract_(tr_loss)
         if self.control.should_log and self.window.targets:
-            self.total_targets += self.window.targets
-            self.log(self._window_values())
+            self.log({**self.window.values(), **self.step_figures, "memory_gib": memory_gib()})
             self.window = Window()
         metrics = None
+        started = time.monotonic()
         if self.control.should_evaluate:
-            paused = time.monotonic()
             metrics = self.evaluate()
-            self.window.started += time.monotonic() - paused
+            self.control.should_evaluate = False
         if self.control.should_save:
-            paused = time.monotonic()
             self._save_checkpoint(model, metrics)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            self.window.started += time.monotonic() - paused
-
-    def _window_values(self) -> dict[str, float]:
-        window = self.window
-        return {
-            "loss": window.loss / window.targets,
-            "learning_rate": self._get_learning_rate(),
-            "tokens_per_second": window.tokens / max(time.monotonic() - window.started, 1e-9),
-            "effective_tokens": window.tokens / window.positions,
-            "memory_gib": memory_gib(),
-        }
+        self.window.pause(time.monotonic() - started)
 
     def log(self, logs: dict[str, float], **kwargs: Any) -> None:
         """Hands one set of numbers to everything that shows or keeps them."""
-        if "loss" in logs:
-            logs = {"epoch": self.state.global_step / self.steps_per_epoch, **logs}
-        elif not any(key.startswith("eval_") for key in logs):
+        if "loss" not in logs and not any(key.startswith("eval_") for key in logs):
             return  # the library's own summary at the end; ours is what `train` returns
+        logs = {"epoch": self.state.epoch or 0.0, **logs}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(
@@ -239,26 +251,36 @@ class Trainer(library.Trainer):
     ) -> dict[str, float]:
         """Token-weighted loss, ppl and accuracy over the evaluation data, or metrics of generated text.
 
-        The model's weights are evaluated once: asked again after the same step, it returns what it found.
+        Weights are evaluated once: asked again for those of the same step, it returns what it found.
         """
-        if self.evaluated is not None and self.evaluated[0] == self.weights_step:
-            return self.evaluated[1]
+        known = self._evaluated(self.weights_step)
+        if known is not None and (self.loaded_step is None or self.evaluate_generation is None):
+            return known
         self.model.eval()
         if self.evaluate_generation is not None:
-            found = self.evaluate_generation(self.state.global_step)
+            found = self.evaluate_generation(self.weights_step)
         else:
             loss, right, targets = 0.0, 0, 0
-            for inputs in self.get_eval_dataloader(eval_dataset):
+            loader = self.get_eval_dataloader(eval_dataset)
+            for inputs in tqdm(loader, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False):
                 inputs = dict(self._prepare_inputs(inputs))
-                inputs.pop(TOKENS)
+                inputs.pop(SIZES)
                 with self.autocast_smart_context_manager():
                     scored = self.model.score(**inputs)
                 loss, right, targets = loss + scored[0], right + scored[1], targets + scored[2]
             found = likelihood_metrics(loss, right, targets)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)
-        self.evaluated = (self.weights_step, metrics)
+        if self.loaded_step is None:
+            self.log(metrics)
         return metrics
+
+    def _evaluated(self, step: int) -> dict[str, float] | None:
+        """The metrics of an earlier evaluation of the weights after a step."""
+        for logs in self.state.log_history:
+            found = {key: value for key, value in logs.items() if key.startswith("eval_")}
+            if found and logs["step"] == step:
+                return found
+        return None
 
     @property
     def weights_step(self) -> int:
@@ -281,13 +303,14 @@ class Trainer(library.Trainer):
     def _progress(self) -> dict[str, Any]:
         progress: dict[str, Any] = {
             "global_step": self.state.global_step,
-            "run": self.describe,
+            "run": self.run,
             "scheduler": self.lr_scheduler.state_dict(),
             "random": resume.random_state(),
             "total_loss": self.total_loss,
-            "total_targets": self.total_targets + self.window.targets,
+            "total_targets": self.total_targets,
             "total_tokens": self.total_tokens,
             "micro_batches": self.micro_batches,
+            "window": self.window.to_json(),
         }
         if self.do_grad_scaling:
             progress["scaler"] = {k: np.asarray(v).tolist() for k, v in self.scaler.state_dict().items()}
@@ -307,6 +330,8 @@ class Trainer(library.Trainer):
                 f"{', '.join(sorted(k.removeprefix('eval_') for k in metrics))}"
             )
         best, value = self.state.best_metric, metrics[name]
+        if not np.isfinite(value):
+            return
         if best is None or (value > best if self.args.greater_is_better else value < best):
             self.state.best_metric, self.state.best_model_checkpoint = value, folder.name
 
@@ -321,29 +346,36 @@ class Trainer(library.Trainer):
 
     # --- resume --------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, ignore_keys_for_eval: Any = None) -> dict[str, float]:
-        """Trains, from a checkpoint folder if one is given; returns the figures of the whole run.
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a signal ended the training before its last step."""
+        return self.signals.received is not None and self.state.global_step < self.state.max_steps
+
+    @property
+    def stopped_by(self) -> int:
+        """The number of the signal that asked for a stop; 0 without one."""
+        return self.signals.received or 0
+
+    def train_by(self, plan: Plan) -> dict[str, float]:
+        """Trains as planned, from a checkpoint if the plan has one; returns the figures of the whole run.
 
         Raises:
-            UserError: the checkpoint belongs to a run with other data or settings; a loss that is
-                not finite.
+            UserError: a loss or gradient that is not finite.
         """
-        folder = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if folder is not None:
-            self.resumed = resume.load_progress(folder)
-            resume.check_same_run(folder, self.resumed["run"], self.describe)
+        self.run = plan.run
+        if plan.progress is not None:
+            self.resumed = plan.progress
             self.random_state_due = True
             for name in ("total_loss", "total_targets", "total_tokens", "micro_batches"):
                 setattr(self, name, self.resumed[name])
-            if self.streams:
-                self.train_dataset.start_at(self.resumed["stream"])
-                self.stream_offset = self.micro_batches
-            notice(f"continuing after step {self.resumed['global_step']} from {folder}")
+            notice(f"continuing after step {self.resumed['global_step']} from {plan.start}")
         before, started = self.total_tokens, time.monotonic()
-        super().train(str(folder) if folder else None)
+        try:
+            self.train(str(plan.start) if plan.start else None)
+        except BaseException:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, handlers, files
+            raise
         seconds = time.monotonic() - started
-        self.total_targets += self.window.targets
-        self.stopped_early = self.state.global_step < self.state.max_steps
         return {
             "train_loss": self.total_loss / max(self.total_targets, 1),
             "train_runtime": seconds,
@@ -362,15 +394,32 @@ class Trainer(library.Trainer):
         assert self.resumed is not None
         resume.load_optimizer(Path(checkpoint) / resume.OPTIMIZER, self.optimizer, self.model)
         self.lr_scheduler.set_state_dict(self.resumed["scheduler"])
+        self.lr_scheduler.last_lr = self.lr_scheduler.get_lr()  # the user may have changed the rate
         if self.do_grad_scaling:
             state = {k: paddle.to_tensor(v) if isinstance(v, list) else v for k, v in self.resumed["scaler"].items()}
             self.scaler.load_state_dict(state)
+
+    def continue_state(self) -> None:
+        """Corrects the state that the library has read from a checkpoint, before the first step."""
+        if self.resumed is None:
+            return
+        self.window = Window.from_json(self.resumed["window"])
+        best = self.state.best_model_checkpoint
+        if best is not None and not resume.is_good(Path(self.args.output_dir) / best):
+            notice(f"{best}, the best checkpoint until now, is not in {self.args.output_dir} any more")
+            self.state.best_metric = self.state.best_model_checkpoint = None
 
     def restore_random_state(self) -> None:
         """Restores the generators right before the first step of a continued run."""
         if self.random_state_due and self.resumed is not None:
             resume.set_random_state(self.resumed["random"])
             self.random_state_due = False
+
+    def take_result(self, output: Path, step: int) -> None:
+        """Puts the weights of a finished run, which were those after `step`, and its state into place."""
+        self.trained.restore(output)
+        self.loaded_step = step
+        self.state = library.TrainerState.load_from_json(str(output / resume.STATE))
 
     def load_best(self) -> str | None:
         """Puts the best checkpoint's weights into the model; returns its name, or None without one."""
@@ -379,3 +428,16 @@ class Trainer(library.Trainer):
             self.trained.restore(Path(self.args.output_dir) / name)
             self.loaded_step = int(name.rsplit("-", 1)[1])
         return name
+
+
+def rows_of(batch: dict[str, Any]) -> list[list[int]]:
+    """The token ids of every row of a batch, or of every segment of its packed rows."""
+    found = []
+    ends = batch["segment_ends"].numpy() if "segment_ends" in batch else None
+    for row, (ids, size) in enumerate(zip(batch["input_ids"].numpy(), batch[SIZES].numpy(), strict=True)):
+        start = 0
+        while start < size:
+            end = int(size) if ends is None else int(ends[row, 0, start, 0])
+            found.append([int(i) for i in ids[start:end]])
+            start = end
+    return found

@@ -1,0 +1,226 @@
+"""Where a run starts and whether there is anything to do; decided before any weights load, without Paddle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints.files import write_json
+from utils.checkpoints.fingerprint import fingerprint, same_base
+from utils.checkpoints.locate import Checkpoint
+from utils.errors import UserError, notice, raise_if
+from utils.training import resume
+from utils.training.batches import run_steps
+
+FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
+RESULTS = (FINISHED, "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.tmp-(\d+)-\w+$")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run has to do.
+
+    Attributes:
+        steps: optimizer steps of the whole run, those done before included.
+        run: what must stay the same when the run is continued, see `describe`.
+        start: the checkpoint to continue from, or None to start anew.
+        progress: what `start` says about its run.
+        finished: output_dir holds the result of this very run; nothing is left to train.
+        result_step: the step after which the weights of that result were what they are.
+    """
+
+    steps: int
+    run: dict[str, Any]
+    start: Path | None = None
+    progress: dict[str, Any] | None = None
+    finished: bool = False
+    result_step: int = 0
+
+    def __str__(self) -> str:
+        if self.finished:
+            return "nothing, the training in output_dir is finished"
+        return f"from {self.start}" if self.start else "anew"
+
+
+def method(args: Any) -> str:
+    """ "lora", "prefix" or "sft"."""
+    return "lora" if args.lora else "prefix" if args.prefix_tuning else "sft"
+
+
+def describe(args: Any, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any) -> dict[str, Any]:
+    """What must not change between a run and its continuation, as JSON values.
+
+    A stream has no fingerprint of its tokens: it is described by what makes them, and checks its own
+    files (see `StreamDataset.restore`).
+    """
+    names = ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "intokens", "lazy"]
+    names += {
+        "lora": ["lora_rank", "lora_alpha", "lora_dropout", "rslora", "lora_target_modules"],
+        "prefix": ["num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size"],
+        "sft": [],
+    }[method(args)]
+    if args.lazy or args.intokens:
+        names.append("max_length")
+    if args.lazy:
+        names += ["src_length", "max_train_samples"]
+        data: Any = [tokenizer.fingerprint(), template.fingerprint()]
+    else:
+        data = dataset.fingerprint()
+    return {
+        "model": fingerprint(checkpoint),
+        "method": method(args),
+        "data": data,
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to continue a run whose data or whose meaning of a step has changed.
+
+    Args:
+        place: what holds the earlier run, for the message.
+
+    Raises:
+        UserError: names each thing that differs, with both values where a person can read them.
+    """
+    faults = []
+    for key, value in current.items():
+        if key not in saved or (same_base(saved[key], value) if key == "model" else saved[key] == value):
+            continue
+        if key == "model":
+            what = "was trained from another model than model_name_or_path"
+        elif key == "data":
+            what = "was trained on other data (rows, tokenizer, chat template or lengths have changed)"
+        else:
+            what = f"was trained with {key} = {saved[key]!r}, now it is {value!r}"
+        faults.append(
+            f"{place} {what}; restore it to continue, or start anew with another output_dir or --overwrite_output_dir"
+        )
+    raise_if(faults)
+
+
+# --- before the data is read ----------------------------------------------------------------------
+
+
+def check_output(args: Any) -> None:
+    """Refuses an output folder whose use would destroy what the run starts from.
+
+    Raises:
+        UserError: names each argument that lies there.
+    """
+    output = Path(args.output_dir).resolve()
+    faults = []
+    for name in ("model_name_or_path", "tokenizer_name_or_path", "lora_path", "prefix_path", "resume_from_checkpoint"):
+        value = getattr(args, name)
+        if not isinstance(value, str) or not os.path.isdir(value):
+            continue
+        folder = Path(value).resolve()
+        if folder == output or (args.overwrite_output_dir and output in folder.parents):
+            faults.append(f"output_dir {args.output_dir}: training would overwrite {name} {value}; give another folder")
+    raise_if(faults)
+
+
+def checkpoint_to_resume(args: Any) -> Path | None:
+    """The checkpoint that this run continues from: the one asked for, else the last good one.
+
+    Raises:
+        UserError: the one asked for is no complete checkpoint, there is none, or output_dir holds
+            checkpoints that the run would have to destroy.
+    """
+    output, asked = Path(args.output_dir), args.resume_from_checkpoint
+    good = resume.checkpoints(output) if output.is_dir() and not args.overwrite_output_dir else []
+    if isinstance(asked, str):
+        start: Path | None = Path(asked)
+        resume.load_progress(Path(asked))
+    elif asked is False:
+        start = None
+    else:
+        start = good[-1] if good else None
+    if asked is True and start is None:
+        raise UserError(
+            f"resume_from_checkpoint true: {output} holds no complete checkpoint"
+            + (" that overwrite_output_dir would leave" if args.overwrite_output_dir else "; leave the option out")
+        )
+    done = resume.step_of(start) if start is not None else 0
+    later = [folder.name for folder in good if resume.step_of(folder) > done]
+    if later:
+        raise UserError(
+            f"output_dir {output} holds {', '.join(later)}, which a run {f'from {start}' if start else 'from step 0'} "
+            "would overwrite; move them away, give another output_dir, or leave resume_from_checkpoint out"
+        )
+    for folder in resume.incomplete(output):
+        notice(f"{folder} is incomplete and is ignored")
+    return start
+
+
+# --- once the data is known -----------------------------------------------------------------------
+
+
+def make_plan(args: Any, run: dict[str, Any], dataset: Any, start: Path | None) -> Plan:
+    """Decides what a training run does.
+
+    Raises:
+        UserError: data or settings differ from those of the checkpoint or of the finished run.
+    """
+    steps = run_steps(args, None if args.lazy else len(dataset))
+    output = Path(args.output_dir)
+    marker = output / FINISHED
+    if marker.is_file() and not args.overwrite_output_dir:
+        earlier = json.loads(marker.read_text(encoding="utf-8"))
+        check_same_run(f"output_dir {output}", earlier["run"], run)
+        if earlier["global_step"] >= steps:
+            return Plan(steps, run, finished=True, result_step=earlier["result_step"])
+        if start is None:
+            raise UserError(
+                f"output_dir {output} holds a finished run of {earlier['global_step']} steps without checkpoints, so "
+                f"it cannot be continued to {steps}; give another output_dir, or --overwrite_output_dir to start anew"
+            )
+    if start is None:
+        return Plan(steps, run)
+    progress = resume.load_progress(start)
+    check_same_run(str(start), progress["run"], run)
+    if "stream" in progress:
+        dataset.restore(progress["stream"])
+    if progress["global_step"] > steps:
+        raise UserError(
+            f"{start} is at step {progress['global_step']}, behind the {steps} steps of this run; raise max_steps or "
+            "num_train_epochs, or start anew with another output_dir or --overwrite_output_dir"
+        )
+    return Plan(steps, run, start, progress)
+
+
+def clear_output(args: Any) -> None:
+    """Removes from output_dir what must not be taken for this run's: leftovers of killed saves, the
+    finished mark and, with overwrite_output_dir, checkpoints and results of the run before."""
+    output = Path(args.output_dir)
+    if not output.is_dir():
+        return
+    for path in output.iterdir():
+        match = _LEFTOVER.match(path.name)
+        if match and not _running(int(match[2])):
+            shutil.rmtree(path)
+        elif args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in RESULTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (output / FINISHED).unlink(missing_ok=True)
+
+
+def mark_finished(output: Path, plan: Plan, step: int, result_step: int) -> None:
+    """Says in output_dir that its training has ended, and after which step its weights were chosen."""
+    write_json(output / FINISHED, {"global_step": step, "result_step": result_step, "run": plan.run})
+
+
+def _running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
