@@ -206,9 +206,7 @@ def test_seeds_and_row_numbers(generator: Generator) -> None:
     other = SamplingOptions(max_new_tokens=12, top_k=0, temperature=2.0, seed=2)
     assert generator.generate([prompt], other)[0].tokens != first[0].tokens
     unseeded = SamplingOptions(max_new_tokens=12, top_k=0, temperature=2.0)
-    assert (
-        generator.generate([prompt], unseeded)[0].tokens != generator.generate([prompt], unseeded)[0].tokens
-    )
+    assert generator.generate([prompt], unseeded)[0].tokens != generator.generate([prompt], unseeded)[0].tokens
 
 
 def test_options_per_row(generator: Generator) -> None:
@@ -225,9 +223,7 @@ def test_positions_are_respected(model: Any, generator: Generator) -> None:
     for bad, words in ((full, "no room"), (over, "no room"), (empty, "empty"), (unknown, "vocabulary")):
         assert bad.finish_reason == "error" and bad.tokens == () and words in (bad.error or "")
     # the last answer token would be at position 95, the last one there is
-    np.testing.assert_array_equal(
-        cut.tokens[-1], full_logits(model, [*prompts[0], *cut.tokens[:-1]])[-1].argmax()
-    )
+    np.testing.assert_array_equal(cut.tokens[-1], full_logits(model, [*prompts[0], *cut.tokens[:-1]])[-1].argmax())
 
 
 def test_logprobs_are_the_models_own(model: Any, generator: Generator) -> None:
@@ -267,9 +263,7 @@ def test_several_end_tokens_and_leaving_rows() -> None:
     generator = scripted({10: "ab\x00", 11: "abcdef\x01", 12: "x\x01", 13: "long answer"}, eos_ids=(0, 1))
     options = SamplingOptions(max_new_tokens=9)
     finished: list[int] = []
-    answers = generator.generate(
-        [[10], [11], [12], [13]], options, on_row=lambda index, _: finished.append(index)
-    )
+    answers = generator.generate([[10], [11], [12], [13]], options, on_row=lambda index, _: finished.append(index))
     assert [a.text for a in answers] == ["ab", "abcdef", "x", "long answ"]
     assert [a.finish_reason for a in answers] == ["stop", "stop", "stop", "length"]
     assert [len(a.tokens) for a in answers] == [3, 7, 2, 9]
@@ -347,6 +341,19 @@ def test_stream_equals_generate(generator: Generator) -> None:
     stream.close()  # the engine must be free again
     assert "".join(generator.stream(prompt, options)) == generator.generate([prompt], options)[0].text
     assert list(generator.stream([], options)) == []
+
+
+def test_engine_is_free_after_an_error_in_on_row(generator: Generator) -> None:
+    prompts = prompts_of([3, 5])
+    options = SamplingOptions(max_new_tokens=4)
+
+    def stumble(index: int, completion: Completion) -> None:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError) as kept:
+        generator.generate(prompts, options, on_row=stumble)
+    assert len(generator.generate(prompts, options)) == 2
+    assert kept.traceback  # still held here, with everything that it refers to
 
 
 def test_speed_counts_real_tokens(generator: Generator) -> None:

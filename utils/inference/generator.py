@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from collections.abc import Generator as PythonGenerator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -180,10 +181,11 @@ class Generator:
             for index in good[start : start + batch_size]:
                 number = numbers[index] if numbers is not None else index
                 rows.append(self._row(index, prompts[index], each[index], fallback_seed, number))
-            for step in self._steps(rows):
-                for row in step:
-                    if row.finish_reason:
-                        finish(row.index, self._completion(row))
+            with closing(self._steps(rows)) as steps:  # frees the engine even if `on_row` raises
+                for step in steps:
+                    for row in step:
+                        if row.finish_reason:
+                            finish(row.index, self._completion(row))
         return [done[index] for index in range(len(prompts))]
 
     def stream(
@@ -199,9 +201,10 @@ class Generator:
             return Completion("", (), "error", len(prompt), error=fault)
         row = self._row(0, prompt, options, secrets.randbits(64), number)
         row.stream = row.stream or TextStream(self._tokenizer.decode)
-        for _ in self._steps([row]):
-            if row.fresh:
-                yield row.fresh
+        with closing(self._steps([row])) as steps:
+            for _ in steps:
+                if row.fresh:
+                    yield row.fresh
         rest = row.stream.finish()
         if rest:
             yield rest
@@ -236,7 +239,7 @@ class Generator:
         sampler = RowSampler(options, prompt, end_ids, seed, number)
         return _Row(index, prompt, options, budget, end_ids, stream, sampler)
 
-    def _steps(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+    def _steps(self, rows: list[_Row]) -> PythonGenerator[list[_Row], None, None]:
         """Runs one batch; after each step, yields the rows that took part in it."""
         speed, started = self.speed, time.perf_counter()
         try:
