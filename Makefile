@@ -25,7 +25,7 @@ $(INSTALLED): requirements.txt requirements-nodeps.txt constraints.txt
 
 demo: $(INSTALLED)
 	@echo "==> demo: LoRA on the embedded model, before and after"
-	$(BIN)/python demo.py
+	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	@echo "==> tests"

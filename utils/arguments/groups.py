@@ -208,6 +208,7 @@ class ReportArguments(Arguments):
     eval_steps: int | None = arg(
         None, "updates between evaluations; logging_steps by default", minimum=1, unit="updates"
     )
+    eval_on_start: bool = arg(False, "evaluate before the first update too, to compare with")
     save_strategy: str = arg("steps", "when to save checkpoints", choices=("no", "steps", "epoch"))
     save_steps: int = arg(500, "updates between checkpoints", minimum=1, unit="updates")
     save_total_limit: int | None = arg(None, "checkpoints kept; older ones are deleted; all by default", minimum=1)
