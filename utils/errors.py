@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class UserError(Exception):
@@ -37,10 +39,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs a script's `main` and turns what it raises into an exit code.
 
     Exit codes: 0 success, 2 a `UserError` (each fault on its own `error:` line on standard error),
-    130 interrupted by Ctrl-C. Anything else is a bug and keeps its traceback.
+    130 interrupted by Ctrl-C, 141 nobody reads the output. Anything else is a bug and keeps its traceback.
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
@@ -48,4 +51,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     sys.exit(0)
