@@ -123,7 +123,7 @@ def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None
     with atomic_directory(target) as folder:
         write_lazy(folder / _PEFT_WEIGHTS[0], list(tensors()), {"format": "pt"})
         write_json(folder / PEFT_CONFIG, written)
-        if has_tokenizer(adapter):
+        if has_tokenizer(adapter, base.family):
             write_companions(base, adapter, folder)
 
 
@@ -169,7 +169,7 @@ def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> No
     with atomic_directory(target) as folder:
         write_lazy(folder / f"{WEIGHTS[LORA_CONFIG]}.safetensors", tensors, {"format": "np"})
         write_json(folder / LORA_CONFIG, written)
-        if has_tokenizer(adapter):
+        if has_tokenizer(adapter, base.family):
             write_companions(base, adapter, folder)
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class FamilySpec:
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
             as they are (right for base models).
+        tokenizer_files: names of the vocabulary files of a format that only this family has; the
+            formats that several families share are known to `utils.families.tokenizers`.
     """
 
     name: str
@@ -61,6 +67,7 @@ class FamilySpec:
     embedding: str = "embed_tokens"
     lora_targets: tuple[str, ...] = ()
     chat_template: str | None = None
+    tokenizer_files: tuple[str, ...] = ()
 
     # --- selection and configuration -------------------------------------------------------------
 
@@ -90,6 +97,19 @@ class FamilySpec:
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         """The sizes of a model of this family, from its config.json."""
         raise NotImplementedError
+
+    # --- the tokenizer ---------------------------------------------------------------------------
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        """The tokenizer of a checkpoint folder in this family's own format.
+
+        Returns:
+            None if the folder holds one of the formats that several families share, or none at all.
+
+        Raises:
+            UserError: the files are there but broken, or do not fit the model.
+        """
+        return None
 
     # --- the model -------------------------------------------------------------------------------
 

@@ -367,18 +367,24 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     Args:
-        folder: holds tokenizer.json or a sentencepiece model.
+        folder: holds tokenizer.json, a sentencepiece model or the format of the model's family.
         config: the model's config.json; `vocab_size` and the ids of special tokens are used.
 
     Raises:
         UserError: no tokenizer, an unreadable one, or one that does not fit the model.
     """
+    from utils.families import family_of
+
     folder = Path(folder)
+    family = family_of(config)
+    if family is not None and (own := family.tokenizer(folder, config)) is not None:
+        return own
     names = (TOKENIZER_JSON, *SENTENCEPIECE_FILES)
     main = next((name for name in names if (folder / name).is_file()), None)
     if main is None:
+        expected = (*(family.tokenizer_files if family else ()), *names)
         raise UserError(
-            f"{folder}: no tokenizer found; expected one of {', '.join(names)}. Copy the tokenizer files of "
+            f"{folder}: no tokenizer found; expected one of {', '.join(expected)}. Copy the tokenizer files of "
             "the original model there, or name its folder with --tokenizer_name_or_path"
         )
     kept = (*names, *SETTINGS_FILES, *VOCABULARY_FILES)
