@@ -101,7 +101,11 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
     from utils.training.trained import FullModel, Lora, Prefix
 
     weights_dtype = dtype if args.fp16_opt_level == "O2" or method(args) != "sft" else "float32"
-    overrides = {"use_flash_attention": args.use_flash_attention, "sequence_parallel": args.sequence_parallel}
+    overrides = {
+        "use_flash_attention": args.use_flash_attention,
+        "sequence_parallel": args.sequence_parallel,
+        "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
+    }
     base = load_model(checkpoint, weights_dtype, family_overrides=overrides)
     set_seed(args.seed)
     family, prefix = checkpoint.family, None
@@ -167,7 +171,7 @@ def check_world() -> None:
 def typical_ids(dataset: Any) -> list[int]:
     """Tokens of the first examples of a dataset (none without one)."""
     found: list[int] = []
-    for item in dataset or ():
+    for item in () if dataset is None else dataset:
         found.extend(int(i) for i in item["input_ids"])
         if len(found) >= PREFIX_INIT_TOKENS:
             break

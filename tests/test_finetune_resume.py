@@ -1,0 +1,371 @@
+"""A run that was interrupted, in whatever way, goes on with the losses of the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from tiny_runs import Result, Tiny, tensors, tiny, write_rows  # noqa: F401
+
+# Everything at once that has a state: accumulation, packing, dropout, a warm-up, evaluation in between.
+HARD = [
+    *("--do_train", "--do_eval", "--intokens", "--max_length", 176, "--per_device_train_batch_size", 1),
+    *("--gradient_accumulation_steps", 3, "--num_train_epochs", 2, "--warmup_steps", 4, "--lr_scheduler_type", "cosine"),
+    *("--evaluation_strategy", "steps", "--eval_steps", 3, "--save_strategy", "steps", "--save_steps", 3),
+]
+METHODS = {
+    "sft": ["--learning_rate", 3e-3, "--neftune"],
+    "lora": ["--lora", "--lora_dropout", 0.1],
+    "prefix": ["--prefix_tuning", "--num_prefix_tokens", 4],
+}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without another word."""
+
+
+def stop_after(step: int) -> mock._patch:
+    """Ends the run of this process as soon as checkpoint-STEP is complete."""
+    from utils.training.trainer import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def save_and_end(self: Trainer, *args: object) -> None:
+        save(self, *args)
+        if self.state.global_step >= step:
+            raise Killed
+
+    return mock.patch.object(Trainer, "_save_checkpoint", save_and_end)
+
+
+def interrupt(tiny: Tiny, output: Path, step: int, options: list[object]) -> None:  # noqa: F811
+    with stop_after(step), pytest.raises(Killed):
+        tiny.run(output, *options)
+    assert (output / f"checkpoint-{step}").is_dir()
+
+
+def same_run(resumed: Result, whole: Result) -> None:
+    """Losses to 1e-6, and everything else that the run leaves."""
+    assert [row["step"] for row in resumed.curve] == [row["step"] for row in whole.curve]
+    np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-6, rtol=0)
+    for column in ("eval_loss", "learning_rate", "epoch"):
+        assert [row[column] for row in resumed.curve] == [row[column] for row in whole.curve], column
+    mine, wanted = resumed.json("all_results.json"), whole.json("all_results.json")
+    for name in ("train_loss", "eval_loss", "train_tokens", "global_step"):
+        assert mine[name] == pytest.approx(wanted[name], abs=1e-6), name
+    states = [run.json("trainer_state.json") for run in (resumed, whole)]
+    assert [(log["step"], log.get("eval_loss")) for log in states[0]["log_history"]] == [
+        (log["step"], log.get("eval_loss")) for log in states[1]["log_history"]
+    ]
+    for name in ("best_metric", "best_model_checkpoint", "global_step"):
+        assert states[0][name] == states[1][name]
+    for path in whole.output.glob("*.safetensors"):
+        for name, value in tensors(path).items():
+            np.testing.assert_allclose(tensors(resumed.output / path.name)[name], value, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:  # noqa: F811
+    """The uninterrupted run of each method."""
+    home = tmp_path_factory.mktemp("whole")
+    return {name: tiny.run(home / name, *HARD, *options) for name, options in METHODS.items()}
+
+
+def test_runs_have_epochs_of_several_steps(whole_runs: dict[str, Result]) -> None:
+    """Keeps the other tests honest: checkpoints within the first and second epoch, and at an end."""
+    epochs = {int(row["step"]): float(row["epoch"]) for row in whole_runs["lora"].curve}
+    assert (epochs[3], epochs[6], epochs[9], epochs[12]) == (0.5, 1.0, 1.5, 2.0) and len(epochs) == 12
+    assert len({len(run.losses) for run in whole_runs.values()}) == 1
+
+
+@pytest.mark.parametrize(("method", "step"), [("lora", 3), ("lora", 6), ("lora", 9), ("sft", 9), ("prefix", 6)])
+def test_losses_after_a_resume(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    whole_runs: dict[str, Result],
+    method: str,
+    step: int,
+) -> None:
+    """In the first epoch, at an epoch's end, and in the second epoch."""
+    options = [*HARD, *METHODS[method]]
+    interrupt(tiny, tmp_path, step, options)
+    resumed = tiny.run(tmp_path, *options)
+    assert f"continuing after step {step}" in resumed.err
+    same_run(resumed, whole_runs[method])
+
+
+def test_a_log_window_may_span_an_interruption(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--lora", "--logging_steps", 4, "--save_steps", 3, "--num_train_epochs", 2]
+    whole = tiny.run(tmp_path / "whole", *options)
+    assert [row["step"] for row in whole.curve] == ["4", "8", "12", "14"]  # the last window is a short one
+    interrupt(tiny, tmp_path / "cut", 6, options)
+    resumed = tiny.run(tmp_path / "cut", *options)
+    np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-6, rtol=0)
+    assert resumed.json("train_results.json")["train_loss"] == pytest.approx(
+        whole.json("train_results.json")["train_loss"], abs=1e-6
+    )
+
+
+# --- kill -9 in the middle of a save -----------------------------------------------------------------
+
+KILL = """
+import builtins, os, signal
+true_open = builtins.open
+def deadly_open(path, mode="r", *args, **kwargs):
+    file = true_open(path, mode, *args, **kwargs)
+    if "w" in mode and ".checkpoint-6.tmp" in str(path) and {name!r} in os.path.basename(str(path)):
+        true_write = file.write
+        class Half:
+            def __getattr__(self, name): return getattr(file, name)
+            def __enter__(self): return self
+            def __exit__(self, *args): return file.__exit__(*args)
+            def write(self, content):
+                true_write(bytes(content)[: len(content) // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return Half()
+    return file
+builtins.open = deadly_open
+"""
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "lora_model_state"), ("sft", "progress.json")])
+def test_killed_while_saving(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    whole_runs: dict[str, Result],
+    method: str,
+    name: str,
+) -> None:
+    options = [*HARD, *METHODS[method]]
+    killed = tiny.script(tmp_path, *options, code=KILL.format(name=name))
+    assert killed.code == -signal.SIGKILL, killed.err
+    leftovers = [path.name for path in tmp_path.glob(".checkpoint-6.tmp-*")]
+    assert len(leftovers) == 1 and killed.checkpoints() == ["checkpoint-3"]
+    resumed = tiny.run(tmp_path, *options)
+    assert "continuing after step 3" in resumed.err
+    same_run(resumed, whole_runs[method])
+    assert not list(tmp_path.glob(".checkpoint-6.tmp-*"))  # cleared away
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+SLOW = """
+import time
+from utils import runtime
+runtime.prepare()
+runtime.prepare = lambda: None
+runtime.load_paddle()
+from utils.training.trainer import Trainer
+step = Trainer.training_step
+def slow_step(self, *args, **kwargs):
+    time.sleep(0.1)
+    return step(self, *args, **kwargs)
+Trainer.training_step = slow_step
+"""
+
+
+def test_a_signal_saves_and_says_so(tiny: Tiny, tmp_path: Path, whole_runs: dict[str, Result]) -> None:  # noqa: F811
+    options = [*HARD, *METHODS["lora"]]
+    process = tiny.start(tmp_path, *options, code=SLOW)
+    table = tmp_path / "loss_curve.csv"
+    deadline = time.monotonic() + 60
+    while not (table.exists() and len(table.read_text().splitlines()) > 4):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "a checkpoint will be saved" in err and "the same command continues" in err
+    assert "Traceback" not in err and "done:" not in out
+    stopped = Result(tmp_path, 143, out, err)
+    last = int(stopped.checkpoints()[-1][11:])
+    assert last == int(stopped.curve[-1]["step"]) and last < 12
+    assert f"stopped after step {last} of 12" in err
+    assert not (tmp_path / "lora_model_state.safetensors").exists()
+    resumed = tiny.run(tmp_path, *options)
+    same_run(resumed, whole_runs["lora"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_within_an_epoch_brings_no_early_end_of_it(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    number: int,
+    code: int,
+) -> None:
+    """The loop ends the epoch when it stops: what belongs to a true end must not happen then."""
+    from utils.training.trainer import Trainer
+
+    options = ["--do_train", "--do_eval", "--lora", "--num_train_epochs", 2, "--load_best_model_at_end"]
+    options += ["--evaluation_strategy", "epoch", "--save_strategy", "epoch"]
+    whole = tiny.run(tmp_path / "whole", *options)
+    step = Trainer.training_step
+
+    def step_with_signal(self: Trainer, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == 3:
+            signal.raise_signal(number)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with mock.patch.object(Trainer, "training_step", step_with_signal):
+        stopped = tiny.run(tmp_path / "cut", *options, expect=code)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert stopped.checkpoints() == ["checkpoint-4"] and "evaluation" not in stopped.out
+    resumed = tiny.run(tmp_path / "cut", *options)
+    same_run(resumed, whole)
+    assert resumed.checkpoints() == ["checkpoint-4", "checkpoint-7", "checkpoint-14"]
+
+
+def test_handlers_come_back_when_training_fails(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    interrupt(tiny, tmp_path, 3, [*HARD, "--lora"])
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# --- streams -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stream_goes_on_where_it_was(tiny: Tiny, tmp_path: Path, packed: bool) -> None:  # noqa: F811
+    options = ["--do_train", "--lora", "--lora_dropout", 0.1, "--lazy", "--max_steps", 14, "--save_steps", 3]
+    options += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 3, "--max_length", 96]
+    options += ["--intokens"] if packed else []
+    whole = tiny.run(tmp_path / "whole", *options)
+    assert len(whole.losses) == 14  # 84 rows or packs: more than one epoch of the 50 rows
+    for step in (3, 12):
+        interrupt(tiny, tmp_path / f"cut{step}", step, options)
+        resumed = tiny.run(tmp_path / f"cut{step}", *options)
+        np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-6, rtol=0)
+    other = write_rows(tmp_path / "other" / "train.json", 49, seed=0).parent
+    interrupt(tiny, tmp_path / "cut", 3, options)
+    changed = tiny.run(tmp_path / "cut", *options, "--dataset_name_or_path", other, expect=2)
+    assert "changed" in changed.err
+
+
+# --- refusals and finished runs ----------------------------------------------------------------------
+
+
+def test_a_half_written_checkpoint_is_ignored(tiny: Tiny, tmp_path: Path, whole_runs: dict[str, Result]) -> None:  # noqa: F811
+    options = [*HARD, *METHODS["lora"]]
+    interrupt(tiny, tmp_path, 6, options)
+    later = tmp_path / "checkpoint-9"
+    shutil.copytree(tmp_path / "checkpoint-6", later)
+    weights = later / "lora_model_state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "checkpoint-12").mkdir()
+    asked = tiny.run(tmp_path, *options, "--resume_from_checkpoint", later, expect=2)
+    assert "no complete checkpoint" in asked.err
+    resumed = tiny.run(tmp_path, *options)
+    assert "checkpoint-9 is incomplete" in resumed.err and "continuing after step 6" in resumed.err
+    same_run(resumed, whole_runs["lora"])
+
+
+def test_a_changed_run_is_refused_before_weights_load(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--lora", "--save_steps", 2, "--num_train_epochs", 2]
+    interrupt(tiny, tmp_path, 2, options)
+    files = sorted(path.name for path in tmp_path.rglob("*"))
+    other = write_rows(tmp_path.parent / "other_rows" / "train.json", 50, seed=9).parent
+    changes = {
+        "other data": ["--dataset_name_or_path", other],
+        "per_device_train_batch_size = 8, now it is 4": ["--per_device_train_batch_size", 4],
+        "lora_rank = 8, now it is 2": ["--lora_rank", 2],
+        "seed": ["--seed", 1],
+    }
+    with mock.patch("utils.training.start.build", side_effect=AssertionError("weights would load")):
+        for words, change in changes.items():
+            refused = tiny.run(tmp_path, *options, *change, expect=2)
+            assert words in refused.err and "--overwrite_output_dir" in refused.err
+        two = tiny.run(tmp_path, *options, "--seed", 1, "--lora_rank", 2, expect=2)
+        assert two.err.count("error:") == 3  # the default of lora_alpha follows the rank
+        gone = tiny.run(tmp_path / "new", *options, "--resume_from_checkpoint", "true", expect=2)
+        assert "holds no complete checkpoint" in gone.err and not gone.output.exists()
+        anew = tiny.run(tmp_path, *options, "--resume_from_checkpoint", "false", expect=2)
+        assert "checkpoint-2" in anew.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == files
+
+
+def test_a_finished_run_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--do_eval", "--lora", "--num_train_epochs", 1, "--save_strategy", "no"]
+    first = tiny.run(tmp_path, *options).losses
+    content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with mock.patch("utils.training.start.build", side_effect=AssertionError("weights would load")):
+        again = tiny.run(tmp_path, *options)
+        assert "finished training of these 7 steps" in again.err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+        changed = tiny.run(tmp_path, *options, "--lora_rank", 2, expect=2)
+        assert "lora_rank = 8, now it is 2" in changed.err
+        longer = tiny.run(tmp_path, *options, "--num_train_epochs", 2, expect=2)
+        assert "without checkpoints" in longer.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
+    # killed after training, before its evaluation was done: only that is made up for
+    (tmp_path / "eval_results.json").unlink()
+    evaluated = tiny.run(tmp_path, *options)
+    assert evaluated.json("eval_results.json") == json.loads(content[tmp_path / "eval_results.json"])
+    assert "step 1/" not in evaluated.out
+    anew = tiny.run(tmp_path, *options, "--lora_rank", 2, "--overwrite_output_dir")
+    assert anew.json("lora_config.json")["r"] == 2
+    assert anew.losses[0] == first[0] and anew.losses[-1] != first[-1]
+
+
+def test_a_finished_run_may_become_longer(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--lora", "--save_strategy", "epoch", "--lr_scheduler_type", "constant"]
+    whole = tiny.run(tmp_path / "whole", *options, "--num_train_epochs", 2)
+    tiny.run(tmp_path / "grown", *options, "--num_train_epochs", 1)
+    grown = tiny.run(tmp_path / "grown", *options, "--num_train_epochs", 2)
+    np.testing.assert_allclose(grown.losses, whole.losses, atol=1e-6, rtol=0)
+    # the learning rate may change too, and counts from the first step on
+    tiny.run(tmp_path / "changed", *options, "--num_train_epochs", 1)
+    changed = tiny.run(tmp_path / "changed", *options, "--num_train_epochs", 2, "--learning_rate", 1e-3)
+    assert [float(row["learning_rate"]) for row in changed.curve] == [1e-2] * 7 + [1e-3] * 7
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--lora", "--save_steps", 2, "--num_train_epochs", 1]
+    tiny.run(tmp_path, *options)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-best").mkdir()
+    anew = tiny.run(tmp_path, *options, "--save_steps", 5, "--overwrite_output_dir")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-best"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    both = tiny.run(
+        tmp_path, *options, "--overwrite_output_dir", "--resume_from_checkpoint", tmp_path / "checkpoint-5", expect=2
+    )
+    assert "would overwrite resume_from_checkpoint" in both.err
+    assert (anew.output / "checkpoint-5").is_dir()
+
+
+def test_a_run_never_overwrites_its_own_model(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    refused = tiny.run(model, "--do_train", "--model_name_or_path", model, "--overwrite_output_dir", expect=2)
+    assert "would overwrite model_name_or_path" in refused.err
+
+
+# --- which checkpoints stay --------------------------------------------------------------------------
+
+
+def test_the_best_and_the_newest_checkpoints_stay(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """A learning rate that ruins the model later makes an early checkpoint the best one."""
+    options = ["--do_train", "--do_eval", "--lora", "--evaluation_strategy", "steps", "--eval_steps", 2]
+    options += ["--save_steps", 2, "--save_total_limit", 1, "--max_steps", 12, "--load_best_model_at_end"]
+    options += ["--metric_for_best_model", "accuracy", "--learning_rate", 0.1, "--warmup_steps", 12]
+    run = tiny.run(tmp_path / "whole", *options)
+    scores = {int(row["step"]): float(row["eval_accuracy"]) for row in run.curve if row["eval_accuracy"]}
+    best = max(scores, key=lambda step: scores[step])
+    assert best < 12, scores
+    assert run.checkpoints() == [f"checkpoint-{best}", "checkpoint-12"]
+    state = run.json("trainer_state.json")
+    assert state["best_model_checkpoint"] == f"checkpoint-{best}" and state["best_metric"] == scores[best]
+    final = tensors(run.output / "lora_model_state.safetensors")
+    for name, value in tensors(run.output / f"checkpoint-{best}" / "lora_model_state.safetensors").items():
+        np.testing.assert_array_equal(final[name], value)
+    assert run.json("eval_results.json")["eval_accuracy"] == scores[best]
+    # the best checkpoint is remembered by a run that was interrupted after it
+    interrupt(tiny, tmp_path / "cut", best + 2, options)
+    same_run(tiny.run(tmp_path / "cut", *options), run)
