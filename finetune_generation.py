@@ -148,7 +148,7 @@ def main() -> None:
         trainer.take_result(output, plan.result_step)
     elif plan is not None:
         clear_output(args)
-        if args.eval_on_start and args.do_eval and resumed is None:
+        if args.eval_on_start and args.do_eval and plan.start is None:
             trainer.evaluate()
         results = trainer.train_by(plan)
         if trainer.stopped_early:

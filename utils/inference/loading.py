@@ -107,12 +107,6 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     """
     started = time.perf_counter()
     runtime.use_device(device)
-    if device.startswith("cpu"):
-        import paddle
-
-        # A transpose that is only a view makes every matrix product after it copy element by element,
-        # in one thread: at 8 rows that was half of a decode step. A real transpose is far faster.
-        paddle.set_flags({"FLAGS_use_stride_kernel": False})
     from utils.checkpoints.load import load_model
     from utils.inference.engine import EagerEngine
     from utils.inference.generator import Generator, Speed

@@ -58,6 +58,29 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Te
     return paddle.stack(outputs)
 
 
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention with an additive mask, or a causal one.
+
+    Args:
+        query: [batch, length, heads, head_dim].
+        key, value: [batch, cached + length, heads, head_dim].
+        mask: [batch, 1, length, cached + length], added to the scores; None is causal.
+
+    Returns:
+        [batch, length, heads * head_dim].
+    """
+    batch, length, heads, head_dim = query.shape
+    seen = key.shape[1]
+    q, k, v = (x.transpose([0, 2, 1, 3]) for x in (query * (1.0 / math.sqrt(head_dim)), key, value))
+    scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
+    if mask is None:
+        mask = paddle.triu(paddle.full([1, 1, length, seen], -1e30, dtype="float32"), diagonal=1 + seen - length)
+    if length > 1:  # tiled: adding a mask broadcast over the heads takes ten times as long on CPUs
+        mask = paddle.tile(mask, [batch // mask.shape[0], heads, 1, 1])
+    weights = F.softmax(scores + mask.astype("float32"), axis=-1).astype(v.dtype)
+    return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([batch, length, heads * head_dim])
+
+
 def library_attention(
     query: Tensor,
     config: Any,
@@ -69,13 +92,16 @@ def library_attention(
     attn_mask_startend_row_indices: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """PaddleNLP's attention function, with packed sequences computed on devices without flash attention.
+    """An attention function with the signature of PaddleNLP's LLaMA, for devices without flash attention.
 
-    The library ignores `attn_mask_startend_row_indices` there, in silence: packed neighbours would
-    see each other.
+    There the library ignores `attn_mask_startend_row_indices` in silence (packed neighbours would see
+    each other) and adds masks slowly.
     """
-    if attn_mask_startend_row_indices is not None and not config.use_flash_attention:
+    plain = not (config.use_flash_attention or output_attentions or options.get("sequence_parallel"))
+    if plain and attn_mask_startend_row_indices is not None:
         return packed_attention(query, key, value, attn_mask_startend_row_indices)
+    if plain and alibi is None and query.dtype == paddle.float32:
+        return dense_attention(query, key, value, attention_mask)
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
     return scaled_dot_product_attention(
