@@ -42,7 +42,7 @@ def target_patterns(linears: Sequence[str], targets: Sequence[str]) -> list[str]
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """[in, out] of every Linear layer of a checkpoint's decoder, by full name; reads no values."""
-    linears = {weight.parameter for weight in checkpoint.family.weights(checkpoint.config) if weight.transpose}
+    linears = {weight.parameter for weight in checkpoint.family.weights(checkpoint.config) if weight.is_linear}
     linears.discard(f"{checkpoint.family.head}.weight")  # its rows are the vocabulary: not a layer to adapt
     found = {}
     for parameter, (tensor, transpose) in match(checkpoint).items():

@@ -25,7 +25,9 @@ def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
     stored = checkpoint.tensors()
     weights = checkpoint.family.weights(checkpoint.config)
     published = checkpoint.layout == "hf"
-    names = {(weight.published if published else weight.parameter): weight for weight in weights}
+    names: dict[str, list[Weight]] = {}
+    for weight in weights:
+        names.setdefault(weight.published if published else weight.parameter, []).append(weight)
     prefix = next(iter(names)).split(".")[0] + "."
     ignored = [re.compile(pattern) for pattern in checkpoint.family.ignored_weights()]
     if checkpoint.family.shape(checkpoint.config).tied:  # some writers store the tied head a second time
@@ -33,12 +35,12 @@ def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
     found: dict[str, tuple[LazyTensor, bool]] = {}
     unused = []
     for name, tensor in stored.items():
-        weight: Weight | None = names.get(name) or names.get(prefix + name)
-        if weight is not None:
-            found[weight.parameter] = (tensor, published and weight.transpose)
-        elif not any(pattern.fullmatch(name) for pattern in ignored):
+        filled = names.get(name) or names.get(prefix + name) or []
+        for weight in filled:
+            found[weight.parameter] = (part_of(tensor, weight) if published else tensor, published and weight.transpose)
+        if not filled and not any(pattern.fullmatch(name) for pattern in ignored):
             unused.append(name)
-    missing = [name for name, weight in names.items() if weight.parameter not in found]
+    missing = [name for name, filled in names.items() if filled[0].parameter not in found]
     faults = []
     if missing:
         faults.append(f"{checkpoint.folder}: the checkpoint is incomplete: no tensor for {some(missing)}")
@@ -49,6 +51,23 @@ def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
         )
     raise_if(faults)
     return found
+
+
+def part_of(tensor: LazyTensor, weight: Weight) -> LazyTensor:
+    """The part of a published tensor that a weight takes; all of it if it is not divided.
+
+    What cannot be divided stays whole: its shape then differs from the model's, which is reported.
+    """
+    if weight.part is None:
+        return tensor
+    index, count = weight.part
+    axis = weight.output_axis % len(tensor.shape)
+    if tensor.shape[axis] % count:
+        return tensor
+    size = tensor.shape[axis] // count
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    place = (slice(None),) * axis + (slice(index * size, (index + 1) * size),)
+    return LazyTensor(tensor.name, tensor.dtype, shape, lambda: tensor.read()[place])
 
 
 def some(names: Sequence[str]) -> str:

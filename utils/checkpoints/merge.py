@@ -12,7 +12,7 @@ from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.lora_pairs import Pair, check_fit, read_pairs, scaling
 from utils.checkpoints.match import match, stored_shape
-from utils.checkpoints.save import MAX_SHARD_BYTES, stored_as, write_model
+from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
 from utils.checkpoints.tensors import LazyTensor, cast
 from utils.errors import UserError
 from utils.families import Weight
@@ -55,7 +55,7 @@ def merge_lora(
     for weight in base.family.weights(base.config):
         tensor, transpose = sources[weight.parameter]
         pair = pairs.get(weight.parameter.removesuffix(".weight"))
-        tensors.append(_merged(weight, tensor, transpose, pair, scale, export_format, dtype or tensor.dtype))
+        tensors.append((weight, _merged(weight, tensor, transpose, pair, scale, dtype or tensor.dtype)))
     with atomic_directory(target) as staging:
         write_companions(base, adapter, staging)
         write_json(staging / MERGE_RECORD, {"base": base.name, "adapter": str(adapter), "scaling": scale})
@@ -79,10 +79,9 @@ def _merged(
     transpose: bool,
     pair: Pair | None,
     scale: float,
-    export_format: str,
     dtype: str,
 ) -> LazyTensor:
-    """One tensor of the result; its values are computed when it is written."""
+    """One parameter of the result, in the Paddle layout; its values are computed when it is written."""
 
     def read() -> np.ndarray:
         values = tensor.read()
@@ -95,4 +94,4 @@ def _merged(
         change += cast(values, "float32")
         return cast(change, dtype)
 
-    return stored_as(weight, export_format, dtype, stored_shape(tensor, transpose), read)
+    return LazyTensor(weight.parameter, dtype, stored_shape(tensor, transpose), read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +45,57 @@ def save_model(
     def lazy(weight: Weight) -> LazyTensor:
         parameter = parameters[weight.parameter]
         kept = dtype or str(parameter.dtype).removeprefix("paddle.")
-        return stored_as(weight, export_format, kept, tuple(parameter.shape), lambda: cast(parameter.numpy(), kept))
+        return LazyTensor(weight.parameter, kept, tuple(parameter.shape), lambda: cast(parameter.numpy(), kept))
 
-    tensors = [lazy(weight) for weight in family.weights(config)]
+    tensors = [(weight, lazy(weight)) for weight in family.weights(config)]
     return write_model(folder, tensors, family, config, export_format, max_shard_bytes)
 
 
-def stored_as(weight: Weight, export_format: str, dtype: str, shape: tuple[int, ...], read: Any) -> LazyTensor:
-    """A parameter (its shape and values in the Paddle layout) as a tensor of the layout to write."""
+def in_layout(tensors: Sequence[tuple[Weight, LazyTensor]], export_format: str) -> list[LazyTensor]:
+    """The tensors to write for the parameters of a model (in the Paddle layout), in the same order."""
     if export_format == "paddle":
-        return LazyTensor(weight.parameter, dtype, shape, read)
-    if not weight.transpose:
-        return LazyTensor(weight.published, dtype, shape, read)
-    return LazyTensor(weight.published, dtype, shape[::-1], lambda: np.ascontiguousarray(read().T))
+        return [tensor for _, tensor in tensors]
+    parts: dict[str, list[tuple[Weight, LazyTensor]]] = {}
+    for weight, tensor in tensors:
+        turned = _turned(tensor) if weight.transpose else tensor
+        parts.setdefault(weight.published, []).append((weight, turned))
+    return [_joined(name, found) for name, found in parts.items()]
+
+
+def _turned(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.name, tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
+
+
+def _joined(name: str, parts: Sequence[tuple[Weight, LazyTensor]]) -> LazyTensor:
+    """One published tensor from its parts, which come in order; of the first one's type."""
+    weight, first = parts[0]
+    if weight.part is None:
+        return LazyTensor(name, first.dtype, first.shape, first.read)
+    axis = weight.output_axis % len(first.shape)
+    length = sum(tensor.shape[axis] for _, tensor in parts)
+    shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
+
+    def read() -> np.ndarray:
+        return np.concatenate([cast(tensor.read(), first.dtype) for _, tensor in parts], axis=axis)
+
+    return LazyTensor(name, first.dtype, shape, read)
 
 
 def write_model(
     folder: Path,
-    tensors: list[LazyTensor],
+    tensors: Sequence[tuple[Weight, LazyTensor]],
     family: FamilySpec,
     config: Mapping[str, Any],
     export_format: str,
     max_shard_bytes: int,
 ) -> list[Path]:
-    """Writes tensors that are already in the layout to write, and the configuration beside them.
+    """Writes a model's weights, given in the Paddle layout, and the configuration beside them.
 
     A generation_config.json that is already in the folder is kept.
     """
-    files = write_shards(folder, tensors, _METADATA[export_format], max_shard_bytes)
-    dtype = max(tensors, key=lambda tensor: tensor.nbytes).dtype
+    stored = in_layout(tensors, export_format)
+    files = write_shards(folder, stored, _METADATA[export_format], max_shard_bytes)
+    dtype = max(stored, key=lambda tensor: tensor.nbytes).dtype
     if export_format == "hf":
         described = {**family.published_config(config), "torch_dtype": dtype}
     else:

@@ -24,11 +24,26 @@ class Weight:
         published: its name in published checkpoints.
         parameter: the name of the Paddle model's parameter.
         transpose: Paddle's Linear keeps [in, out] where PyTorch keeps [out, in].
+        conv1d: the matrix of a Linear that is published as [in, out] too (GPT-2's Conv1D).
+        part: (index, count): the parameter is one of `count` equal parts of the published tensor along
+            its output axis, such as the query of a fused query, key and value.
     """
 
     published: str
     parameter: str
     transpose: bool = False
+    conv1d: bool = False
+    part: tuple[int, int] | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the parameter is the matrix of a Linear layer."""
+        return self.transpose or self.conv1d
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the published tensor (matrix or bias) along which its parts lie."""
+        return 0 if self.transpose else -1
 
 
 def import_attribute(path: str) -> Any:
