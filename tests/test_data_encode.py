@@ -54,6 +54,27 @@ def test_labels_are_the_next_ids_of_the_answer(kits: dict[str, Kit]) -> None:
     assert example.input_ids.dtype == example.labels.dtype == np.int32
 
 
+def test_history_that_a_template_rewrites_is_prompt_and_counted(kits: dict[str, Kit]) -> None:
+    tokenizer, _ = kits["chatml"]
+    template = JinjaTemplate(
+        "{% for m in messages %}{{ m.content }}{% if not loop.last %}{{ '|' }}{% endif %}"
+        "{% if m.role == 'assistant' and loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '|' }}{% endif %}",
+        "test",
+    )
+    report = DataReport()
+    example = encode_row(row("one", "two", "three", "four"), tokenizer, template, 64, 128, report)
+    assert isinstance(example, Example)
+    assert learned(example) == [*tokenizer.encode("four"), tokenizer.eos_id]
+    assert tokenizer.decode(example.input_ids) == "one|two|three|four"
+    assert [what for what in report.counts if "only the last answer" in what]
+    cut = encode_row(row("one", "two", LONG, "four"), tokenizer, template, 32, 128, DataReport())
+    assert isinstance(cut, Example)
+    prompt, _ = encode_source(row("one", "two", LONG).messages, tokenizer, template, 32)
+    assert cut.input_ids[: len(prompt)].tolist() == prompt
+    assert learned(cut) == learned(example)
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama2", "plain"])
 def test_a_long_question_keeps_its_head_and_what_the_template_closes_it_with(name: str, kits: dict[str, Kit]) -> None:
     tokenizer, template = kits[name]

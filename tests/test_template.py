@@ -94,6 +94,29 @@ def test_llama2_ids_are_those_of_the_published_code(tokenizers: dict[str, Tokeni
     assert sum(supervised) == sum(len(tokenizer.encode(f" {a} ", continuation=True)) + 1 for _, a in rounds)
 
 
+# Numbers the rounds once there are several, and asks for the answer only at the end of the text.
+REWRITING = (
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}"
+    "{% if messages | length > 2 %}{{ 'Round ' ~ loop.index0 ~ ': ' }}{% endif %}{{ m.content }}"
+    "{% if loop.last %}{{ '<|im_start|>' }}{% endif %}"
+    "{% elif loop.last %}{{ '<|im_start|>' + m.content + eos_token }}"
+    "{% else %}{{ '\n' + m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_rewrites_history_learns_the_last_answer(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer, template = tokenizers["bpe"], JinjaTemplate(REWRITING, "test")
+    messages = talk("one", "two", "three", "four")
+    ids, supervised = template.encode_conversation(tokenizer, messages)
+    prompt = template.encode_prompt(tokenizer, messages[:3])
+    assert prompt == tokenizer.encode("Round 0: one\ntwo\nRound 2: three<|im_start|>")
+    assert ids == [*prompt, *tokenizer.encode("four"), tokenizer.eos_id]
+    assert supervised == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    assert template.encode_prompt(tokenizer, messages[:1]) == tokenizer.encode("one<|im_start|>")
+
+
 def test_plain_joins_begin_token_prompt_answer_and_end_token(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer, template = tokenizers["pieces"], TEMPLATES["plain"]
     ids, supervised = template.encode_conversation(tokenizer, talk("one", "two"))

@@ -177,7 +177,8 @@ def encode_row(
     """The example of a row, at most `max_length` tokens long.
 
     The first prompt is cut to `src_length` as `encode_source` does. An answer that does not fit is cut
-    and keeps its end token. Of a conversation as many leading rounds stay as fit.
+    and keeps its end token. Of a conversation as many leading rounds stay as fit. If the template
+    rewrites earlier turns, they are part of the prompt and only the last answer is learned.
 
     Args:
         row: ends with an answer.
@@ -193,6 +194,9 @@ def encode_row(
         rounds, _ = template.rounds(tokenizer, row.messages)
     except UserError as error:
         raise UserError([f"{row.place}: {fault}" for fault in error.faults]) from None
+    answers = [place for place, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if len(rounds) < len(answers):
+        report.note("only the last answer learned, the chat template rewrites earlier ones", row.place)
     ids: list[int] = []
     supervised: list[bool] = []
     for number, (prompt, answer) in enumerate(rounds):
@@ -200,7 +204,7 @@ def encode_row(
             # Two places stay for the answer: one token and the one that ends it.
             limit = min(src_length, max_length - min(2, len(answer)))
             if len(prompt) > limit:
-                first_answer = next(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
+                first_answer = answers[-len(rounds)]
                 prompt, _ = encode_source(row.messages[:first_answer], tokenizer, template, limit)
                 report.note(f"question cut to {limit} tokens", row.place)
         room = max_length - len(ids) - len(prompt)

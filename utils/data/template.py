@@ -93,7 +93,8 @@ class ChatTemplate(ABC):
         """The ids of a conversation.
 
         Returns:
-            One `Round` for each assistant message; and the ids of what follows the last answer, up to
+            One `Round` for each assistant message (only for the last one if the template writes history
+            in another way than the turn at hand, as ChatGLM's does); and the ids of what follows the last answer, up to
             where the next answer would begin (for messages that end with an answer, only what the
             template writes after it).
 
@@ -111,7 +112,7 @@ class ChatTemplate(ABC):
     def encode_conversation(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The ids of a conversation that ends with an answer, and which of them are supervised.
 
-        Supervised are the assistant's texts and the token that ends each of its turns. What a template
+        Supervised are the assistant's texts of `rounds` and the token that ends each of them. What a template
         writes after the last one is left out.
         """
         ids: list[int] = []
@@ -205,18 +206,30 @@ class JinjaTemplate(ChatTemplate):
         )
 
     def rounds(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Round], list[int]]:
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        # what is asked before each answer, and that with the answer
+        texts = [
+            (
+                self._render(tokenizer, messages[:place], ask=True),
+                self._render(tokenizer, messages[: place + 1], ask=False),
+            )
+            for place in answers
+        ]
+        open_end = bool(messages) and messages[-1]["role"] != "assistant"
+        last = self._render(tokenizer, messages, ask=True) if open_end else None
+        asked = [text for text, _ in texts[1:]] + ([] if last is None else [last])
+        if not all(text.startswith(done) for text, (_, done) in zip(asked, texts, strict=False)):
+            # the template writes history in another way than the turn at hand, so only the last answer
+            # can be learned as it will be asked for
+            texts = [] if open_end else texts[-1:]
         done, rounds, before = "", list[Round](), list[int]()
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self._render(tokenizer, messages[:place], ask=True)
-            answered = self._render(tokenizer, messages[: place + 1], ask=False)
-            prompt = before + self._encode(tokenizer, done, asked)
-            answer, before = end_turn(tokenizer, self._encode(tokenizer, asked, answered))
+        for question, answered in texts:
+            prompt = before + self._encode(tokenizer, done, question)
+            answer, before = end_turn(tokenizer, self._encode(tokenizer, question, answered))
             rounds.append(Round(prompt, answer))
             done = answered
-        if messages and messages[-1]["role"] != "assistant":
-            before = before + self._encode(tokenizer, done, self._render(tokenizer, messages, ask=True))
+        if last is not None:
+            before = before + self._encode(tokenizer, done, last)
         return rounds, before
 
     def _encode(self, tokenizer: Tokenizer, before: str, text: str) -> list[int]:
