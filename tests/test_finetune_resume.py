@@ -16,7 +16,16 @@ from tiny_runs import Result, Tiny, tensors, tiny, write_rows  # noqa: F401
 # Everything at once that has a state: accumulation, packing, dropout, a warm-up, evaluation in between.
 HARD = [
     *("--do_train", "--do_eval", "--intokens", "--max_length", 176, "--per_device_train_batch_size", 1),
-    *("--gradient_accumulation_steps", 3, "--num_train_epochs", 2, "--warmup_steps", 4, "--lr_scheduler_type", "cosine"),
+    *(
+        "--gradient_accumulation_steps",
+        3,
+        "--num_train_epochs",
+        2,
+        "--warmup_steps",
+        4,
+        "--lr_scheduler_type",
+        "cosine",
+    ),
     *("--evaluation_strategy", "steps", "--eval_steps", 3, "--save_strategy", "steps", "--save_steps", 3),
 ]
 METHODS = {

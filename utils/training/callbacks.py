@@ -88,25 +88,27 @@ class Progress(TrainerCallback):
 
 
 class Curve(TrainerCallback):
-    """Keeps `loss_curve.csv` and `loss_curve.png` in the output folder."""
+    """Keeps `loss_curve.csv` and `loss_curve.png` of a training in the output folder."""
 
     def __init__(self, folder: Path) -> None:
         self.curve = LossCurve(folder)
+        self.training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.curve.start(state.global_step)
+            self.training = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and state.is_world_process_zero:
+        if logs and self.training:
             self.curve.add(state.global_step, logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if self.training:
             self.curve.draw()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if self.training:
             self.curve.draw()
 
 

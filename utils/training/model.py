@@ -90,7 +90,7 @@ class TrainingModel(nn.Layer):
         logits, targets = self.supervised(labels, **inputs)
         if not targets.shape[0]:
             return logits.sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
-        return F.cross_entropy(logits.astype("float32"), targets, reduction="sum")
+        return summed_loss(logits, targets)
 
     @paddle.no_grad()
     def score(self, labels: Tensor, **inputs: Tensor) -> tuple[float, int, int]:
@@ -98,9 +98,22 @@ class TrainingModel(nn.Layer):
         logits, targets = self.supervised(labels, **inputs)
         if not targets.shape[0]:
             return 0.0, 0, 0
-        loss = F.cross_entropy(logits.astype("float32"), targets, reduction="sum")
+        loss = summed_loss(logits, targets)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies (float32 scalar, in nats) of logits [n, vocabulary] at targets [n].
+
+    Paddle's operator for CPUs answers NaN and infinite logits with a finite loss, in silence: the loss
+    of a broken model would look like that of a guessing one. Here it is NaN.
+    """
+    logits = logits.astype("float32")
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    with paddle.no_grad():
+        broken = paddle.matmul(logits, paddle.ones([logits.shape[-1], 1])).sum() * 0.0
+    return loss + broken
 
 
 def packed_mask(segment_ends: Tensor, prefix: int) -> Tensor:

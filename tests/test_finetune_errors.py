@@ -1,0 +1,188 @@
+"""What goes wrong: mistakes end before anything slow starts, and numbers that are not finite before an update."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from tiny_models import write_tiny_llama
+from tiny_runs import ROOT, Tiny, tensors, tiny, write_rows  # noqa: F401
+
+# --- numbers that are not finite ----------------------------------------------------------------------
+
+
+def poisoned(step: int, quantity: str) -> mock._patch:
+    """Makes one weight of the model NaN right before a step, or one gradient infinite in it."""
+    import paddle
+
+    from utils.training.trainer import Trainer
+
+    train = Trainer.training_step
+
+    def poisoned_step(self: Trainer, model: object, inputs: dict, **kwargs: object) -> object:
+        parameter = next(p for p in self.model.parameters() if not p.stop_gradient)
+        due = self.state.global_step == step - 1
+        if due and quantity == "loss":
+            parameter.set_value(paddle.full_like(parameter, np.nan))
+        loss = train(self, model, inputs, **kwargs)
+        if due and quantity == "gradient":
+            with paddle.no_grad():
+                parameter.grad.scale_(float("inf"))
+        return loss
+
+    return mock.patch.object(Trainer, "training_step", poisoned_step)
+
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_that_is_not_finite_is_not_taken(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    quantity: str,
+    packed: bool,
+) -> None:
+    rows = "".join(json.dumps({"src": f"Say {n}", "tgt": f"{n} is said"}) + "\n" for n in range(6))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.json").write_text("\n" + rows)  # the first row is on line 2
+    options = ["--do_train", "--save_steps", 2, "--dataset_name_or_path", tmp_path / "data"]
+    options += ["--max_steps", 6, *(["--intokens"] if packed else ["--per_device_train_batch_size", 2])]
+    output = tmp_path / "out"
+    with (
+        poisoned(4, quantity),
+        mock.patch("paddle.optimizer.AdamW.step", autospec=True, side_effect=paddle_step()) as updates,
+    ):
+        run = tiny.run(output, *options, expect=2)
+    assert updates.call_count == 3
+    assert f"the {quantity}" in run.err and "in step 4" in run.err and "the weights were not updated" in run.err
+    assert "checkpoint-2 is the last good checkpoint" in run.err
+    named = {line for line in range(2, 8) if f"train.json line {line}" in run.err}
+    assert named == lines_of_step(tmp_path / "out", 4, packed)
+    assert run.checkpoints() == ["checkpoint-2"]
+    assert (output / "loss_curve.png").exists() and len(run.losses) == 3
+    resumed = tiny.run(output, *options)
+    assert "continuing after step 2" in resumed.err and resumed.code == 0
+
+
+def paddle_step() -> object:
+    import paddle
+
+    return paddle.optimizer.AdamW.step
+
+
+def lines_of_step(output: Path, step: int, packed: bool) -> set[int]:
+    """Lines of train.json in a step, from the sampler's own definition (epochs of 3 steps of 2 rows; packs are
+    steps of 8 packs at most, so all rows)."""
+    if packed:
+        return set(range(2, 8))
+    epoch, place = divmod(step - 1, 3)
+    order = np.random.Generator(np.random.PCG64([42, epoch])).permutation(6)
+    return {int(number) + 2 for number in order[2 * place : 2 * place + 2]}
+
+
+def test_a_huge_learning_rate_is_stopped(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    run = tiny.run(tmp_path, "--do_train", "--learning_rate", 1e30, "--max_grad_norm", 0, expect=2)
+    assert "in step 2" in run.err and "no checkpoint had been saved yet" in run.err and "train.json line" in run.err
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# --- mistakes that a look at arguments and files finds -------------------------------------------------
+
+WITHOUT_PADDLE = """
+import sys
+sys.argv[0] = "finetune_generation.py"
+sys.path.insert(0, ".")
+import finetune_generation
+from utils.errors import run_script
+try:
+    run_script(finetune_generation.main)
+finally:
+    assert "paddle" not in sys.modules and "paddlenlp" not in sys.modules, "Paddle was loaded"
+"""
+
+
+@pytest.fixture(scope="module")
+def other_base(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A LoRA adapter and a prefix of another model of the same shape, in one folder each."""
+    home = tmp_path_factory.mktemp("other")
+    model = write_tiny_llama(home / "model", seed=8, hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
+    for kind in ("lora", "prefix"):
+        options = ["--lora"] if kind == "lora" else ["--prefix_tuning", "--num_prefix_tokens", 2]
+        tiny.run(home / kind, "--do_train", "--max_steps", 1, "--model_name_or_path", model, *options)
+    return home
+
+
+def mistakes(home: Path, data: Path, other: Path) -> dict[str, tuple[list[object], list[str]]]:
+    """name -> (options, what the message says)."""
+    broken = home / "broken"
+    shutil.copytree(data, broken)
+    lines = (broken / "train.json").read_text().splitlines()
+    lines[2] = '{"src": "Say red", "tgt": '
+    lines[6] = '{"src": "Say red"}'
+    (broken / "train.json").write_text("\n".join(lines) + "\n")
+    empty = home / "empty"
+    empty.mkdir()
+    (empty / "train.json").write_text("\n\n")
+    train = ["--do_train"]
+    return {
+        "empty": ([*train, "--dataset_name_or_path", empty], ["empty"]),
+        "no dev": ([*train, "--do_eval", "--dataset_name_or_path", empty], ["dev.json"]),
+        "broken rows": ([*train, "--dataset_name_or_path", broken], ["train.json line 3", "train.json line 7"]),
+        "unwritable": ([*train, "--output_dir", "/proc/out"], ["output_dir", "cannot be written"]),
+        "both": ([*train, "--lora", "--prefix_tuning"], ["lora", "prefix_tuning", "exclude"]),
+        "lengths": ([*train, "--src_length", 128], ["src_length"]),
+        "lora of another base": ([*train, "--lora", "--lora_path", other / "lora"], ["another base"]),
+        "prefix of another base": (
+            [*train, "--prefix_tuning", "--prefix_path", other / "prefix"],
+            ["another base"],
+        ),
+        "layers": ([*train, "--lora", "--lora_target_modules", "nothing"], ["'nothing' matches no Linear layer"]),
+        "reporter": (
+            [*train, "--report_to", "wandb,swanlab"],
+            ["report_to wandb", "report_to swanlab", "not installed"],
+        ),
+        "untrained prefix": (["--do_eval", "--prefix_tuning"], ["prefix_path"]),
+        "resume": ([*train, "--resume_from_checkpoint", data], ["no complete checkpoint"]),
+    }
+
+
+def test_mistakes_end_before_paddle_loads(tiny: Tiny, tmp_path: Path, other_base: Path) -> None:  # noqa: F811
+    """Each in a process of its own, which fails if it has loaded Paddle or taken longer than a second."""
+    for name, (options, messages) in mistakes(tmp_path, tiny.data, other_base).items():
+        output = tmp_path / "out"
+        command = [sys.executable, "-c", WITHOUT_PADDLE, *tiny.arguments(output, options)]
+        found = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **tiny.environment}, capture_output=True, text=True, timeout=60
+        )
+        assert found.returncode == 2, (name, found.stderr)
+        errors = [line for line in found.stderr.splitlines() if line.startswith("error:")]
+        for message in messages:
+            assert any(message in line for line in errors), (name, message, found.stderr)
+        assert "Traceback" not in found.stderr and not found.stdout, name
+        assert not output.exists(), name
+
+
+def test_training_needs_no_dev_rows_and_evaluating_no_train_rows(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    only_train = write_rows(tmp_path / "train_only" / "train.json", 8).parent
+    only_dev = write_rows(tmp_path / "dev_only" / "dev.json", 8).parent
+    trained = tiny.run(tmp_path / "a", "--do_train", "--lora", "--dataset_name_or_path", only_train)
+    assert not (trained.output / "eval_results.json").exists()
+    evaluated = tiny.run(tmp_path / "b", "--do_eval", "--dataset_name_or_path", only_dev)
+    assert sorted(path.name for path in evaluated.output.iterdir()) == ["all_results.json", "eval_results.json"]
+
+
+def test_a_failed_run_leaves_the_result_of_the_one_before(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Weights in output_dir are replaced when training has ended, not when it begins."""
+    first = tiny.run(tmp_path, "--do_train", "--lora", "--max_steps", 2)
+    before = tensors(first.output / "lora_model_state.safetensors")
+    with poisoned(3, "loss"):
+        tiny.run(tmp_path, "--do_train", "--lora", "--max_steps", 4, "--overwrite_output_dir", expect=2)
+    after = tensors(first.output / "lora_model_state.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "finished.json").exists()
