@@ -1,19 +1,18 @@
-"""Peak memory of `lazy` against the size of the training file.
+"""Peak memory of a `lazy` training run against the size of its training file.
 
-    python benchmarks/lazy_memory.py [--gigabytes 1] [--rows 20000]
+    python benchmarks/lazy_memory.py [--gigabytes 1]
 
-Writes a JSON Lines file of 10 MB and one of 1 GB into a temporary folder (removed at the end), streams the
-same number of rows from each through tokenizer and packing, each in a process of its own, and prints the
-peak resident memory. A third run starts in the middle of the large file, as a resumed one does. Results:
-benchmarks/results/lazy_memory.json.
+Writes a JSON Lines file of 10 MB and one of 1 GB into a temporary folder (removed at the end) and trains a
+tiny model on each with finetune_generation.py, for as many steps as one pass over the large file takes.
+Prints the peak resident memory of both processes; results: benchmarks/results/lazy_memory.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,93 +22,96 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
-
-runtime.prepare()
-
-from utils.checkpoints.locate import locate  # noqa: E402
-from utils.data.sources import FileSource  # noqa: E402
-from utils.data.stream import StreamDataset  # noqa: E402
-from utils.data.template import ChatTemplate  # noqa: E402
-from utils.families.tokenizers import load_tokenizer  # noqa: E402
-
-WORDS = "river stone light water paper garden music winter market letter bridge window table".split()  # noqa: SIM905
-BLOCK = 1 << 20
-
-
-def write_rows(file: Path, size: int) -> None:
-    """Rows of 5 to 120 words until the file has `size` bytes; a block of them is repeated."""
-    chance = random.Random(0)
-    block = b""
-    while len(block) < BLOCK:
-        answer = " ".join(chance.choices(WORDS, k=chance.randint(5, 120)))
-        block += json.dumps({"src": f"Write {chance.randint(1, 10**6)} words.", "tgt": answer}).encode() + b"\n"
-    with file.open("wb") as stream:
-        for _ in range(max(1, size // len(block))):
-            stream.write(block)
+WORDS = ["river", "stone", "light", "water", "paper", "garden", "music", "winter", "market", "letter", "bridge"]
+ROW_BYTES = 50_000  # a short question and answer, and a long field that training does not use
+BATCH = 64
+SIZES = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
-def measure(file: Path, rows: int, middle: bool) -> dict[str, float]:
-    """Streams packed rows from a file and measures this process; runs in a process of its own."""
-    checkpoint = locate("smollm2-135m-instruct")
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
-    template = ChatTemplate.load(checkpoint.folder, default=checkpoint.family.chat_template)
-    stream = StreamDataset(FileSource([file], None), tokenizer, template, src_length=512, max_length=1024, packed=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    start = time.perf_counter()
-    state = stream.state_after(0)
-    if middle:
-        with file.open("rb") as opened:
-            opened.seek(file.stat().st_size // 2)
-            opened.readline()
-            state["position"] |= {"offset": opened.tell(), "rows": 1, "line": 1}
-    count = tokens = 0
-    for item in stream.iter_from(state):
-        count += len(item["lengths"])
-        tokens += len(item["input_ids"])
-        if count >= rows:
-            break
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "rows": count,
-        "tokens_per_second": round(tokens / seconds),
-        "peak_mib": round(peak, 1),
-        "peak_growth_mib": round(peak - before, 1),
-    }
+def write_rows(file: Path, size: int) -> int:
+    """Rows of about ROW_BYTES until the file has `size` bytes; returns their number."""
+    chance, rows = random.Random(0), 0
+    with open(file, "w", encoding="utf-8") as stream:
+        while stream.tell() < size:
+            row = {
+                "src": f"Write {chance.randint(1, 10**6)} words.",
+                "tgt": " ".join(chance.choices(WORDS, k=chance.randint(5, 20))),
+                "source_text": "x" * ROW_BYTES,
+            }
+            stream.write(json.dumps(row) + "\n")
+            rows += 1
+    return rows
+
+
+def write_model(folder: Path) -> None:
+    """A tiny random LLaMA with the tokenizer of the embedded model."""
+    from utils import runtime
+
+    runtime.prepare()
+    runtime.load_paddle()
+    from utils.checkpoints.locate import locate
+    from utils.checkpoints.save import save_model
+    from utils.families import FAMILIES
+    from utils.families.tokenizers import load_tokenizer
+
+    source = locate("smollm2-135m-instruct")
+    tokenizer = load_tokenizer(source.folder, source.config)
+    names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    config = {**SIZES, **{name: source.config.get(name) for name in names}}
+    folder.mkdir()
+    save_model(folder, FAMILIES["llama"].create(config), FAMILIES["llama"], config)
+    tokenizer.save(folder)
+
+
+def train(data: Path, model: Path, output: Path, steps: int) -> dict[str, float]:
+    """Runs the script and measures its process."""
+    command = [
+        *(sys.executable, "finetune_generation.py", "--model_name_or_path", model, "--dataset_name_or_path", data),
+        *("--output_dir", output, "--do_train", "--lazy", "--max_steps", str(steps), "--src_length", "64"),
+        *("--max_length", "128", "--per_device_train_batch_size", str(BATCH), "--logging_steps", "50"),
+        *("--save_strategy", "steps", "--save_steps", "100", "--save_total_limit", "1", "--disable_tqdm"),
+    ]
+    started = time.monotonic()
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"the training run failed with status {status}")
+    return {"peak_mib": round(usage.ru_maxrss / 1024, 1), "seconds": round(time.monotonic() - started, 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description="Peak memory of lazy training against file size.")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the large file")
-    parser.add_argument("--rows", type=int, default=20_000, help="rows to stream from each file")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--middle", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure, options.rows, options.middle)))
-        return
-    locate("smollm2-135m-instruct")  # prepared once, outside the measurements
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"{'file':>16}{'rows read':>11}{'tokens/s':>10}{'peak MiB':>10}{'grown by MiB':>14}")
-        for name, size in (("10 MB", 10 * 10**6), (f"{options.gigabytes:g} GB", int(options.gigabytes * 10**9))):
-            file = Path(folder) / "train.json"
-            write_rows(file, size)
-            for middle in (False, True) if size > 10**8 else (False,):
-                command = [sys.executable, __file__, "--measure", str(file), "--rows", str(options.rows)]
-                done = subprocess.run(command + ["--middle"] * middle, stdout=subprocess.PIPE, text=True, check=True)
-                found = json.loads(done.stdout)
-                label = name + (", middle" if middle else "")
-                print(
-                    f"{label:>16}{found['rows']:>11,}{found['tokens_per_second']:>10,}"
-                    f"{found['peak_mib']:>10,.1f}{found['peak_growth_mib']:>14,.1f}",
-                    flush=True,
-                )
-                results.append({"file": label, "bytes": file.stat().st_size, **found})
+    large_bytes = int(parser.parse_args().gigabytes * 10**9)
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model")
+        rows = {}
+        for label, size in (("large", large_bytes), ("small", 10**7)):
+            (folder / label).mkdir()
+            rows[label] = write_rows(folder / label / "train.json", size)
+        steps = rows["large"] // BATCH
+        for label in ("small", "large"):
+            size = (folder / label / "train.json").stat().st_size
+            found = train(folder / label, folder / "model", folder / f"out_{label}", steps)
+            results[label] = {"file_mb": round(size / 1e6, 1), "rows": rows[label], "steps": steps, **found}
+            print(f"{label}: {results[label]}", flush=True)
+    peaks = [results[label]["peak_mib"] for label in ("large", "small")]  # type: ignore[index]
+    results["ratio"] = round(peaks[0] / peaks[1], 3)
+    print(f"peak memory, large file / small file: {results['ratio']}")
     target = ROOT / "benchmarks" / "results" / "lazy_memory.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=2) + "\n")
+    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

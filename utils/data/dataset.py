@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from utils import runtime
 from utils.data.encode import DataReport, Dropped, encode_row
 from utils.data.packing import best_fit, efficiency
 from utils.data.rows import Row
@@ -245,6 +246,7 @@ def load_dataset(
     """
     source = _source(args, split)
     if args.lazy and split == "train":
+        runtime.load_paddle()  # the stream is one of its datasets
         from utils.data.stream import open_stream
 
         if not isinstance(source, FileSource):

@@ -1,0 +1,92 @@
+"""Every command of README.md runs, in its order, on a tiny model instead of the named ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import write_tiny_llama
+
+MODELS = ("smollm2-135m-instruct",)
+SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_prefix_tokens": 4}
+LINKED = ("utils", "finetune_generation.py", "predictor.py", "merge_lora_params.py")
+
+
+def commands(readme: Path) -> list[str]:
+    """The lines of all bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository, with a tiny model, few rows and few steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "model").mkdir()
+    write_tiny_llama(folder / "model", max_position_embeddings=2048)
+    for name in LINKED:
+        (folder / name).symlink_to(root / name)
+    (folder / "data").mkdir()
+    for split, count in (("train", 12), ("dev", 3)):
+        lines = (root / "data" / f"{split}.json").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "data" / f"{split}.json").write_text("".join(lines[:count]), encoding="utf-8")
+    (folder / "llama").mkdir()
+    for path in (root / "llama").glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        small = {key: value for key, value in SMALL.items() if key != "num_prefix_tokens" or "prefix_tuning" in content}
+        content.update(small, model_name_or_path=str(folder / "model"))
+        (folder / "llama" / path.name).write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def run(words: list[str], folder: Path) -> str:
+    done = subprocess.run(words, cwd=folder, input="hello\n", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_every_command_runs(root: Path, workplace: Path) -> None:
+    found = commands(root / "README.md")
+    assert len(found) >= 12
+    for line in found:
+        words = shlex.split(line)
+        if words[0] == "make":
+            # what it would do; the demo itself runs below, and the suite is what you are reading
+            recipe = subprocess.run(["make", "-n", *words[1:]], cwd=root, capture_output=True, text=True, check=True)
+            assert {"demo": "examples/demo.py", "test": "-m pytest"}[words[1]] in recipe.stdout
+            continue
+        assert words[0] == "python", line
+        words = [str(workplace / "model") if word in MODELS else word for word in words[1:]]
+        run([sys.executable, *words], workplace)
+    written = workplace / "checkpoints"
+    assert (written / "llama_lora_merged" / "model.safetensors").is_file()
+    assert (written / "llama_lora_hf" / "config.json").is_file()
+    assert (written / "llama_pt_ckpts" / "prefix_model_state.safetensors").is_file()
+    assert (written / "llama_lora_peft" / "adapter_model.safetensors").is_file()
+    assert len((workplace / "output.json").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_demo_shows_before_and_after(root: Path, workplace: Path) -> None:
+    said = run(
+        [
+            *(sys.executable, "examples/demo.py", "--model", str(workplace / "model"), "--max_steps", "2"),
+            *("--rows", "2", "--eval_rows", "4", "--output_dir", str(workplace / "demo")),
+        ],
+        root,
+    )
+    assert re.search(r"\| perplexity \| [\d.]+ \| [\d.]+ \|", said)
+    assert re.search(r"\| BLEU-4 \| [\d.]+ \| [\d.]+ \|", said)
+    assert said.count("before:") == 2 and said.count("after:") == 2
+    assert (workplace / "demo" / "lora" / "loss_curve.png").stat().st_size > 1000
+
+
+def test_every_file_and_folder_that_the_readme_links_to_exists(root: Path) -> None:
+    for page in [root / "README.md", *(root / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
