@@ -7,8 +7,9 @@ from typing import Any
 
 from utils.families.base import FamilySpec, ModelShape, Weight
 from utils.families.llama import LLAMA
+from utils.families.qwen import QWEN
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA,)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, QWEN)}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

@@ -1,0 +1,214 @@
+"""What is special about Qwen: prompts longer than the training length, precision flags, names, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from utils.checkpoints.load import load_model
+from utils.checkpoints.locate import Checkpoint, locate
+from utils.data.template import ChatTemplate
+from utils.errors import UserError
+from utils.families import FAMILIES
+from utils.families.tokenizers import load_tokenizer
+
+FIXTURE = Path(__file__).parent / "fixtures" / "qwen_tiny"
+QWEN = FAMILIES["qwen"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return locate(FIXTURE)
+
+
+def positions(mask: np.ndarray) -> Any:
+    return paddle.to_tensor(np.maximum(mask.cumsum(1) - 1, 0))
+
+
+@paddle.no_grad()
+def two_steps(model: Any, ids: np.ndarray, mask: np.ndarray, next_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Last logits of left-padded prompts, and those of one cached token more."""
+    first, cache = QWEN.step(model, paddle.to_tensor(ids), paddle.to_tensor(mask), positions(mask))
+    longer = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+    places = paddle.to_tensor(mask.sum(1, keepdims=True))
+    second, _ = QWEN.step(model, paddle.to_tensor(next_ids[:, None]), paddle.to_tensor(longer), places, cache)
+    return first.numpy(), second.numpy()
+
+
+@pytest.mark.parametrize(("case", "ntk", "logn"), [("ntk", True, False), ("logn", False, True), ("both", True, True)])
+def test_prompts_longer_than_the_training_length(checkpoint: Checkpoint, case: str, ntk: bool, logn: bool) -> None:
+    stored = np.load(FIXTURE / "long.npz")
+    changes = {"seq_length": int(stored["trained"]), "use_dynamic_ntk": ntk, "use_logn_attn": logn}
+    model = load_model(checkpoint, "float32", family_overrides=changes)
+    first, second = two_steps(model, stored["ids"], stored["mask"], stored["next_ids"])
+    np.testing.assert_allclose(first, stored[f"{case}_last"], atol=1e-4)
+    np.testing.assert_allclose(second, stored[f"{case}_next"], atol=1e-4)
+
+
+def test_the_long_cases_differ_from_each_other(checkpoint: Checkpoint) -> None:
+    stored = np.load(FIXTURE / "long.npz")
+    off = {"seq_length": int(stored["trained"]), "use_dynamic_ntk": False, "use_logn_attn": False}
+    plain, _ = two_steps(
+        load_model(checkpoint, "float32", family_overrides=off), stored["ids"], stored["mask"], stored["next_ids"]
+    )
+    for case in ("ntk", "logn", "both"):
+        assert np.abs(plain - stored[f"{case}_last"]).max() > 1e-2
+
+
+def test_a_long_prompt_leaves_nothing_behind(checkpoint: Checkpoint) -> None:
+    """The library keeps the factor of the last prompt in its layers, and trains with it."""
+    model = load_model(checkpoint, "float32", family_overrides={"seq_length": 8})
+    ids = paddle.to_tensor([[1, 2, 3, 4, 5]])
+    with paddle.no_grad():
+        before = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
+        long = np.ones((1, 30), np.int64)
+        QWEN.step(model, paddle.to_tensor(long), paddle.to_tensor(long), paddle.arange(30).unsqueeze(0))
+        after = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
+    np.testing.assert_array_equal(before, after)
+
+
+def test_rows_keep_their_own_factor(checkpoint: Checkpoint) -> None:
+    stored = np.load(FIXTURE / "long.npz")
+    model = load_model(checkpoint, "float32", family_overrides={"seq_length": int(stored["trained"])})
+    ids, mask = stored["ids"], stored["mask"]
+    with paddle.no_grad():
+        _, cache = QWEN.step(model, paddle.to_tensor(ids), paddle.to_tensor(mask), positions(mask))
+        assert cache.factors.tolist() == [7.0, 3.0]  # 21 and 9 tokens, trained on 8
+        kept = QWEN.cache_select(cache, paddle.to_tensor([1]))
+        longer = np.concatenate([mask[1:], [[1]]], axis=1)
+        logits, _ = QWEN.step(
+            model,
+            paddle.to_tensor(stored["next_ids"][1:, None]),
+            paddle.to_tensor(longer),
+            paddle.to_tensor(mask[1:].sum(1, keepdims=True)),
+            kept,
+        )
+    np.testing.assert_allclose(logits.numpy(), stored["both_next"][1:], atol=1e-4)
+
+
+def test_names_of_the_first_release(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURE, tmp_path / "older")
+    older = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    older |= {"max_position_embeddings": "n_positions", "intermediate_size": "ffn_hidden_size"}
+    config = {older.get(name, name): value for name, value in checkpoint.config.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = locate(folder)
+    assert QWEN.shape(found.config) == QWEN.shape(checkpoint.config)
+    assert QWEN.paddle_config(found.config) == QWEN.paddle_config(checkpoint.config)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "fp16", "fp32"])
+def test_precision_flags_are_the_publishers(checkpoint: Checkpoint, flag: str) -> None:
+    """They say how the published code runs; the type to compute in is the user's, else the weights' own."""
+    config = {**checkpoint.config, flag: True}
+    assert QWEN.paddle_config(config) == QWEN.paddle_config(checkpoint.config)
+    assert checkpoint.dtype == "bfloat16"
+    assert not any(QWEN.published_config(config)[name] for name in ("bf16", "fp16", "fp32"))
+
+
+def test_sizes_that_no_qwen_has(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError) as caught:
+        QWEN.paddle_config({**checkpoint.config, "kv_channels": 16, "tie_word_embeddings": True})
+    assert "kv_channels 16" in str(caught.value) and "tie_word_embeddings" in str(caught.value)
+
+
+def test_biases_everywhere(checkpoint: Checkpoint) -> None:
+    model = QWEN.create({**checkpoint.config, "no_bias": False})
+    parameters = dict(model.named_parameters())
+    weights = QWEN.weights({**checkpoint.config, "no_bias": False})
+    assert {weight.parameter for weight in weights} == set(parameters)
+
+
+def test_rotary_on_a_part_of_the_head(checkpoint: Checkpoint) -> None:
+    """The library's rotary embedding fails then; position must still matter, only through that part."""
+    model = load_model(checkpoint, "float32", family_overrides={"rotary_pct": 0.5})
+    ids = paddle.to_tensor([[5, 6, 7, 8]])
+    ones = paddle.ones_like(ids)
+    with paddle.no_grad():
+        near, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0))
+        moved, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0) + 40)
+        spread, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0) * 9)
+    np.testing.assert_allclose(near.numpy(), moved.numpy(), atol=1e-4)  # only distances count
+    assert np.abs(near.numpy() - spread.numpy()).max() > 1e-2
+
+
+# --- tokenizer and template ------------------------------------------------------------------------
+
+
+def test_tiny_tokenizer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(FIXTURE, checkpoint.config)
+    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_id == tokenizer.eos_id == 266
+    text = "Hello, the king's 12\n\n  的 e\u0301 🙂<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_id("<|im_end|>") == ids[-1]
+    assert tokenizer.decode(ids, skip_special=False) == text.replace("e\u0301", "é")
+    assert tokenizer.decode(ids) == text.replace("e\u0301", "é").removesuffix("<|im_end|>")
+    assert tokenizer.decode([10**6, *tokenizer.encode("the")]) == "the"
+    assert tokenizer.token(tokenizer.token_id("the") or 0) == "the"
+    tokenizer.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved", checkpoint.config)
+    assert again.encode(text) == ids and again.fingerprint() == tokenizer.fingerprint()
+
+
+def test_chatml(checkpoint: Checkpoint) -> None:
+    tokenizer = load_tokenizer(FIXTURE, checkpoint.config)
+    template = ChatTemplate.load(FIXTURE, default=QWEN.chat_template)
+    ids = template.encode_prompt(tokenizer, [{"role": "user", "content": "the 的"}])
+    assert tokenizer.decode(ids, skip_special=False) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nthe 的<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert set(template.stop_ids(tokenizer)) == {266, 268}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines[:40], "!!! 40", *lines[41:]], "line 41"),
+        (lambda lines: lines[:-3] + lines[-2:], "gaps"),
+        (lambda lines: ["YWI= 0", *lines[1:]], "single bytes"),
+    ],
+)
+def test_damaged_vocabulary(checkpoint: Checkpoint, tmp_path: Path, damage: Any, message: str) -> None:
+    lines = (FIXTURE / "qwen.tiktoken").read_text().splitlines()
+    (tmp_path / "qwen.tiktoken").write_text("\n".join(damage(lines)))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path, checkpoint.config)
+
+
+def test_a_vocabulary_of_another_model(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="vocab_size"):
+        load_tokenizer(FIXTURE, {**checkpoint.config, "vocab_size": 400})
+
+
+def test_the_published_vocabulary() -> None:
+    """It comes with the package dashscope."""
+    import importlib.util
+
+    found = importlib.util.find_spec("dashscope")
+    assert found is not None and found.submodule_search_locations, "pip install --no-deps dashscope"
+    folder = Path(next(iter(found.submodule_search_locations))) / "resources"
+    tokenizer = load_tokenizer(folder, {"model_type": "qwen", "vocab_size": 151936})
+    assert tokenizer.vocabulary == 151851
+    assert [tokenizer.token_id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_0|>")] == [
+        151643,
+        151644,
+        151645,
+        151646,
+    ]
+    assert tokenizer.encode("<|im_start|>user\n你好<|im_end|>\n") == [151644, 872, 198, 108386, 151645, 198]
+    assert tokenizer.encode("Hello, world! 2024") == [9707, 11, 1879, 0, 220, 17, 15, 17, 19]
+    texts = [
+        "The quick brown fox\n\n\tjumps.",
+        "def f(x):\n    return x ** 2  # π",
+        "我喜欢吃苹果。🙂👩‍👩‍👧",
+        "I'LL we've 3.14",
+    ]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -1,0 +1,240 @@
+"""Qwen (the first generation: Qwen-1.8B to Qwen-72B and their chat models)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.families.base import FamilySpec, ModelShape, Weight
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
+
+VOCABULARY_FILE = "qwen.tiktoken"
+CHATML = (
+    "{% if not messages or messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# The names of the first release (modelscope's code) and what they became.
+OLDER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}
+FIELDS = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_channels",
+    "max_position_embeddings",
+    "seq_length",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "emb_dropout_prob",
+    "attn_dropout_prob",
+    "scale_attn_weights",
+    "rotary_pct",
+    "rotary_emb_base",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+    "no_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+DEFAULTS = {"kv_channels": 128, "max_position_embeddings": 8192, "no_bias": True, "tie_word_embeddings": False}
+DEFAULTS |= {"use_dynamic_ntk": False, "use_logn_attn": False}  # the library's own are True
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values, and the NTK factors that the prompts were read with.
+
+    Attributes:
+        layers: (key, value) of every layer, each [batch, cached, heads, head_dim].
+        factors: [batch] float32; None before a prompt (a prefix alone).
+    """
+
+    layers: list[tuple[Any, Any]]
+    factors: Any = None
+
+
+class Qwen(FamilySpec):
+    name = "qwen"
+    title = "Qwen"
+    model_types = ("qwen",)
+    architectures = ("QWenLMHeadModel", "QWenForCausalLM", "QWenForTextGeneration")
+    config_class = "paddlenlp.transformers:QWenConfig"
+    model_class = "paddlenlp.transformers:QWenForCausalLM"
+    backbone = "qwen"
+    embedding = "wte"
+    lora_targets = ("c_attn", "c_proj", "w1", "w2")
+    chat_template = CHATML
+    tokenizer_files = (VOCABULARY_FILE,)
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class.
+
+        Raises:
+            UserError: sizes or ties that no model of this architecture has.
+        """
+        named = {OLDER_NAMES.get(name, name): value for name, value in config.items()}
+        known = {**DEFAULTS, **{name: named[name] for name in FIELDS if named.get(name) is not None}}
+        known.setdefault("seq_length", known["max_position_embeddings"])
+        faults = []
+        if known["kv_channels"] * known["num_attention_heads"] != known["hidden_size"]:
+            faults.append(
+                f"config.json: kv_channels {known['kv_channels']} x num_attention_heads "
+                f"{known['num_attention_heads']} must be hidden_size {known['hidden_size']} in a Qwen model"
+            )
+        if known["tie_word_embeddings"]:
+            faults.append("config.json: tie_word_embeddings is true; Qwen models have a head of their own")
+        if faults:
+            raise UserError(faults)
+        return known
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self.paddle_config(config),
+            "architectures": ["QWenLMHeadModel"],
+            "model_type": "qwen",
+            "tokenizer_class": "QWenTokenizer",
+            # all false: the published code then takes the type that the device is best at
+            "bf16": False,
+            "fp16": False,
+            "fp32": False,
+            "use_flash_attn": "auto",
+        }
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        known = self.paddle_config(config)
+        biased = ["attn.c_attn"]
+        if not known["no_bias"]:
+            biased += ["attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
+        found = [Weight("transformer.wte.weight", "qwen.wte.weight")]
+        for layer in range(known["num_hidden_layers"]):
+            source, target = f"transformer.h.{layer}", f"qwen.h.{layer}"
+            for name in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"):
+                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", transpose=True))
+            for name in biased:
+                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias"))
+            for name in ("ln_1", "ln_2"):
+                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
+        found.append(Weight("transformer.ln_f.weight", "qwen.ln_f.weight"))
+        found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True))
+        return found
+
+    def ignored_weights(self) -> tuple[str, ...]:
+        return (*super().ignored_weights(), r".*\.attn\.(masked_)?bias$")
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        known = self.paddle_config(config)
+        heads = known["num_attention_heads"]
+        return ModelShape(
+            hidden=known["hidden_size"],
+            layers=known["num_hidden_layers"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=known["hidden_size"] // heads,
+            intermediate=known["intermediate_size"] // 2,  # the published figure counts both halves
+            vocabulary=known["vocab_size"],
+            positions=known["max_position_embeddings"],
+            tied=False,
+        )
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        if not (folder / VOCABULARY_FILE).is_file():
+            return None
+        from utils.families.tokenizers_qwen import QwenTokenizer
+
+        return QwenTokenizer(folder, config)
+
+    def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
+        import paddle
+
+        from utils.families.models.qwen import forward_of, norm_of
+
+        model = super().create(config, **overrides)
+        norms = [model.qwen.ln_f]
+        for block in model.qwen.h:
+            block.attn.forward = forward_of(block.attn)
+            norms += [block.ln_1, block.ln_2]
+        if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
+            for layer in norms:
+                layer.forward = norm_of(layer)
+        return model
+
+    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+        """See the base class. As in the published code, training knows neither dynamic NTK nor logn; the
+        loss of an evaluation is computed the same way."""
+        import paddle
+
+        from utils.families.models.qwen import positions_of
+
+        ids, position_ids = batch["input_ids"], batch.get("position_ids")
+        if position_ids is None:
+            position_ids = paddle.arange(ids.shape[1], dtype="int64").unsqueeze(0)
+        ends = batch.get("segment_ends") if cache is None else None
+        return model.qwen(
+            ids,
+            position_ids=positions_of(model.config, position_ids, segment_ends=ends),
+            attention_mask=batch.get("attention_mask"),
+            past_key_values=None if cache is None else cache.layers,
+            use_cache=False,
+            return_dict=True,
+        )[0]
+
+    def step(
+        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
+    ) -> tuple[Any, Any]:
+        """See the base class. A row keeps the NTK factor of its prompt, as in the published code."""
+        from utils.families.models.qwen import ntk_factors, positions_of
+
+        config = model.config
+        factors = None if cache is None else cache.factors
+        if factors is None and config.use_dynamic_ntk:
+            factors = ntk_factors(position_ids.max(axis=1) + 1, config.seq_length)
+        output = model.qwen(
+            input_ids,
+            position_ids=positions_of(config, position_ids, factors=factors, logn=config.use_logn_attn),
+            attention_mask=attention_mask,
+            past_key_values=None if cache is None else cache.layers,
+            use_cache=True,
+            return_dict=True,
+        )
+        kept = Cache(list(output.past_key_values), factors)
+        return self.logits(model, output[0][:, -1:])[:, 0], kept
+
+    def prefix_cache(self, flat: Any) -> Any:
+        layers = flat.shape[2] // 2
+        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
+        return Cache([(parts[i], parts[layers + i]) for i in range(layers)])
+
+    def flatten_cache(self, cache: Any) -> Any:
+        import paddle
+
+        return paddle.stack([key for key, _ in cache.layers] + [value for _, value in cache.layers], axis=2)
+
+    def cache_select(self, cache: Any, rows: Any) -> Any:
+        layers = [(key.index_select(rows), value.index_select(rows)) for key, value in cache.layers]
+        factors = None if cache.factors is None else cache.factors.index_select(rows)
+        return replace(cache, layers=layers, factors=factors)
+
+
+QWEN = Qwen()
