@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.bloom import BLOOM
 from utils.families.llama import LLAMA
 from utils.families.qwen import QWEN
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, QWEN)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, BLOOM, QWEN)}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

@@ -25,7 +25,14 @@ def segment_lengths(ends: np.ndarray) -> list[int]:
     return lengths
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Tensor) -> Tensor:
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_ends: Tensor,
+    slopes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Causal attention in which a position sees only its own segment.
 
     Each segment is computed alone, so the work is the sum of the squared segment lengths; with a
@@ -34,6 +41,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Te
     Args:
         query, key, value: [batch, length, heads, head_dim] of one floating-point type.
         segment_ends: [batch, 1, length, 1] int32; for each key position the end of its segment.
+        slopes: [heads] float32 of linear biases (ALiBi, arXiv:2108.12409), or None.
+        dropout: share of the attention weights that are dropped (0 outside training).
 
     Returns:
         [batch, length, heads * head_dim].
@@ -41,7 +50,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Te
     batch, length, heads, head_dim = query.shape
     rows = segment_ends.reshape([batch, length]).numpy()
     longest = max(int((row - np.arange(length)).max()) for row in rows)
-    hidden_future = paddle.triu(paddle.full([longest, longest], -1e30, dtype="float32"), diagonal=1)
+    added = paddle.triu(paddle.full([1, longest, longest], -1e30, dtype="float32"), diagonal=1)
+    if slopes is not None:  # by the key's position: the query's adds the same to a whole row, which softmax removes
+        added = added + slopes.reshape([heads, 1, 1]) * paddle.arange(longest, dtype="float32")
     scale = 1.0 / math.sqrt(head_dim)
     # [batch] of [heads, length, head_dim]; unbind and split, not slices: the gradient of a slice fills
     # a tensor of the whole size with zeros
@@ -52,19 +63,21 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_ends: Te
         parts = []
         for qs, ks, vs in zip(*(paddle.split(x, lengths, axis=1) for x in tensors), strict=True):
             n = qs.shape[1]
-            scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + hidden_future[:n, :n]
-            parts.append(paddle.matmul(F.softmax(scores, axis=-1).astype(vs.dtype), vs))
+            scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + added[:, :n, :n]
+            weights = F.softmax(scores, axis=-1).astype(vs.dtype)
+            parts.append(paddle.matmul(F.dropout(weights, dropout) if dropout else weights, vs))
         outputs.append(paddle.concat(parts, axis=1).transpose([1, 0, 2]).reshape([length, heads * head_dim]))
     return paddle.stack(outputs)
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention with an additive mask, or a causal one.
 
     Args:
         query: [batch, length, heads, head_dim].
         key, value: [batch, cached + length, heads, head_dim].
-        mask: [batch, 1, length, cached + length], added to the scores; None is causal.
+        mask: [batch or 1, heads or 1, length, cached + length], added to the scores; None is causal.
+        dropout: share of the attention weights that are dropped (0 outside training).
 
     Returns:
         [batch, length, heads * head_dim].
@@ -76,8 +89,9 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     if mask is None:
         mask = paddle.triu(paddle.full([1, 1, length, seen], -1e30, dtype="float32"), diagonal=1 + seen - length)
     if length > 1:  # tiled: adding a mask broadcast over the heads takes ten times as long on CPUs
-        mask = paddle.tile(mask, [batch // mask.shape[0], heads, 1, 1])
+        mask = paddle.tile(mask, [batch // mask.shape[0], heads // mask.shape[1], 1, 1])
     weights = F.softmax(scores + mask.astype("float32"), axis=-1).astype(v.dtype)
+    weights = F.dropout(weights, dropout) if dropout else weights
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([batch, length, heads * head_dim])
 
 

@@ -1,0 +1,96 @@
+"""Bloom and BloomZ: no position embeddings but linear biases on attention scores (ALiBi)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.families.base import ModelShape, Weight
+from utils.families.decoder import DecoderFamily
+
+_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_KEPT = (
+    "vocab_size",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "apply_residual_connection_post_layernorm",
+    "hidden_dropout",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+class Bloom(DecoderFamily):
+    name = "bloom"
+    title = "Bloom"
+    model_types = ("bloom",)
+    architectures = ("BloomForCausalLM",)
+    config_class = "paddlenlp.transformers:BloomConfig"
+    model_class = "utils.families.models.bloom:BloomForCausalLM"
+    backbone = "bloom"
+    embedding = "word_embeddings"
+    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        shape = self.shape(config)
+        return {
+            "model_type": "bloom",
+            "architectures": ["BloomForCausalLM"],
+            "hidden_size": shape.hidden,
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            **{name: config[name] for name in _KEPT if name in config},
+        }
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return self.paddle_config(config)
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        both = ("weight", "bias")
+
+        def norm(published: str, parameter: str) -> list[Weight]:
+            return [Weight(f"{published}.{kind}", f"{parameter}.{kind}") for kind in both]
+
+        found = [Weight("transformer.word_embeddings.weight", "bloom.word_embeddings.weight")]
+        found += norm("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm")
+        for layer in range(self.shape(config).layers):
+            source, target = f"transformer.h.{layer}", f"bloom.h.{layer}"
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                found += norm(f"{source}.{name}", f"{target}.{name}")
+            for name in _LINEARS:
+                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", transpose=True))
+                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias"))
+        found += norm("transformer.ln_f", "bloom.ln_f")
+        if not self.shape(config).tied:
+            found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
+        return found
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        """Published configurations name the sizes in several ways (n_embed, num_attention_heads, ...)."""
+        hidden = config.get("hidden_size") or config["n_embed"]
+        heads = config.get("n_head") or config["num_attention_heads"]
+        return ModelShape(
+            hidden=hidden,
+            layers=config.get("n_layer") or config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=4 * hidden,
+            vocabulary=config["vocab_size"],
+            positions=None,
+            tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+    def slopes(self, model: Any) -> Any:
+        from utils.families.models.bloom import alibi_slopes
+
+        return alibi_slopes(model.config.n_head)
+
+    def logits(self, model: Any, hidden: Any) -> Any:
+        return model.lm_head(hidden, True)
+
+
+BLOOM = Bloom()

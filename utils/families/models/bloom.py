@@ -1,0 +1,86 @@
+"""Bloom with a forward pass of our own.
+
+PaddleNLP's cannot place a prefix before packed segments, and its initialisation sets every Linear weight that
+has a bias to zero, from where nothing can be trained.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+from paddlenlp.transformers.bloom import modeling as library
+
+from utils.families.models.decoder import Cache, extended, run_layers
+from utils.kernels.masks import Attend
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes of linear position biases (Press et al. 2021, arXiv:2108.12409), [heads] float32.
+
+    Heads beyond the largest power of two take every other slope of twice that many.
+    """
+
+    def powers(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (number + 1) / count) for number in range(count)]
+
+    whole = 2 ** int(math.log2(heads))
+    return paddle.to_tensor(powers(whole) + powers(2 * whole)[::2][: heads - whole], dtype="float32")
+
+
+class BloomForCausalLM(library.BloomForCausalLM):
+    """See `utils.families.decoder.DecoderFamily` for what is added to the library's class."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = library.BloomLMHead(config)
+        self.attention_dropout = config.attention_dropout
+
+    def _initialize_weights(self, layer: Any) -> None:
+        """Replaces the library's hook, which also skips the layers that its base model has set to zero."""
+        if isinstance(layer, (paddle.nn.Linear, paddle.nn.Embedding)):
+            spread = self.config.initializer_range
+            layer.weight.set_value(paddle.normal(0.0, spread, layer.weight.shape).astype(layer.weight.dtype))
+
+    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+
+        Args:
+            ids: [batch, length] int64.
+            positions: not used; Bloom's stand in the biases of `attend`.
+        """
+        bloom = self.bloom
+        hidden = bloom.word_embeddings_layernorm(bloom.word_embeddings(ids))
+        dropout = self.config.hidden_dropout if self.training else 0.0
+        forward = partial(_layer, attend=attend, dropout=dropout)
+        hidden, kept = run_layers(bloom.h, hidden, cache, forward, bloom.enable_recompute)
+        return bloom.ln_f(hidden), kept
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    *,
+    attend: Attend,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, mlp, after = layer.self_attention, layer.mlp, layer.apply_residual_connection_post_layernorm
+    batch, length, _ = hidden.shape
+    normed = layer.input_layernorm(hidden)
+    # each head's query, key and value stand together
+    fused = attention.query_key_value(normed).reshape([batch, length, attention.num_heads, 3 * attention.head_dim])
+    query, key, value = paddle.split(fused, 3, axis=-1)
+    key, value = extended(past_key, key), extended(past_value, value)
+    attended = attention.dense(attend(query, key, value))
+    hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
+    normed = layer.post_attention_layernorm(hidden)
+    changed = mlp.dense_4h_to_h(F.gelu(mlp.dense_h_to_4h(normed), approximate=True))
+    hidden = (normed if after else hidden) + (F.dropout(changed, dropout) if dropout else changed)
+    return hidden, key, value
