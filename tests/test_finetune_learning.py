@@ -141,3 +141,12 @@ def test_neftune_noise_has_the_bound_of_the_paper() -> None:
     bound = 5.0 / np.sqrt(25 * 32)
     assert 0.95 * bound < np.abs(noise).max() <= bound * (1 + 1e-6)
     assert np.mean(noise**2) == pytest.approx(bound**2 / 3, rel=0.1)  # the variance of a uniform variable
+
+
+def test_loader_processes_change_nothing(tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    options = ["--do_train", "--do_eval", "--lora", "--max_steps", 3]
+    alone = tiny.run(tmp_path / "alone", *options)
+    several = tiny.run(tmp_path / "several", *options, "--dataloader_num_workers", 2)
+    np.testing.assert_array_equal(several.losses, alone.losses)
+    assert several.json("eval_results.json") == alone.json("eval_results.json")
+    assert not capfd.readouterr().err  # what the processes themselves say

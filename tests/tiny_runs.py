@@ -22,7 +22,7 @@ from tiny_models import write_tiny_llama
 from utils.checkpoints.tensors import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "red blue green river house apple tree one two three four five".split()
+WORDS = ["red", "blue", "green", "river", "house", "apple", "tree", "one", "two", "three", "four", "five"]
 
 
 def write_rows(path: Path, count: int, *, seed: int = 0, longest: int = 8) -> Path:

@@ -62,6 +62,7 @@ def prepare() -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_PROGRESS_BARS"):
         environment.setdefault(name, "1")
     environment.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked data loader
     warnings.filterwarnings("ignore")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 

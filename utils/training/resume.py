@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoints.files import is_complete, write_json
-from utils.checkpoints.tensors import read_tensors, write_safetensors
+from utils.checkpoints.tensors import LazyTensor, read_tensors, write_lazy
 from utils.errors import UserError
 
 OPTIMIZER = "optimizer.safetensors"
@@ -63,8 +63,9 @@ def save_optimizer(path: Path, optimizer: Any, model: Any) -> None:
         entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
         for slot, tensor in entries.items():
             internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
-            tensors.append((f"{names[internal]}|{slot[len(internal) + 1 :]}", tensor.numpy()))
-    write_safetensors(path, tensors, {"format": "np"})
+            name, kind = f"{names[internal]}|{slot[len(internal) + 1 :]}", str(tensor.dtype).removeprefix("paddle.")
+            tensors.append(LazyTensor(name, kind, tuple(tensor.shape), tensor.numpy))
+    write_lazy(path, tensors, {"format": "np"})  # one tensor at a time: together they are twice the model
 
 
 def load_optimizer(path: Path, optimizer: Any, model: Any) -> None:

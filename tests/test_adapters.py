@@ -1,0 +1,153 @@
+"""LoRA and prefix files: what fits is filled, what does not is named, and nothing is changed then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from tiny_runs import Tiny, tensors, tiny  # noqa: F401
+
+from utils.adapters.lora import add_lora, load_lora, save_lora
+from utils.adapters.prefix import PrefixTuning, load_prefix, save_prefix
+from utils.adapters.targets import adapted_shapes, target_patterns
+from utils.checkpoints.load import load_model
+from utils.checkpoints.locate import Checkpoint, locate
+from utils.checkpoints.tensors import write_safetensors
+from utils.errors import UserError
+
+LINEARS = ["a.0.dense", "a.0.dense_h_to_4h", "a.1.dense", "a.1.query_key_value"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["dense"], {"a.0.dense", "a.1.dense"}),
+        ([r".*\.dense.*"], {"a.0.dense", "a.0.dense_h_to_4h", "a.1.dense"}),
+        ([r"a\.1\..*", "dense"], {"a.0.dense", "a.1.dense", "a.1.query_key_value"}),
+    ],
+)
+def test_a_name_is_a_whole_name_and_a_pattern_a_pattern(targets: list[str], found: set[str]) -> None:
+    import re
+
+    patterns = target_patterns(LINEARS, targets)
+    assert {name for name in LINEARS if any(re.fullmatch(pattern, name) for pattern in patterns)} == found
+
+
+def test_every_wrong_target_is_named() -> None:
+    with pytest.raises(UserError) as caught:
+        target_patterns(LINEARS, ["den", "(", "dense"])
+    assert len(caught.value.faults) == 2
+    assert "'den' matches no Linear layer; there are: dense, dense_h_to_4h, query_key_value" in caught.value.faults[0]
+    assert "no valid regular expression" in caught.value.faults[1]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Tiny) -> Checkpoint:  # noqa: F811
+    return locate(tiny.model)
+
+
+def adapted(base: Checkpoint, seed: int = 0, **options: Any) -> Any:
+    paddle.seed(seed)
+    lora = add_lora(load_model(base, "float32"), base.family, rank=4, **options)
+    for name, parameter in lora.model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.set_value(paddle.randn(parameter.shape) * 0.1)
+    return lora
+
+
+def logits(base: Checkpoint, model: Any) -> np.ndarray:
+    with paddle.no_grad():
+        ids = paddle.arange(40).reshape([2, 20])
+        return base.family.logits(model, base.family.forward_hidden(model, {"input_ids": ids})).numpy()
+
+
+def test_only_lora_is_trained_and_its_sizes_are_known_before(base: Checkpoint) -> None:
+    lora = adapted(base)
+    trained = {name for name, parameter in lora.model.named_parameters() if not parameter.stop_gradient}
+    assert trained == {f"{layer}.{part}" for layer in adapted_shapes(base, None) for part in ("lora_A", "lora_B")}
+    shapes = {name: tuple(parameter.shape) for name, parameter in lora.model.named_parameters()}
+    for layer, (rows, columns) in adapted_shapes(base, None).items():
+        assert shapes[f"{layer}.lora_A"] == (rows, 4) and shapes[f"{layer}.lora_B"] == (4, columns)
+
+
+def test_the_scale_is_in_the_output(base: Checkpoint) -> None:
+    """W + scale * A B, with alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    for rslora, scale in ((False, 12 / 4), (True, 12 / 2)):
+        lora = adapted(base, alpha=12, rslora=rslora)
+        layer = lora.model.llama.layers[0].mlp.down_proj
+        x = paddle.randn([3, layer.weight.shape[0]])
+        whole = layer.weight + scale * paddle.matmul(layer.lora_A, layer.lora_B)
+        np.testing.assert_allclose(layer(x).numpy(), paddle.matmul(x, whole).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])
+def test_an_adapter_comes_back_as_it_was(base: Checkpoint, tmp_path: Path, suffix: str) -> None:
+    lora = adapted(base, dropout=0.3, rslora=True)
+    lora.model.eval()
+    save_lora(tmp_path, lora, base)
+    if suffix == ".pdparams":  # as earlier toolchains wrote it
+        weights = tensors(tmp_path / "lora_model_state.safetensors")
+        paddle.save({name: paddle.to_tensor(value) for name, value in weights.items()},
+                    str(tmp_path / "lora_model_state.pdparams"))  # fmt: skip
+        (tmp_path / "lora_model_state.safetensors").unlink()
+        config = json.loads((tmp_path / "lora_config.json").read_text())
+        for name in ("base_fingerprint", "base_model_name_or_path", "scaling"):
+            del config[name]
+        (tmp_path / "lora_config.json").write_text(json.dumps(config))
+    again = load_lora(load_model(base, "float32"), base.family, tmp_path, base)
+    again.model.eval()
+    np.testing.assert_array_equal(logits(base, again.model), logits(base, lora.model))
+    assert np.abs(logits(base, again.model) - logits(base, load_model(base, "float32"))).max() > 0.01
+
+
+def test_weights_that_do_not_fit_are_named_and_change_nothing(base: Checkpoint, tmp_path: Path) -> None:
+    lora = adapted(base, targets=["q_proj", "v_proj"])
+    save_lora(tmp_path, lora, base)
+    path = tmp_path / "lora_model_state.safetensors"
+    saved = tensors(path)
+    names = sorted(saved)
+    saved["llama.layers.9.self_attn.q_proj.lora_A"] = saved.pop(names[0])
+    saved[names[1]] = saved[names[1]][:, :-1]
+    write_safetensors(path, list(saved.items()), {"format": "np"})
+    model = load_model(base, "float32")
+    with pytest.raises(UserError) as caught:
+        load_lora(model, base.family, tmp_path, base)
+    text = "\n".join(caught.value.faults)
+    assert f"has no {names[0]}" in text and "layers.9" in text and f"{names[1]} has shape" in text
+    untouched = [p for n, p in model.named_parameters() if n.endswith("lora_B")]
+    assert untouched and all(float(p.abs().sum()) == 0 for p in untouched)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_comes_back_as_it_was(base: Checkpoint, tmp_path: Path, projection: bool) -> None:
+    paddle.seed(3)
+    shape = base.family.shape(base.config)
+    prefix = PrefixTuning(base.family, shape, 6, projection=projection, projection_hidden=10)
+    save_prefix(tmp_path, prefix, base)
+    again = load_prefix(load_model(base, "float32"), base.family, tmp_path, base)
+    assert again.length == 6
+    np.testing.assert_array_equal(again.flat().numpy(), prefix.flat().numpy())
+    config = json.loads((tmp_path / "prefix_config.json").read_text())
+    config["num_prefix_tokens"] = 7
+    (tmp_path / "prefix_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has shape \[6, "):
+        load_prefix(load_model(base, "float32"), base.family, tmp_path, base)
+
+
+def test_a_prefix_of_text_is_the_text_itself(base: Checkpoint) -> None:
+    """What follows a prefix made of tokens sees the keys and values of these tokens, at their places."""
+    model = load_model(base, "float32")
+    family = base.family
+    text, rest = list(range(10, 15)), list(range(20, 28))
+    prefix = PrefixTuning(family, family.shape(base.config), 5)
+    prefix.start_from_text(model, text)
+    places = paddle.arange(5, 13).unsqueeze(0)
+    ones = paddle.ones([1, 13], dtype="int64")
+    with paddle.no_grad():
+        behind, _ = family.step(model, paddle.to_tensor([rest]), ones, places, prefix.cache(1))
+        joined, _ = family.step(model, paddle.to_tensor([text + rest]), ones, paddle.arange(13).unsqueeze(0))
+    np.testing.assert_allclose(behind.numpy(), joined.numpy(), atol=1e-5)
