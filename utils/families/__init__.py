@@ -8,9 +8,10 @@ from typing import Any
 from utils.families.base import FamilySpec, ModelShape, Weight
 from utils.families.bloom import BLOOM
 from utils.families.llama import LLAMA
+from utils.families.opt import OPT
 from utils.families.qwen import QWEN
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, BLOOM, QWEN)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, OPT, BLOOM, QWEN)}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

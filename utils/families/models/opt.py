@@ -1,0 +1,69 @@
+"""OPT with a forward pass of our own.
+
+PaddleNLP's derives positions from the attention mask, which counts a prefix and cannot describe packed rows; its
+head is never tied to the embedding, and has the wrong width where `word_embed_proj_dim` is not the hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import paddle
+from paddle import Tensor
+from paddlenlp.transformers.opt import modeling as library
+
+from utils.families.models.decoder import Cache, activation, run_layers, transformer_layer
+from utils.kernels.masks import Attend
+
+
+class Embeddings(library.OPTEmbeddings):
+    """Token embeddings, widened to the hidden size if they are narrower, and learned positions."""
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Both [batch or 1, length] int64 -> [batch, length, hidden]."""
+        hidden = self.word_embeddings(ids)
+        if self.project_in is not None:
+            hidden = self.project_in(hidden)
+        places = self.position_embeddings
+        # the first `offset` rows of the table belong to no position
+        return self.dropout(hidden + paddle.nn.functional.embedding(positions + places.offset, places.weight))
+
+
+class OPTForCausalLM(library.OPTForCausalLM):
+    """See `utils.families.decoder.DecoderFamily` for what is added to the library's class."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.opt.embeddings = Embeddings(config)
+        words = self.opt.embeddings.word_embeddings.weight
+        if not config.tie_word_embeddings:
+            words = self.create_parameter(shape=words.shape, dtype=words.dtype)
+        self.lm_head = library.OPTLMHead(config, words)
+        if getattr(config, "_remove_final_layer_norm", False):
+            self.opt.decoder.final_layer_norm = None
+        self.opt.decoder.enable_recompute = False  # the trainer sets it on whatever has it
+        self.activate = activation(config.activation)
+        self.attention_dropout = config.attention_probs_dropout_prob
+
+    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Hidden states [batch, length, word_embed_proj_dim] for the head, and the cache.
+
+        Args:
+            ids: [batch, length] int64.
+            positions: [batch or 1, length] int64, from 0.
+        """
+        decoder = self.opt.decoder
+        forward = partial(
+            transformer_layer,
+            attend=attend,
+            heads=self.config.num_attention_heads,
+            norm_first=self.config.normalize_before,
+            activate=self.activate,
+            dropout=self.config.hidden_dropout_prob if self.training else 0.0,
+        )
+        hidden = self.opt.embeddings(ids, positions)
+        hidden, kept = run_layers(decoder.layers, hidden, cache, forward, decoder.enable_recompute)
+        for last in (decoder.final_layer_norm, decoder.project_out):
+            hidden = hidden if last is None else last(hidden)
+        return hidden, kept

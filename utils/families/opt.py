@@ -1,0 +1,125 @@
+"""OPT: learned positions behind an offset; the 350M model is narrower at both ends and norms after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.families.base import ModelShape, Weight
+from utils.families.decoder import DecoderFamily, activation_name
+
+_NAMES = {  # of a layer: published -> of the Paddle model
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj",
+    "self_attn.out_proj": "self_attn.out_proj",
+    "fc1": "linear1",
+    "fc2": "linear2",
+}
+_NORMS = {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "_remove_final_layer_norm",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_RENAMED = {  # published -> of the Paddle model
+    "ffn_dim": "intermediate_size",
+    "do_layer_norm_before": "normalize_before",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "init_std": "initializer_range",
+}
+_FALLBACK = {"do_layer_norm_before": True, "dropout": 0.1, "attention_dropout": 0.0, "init_std": 0.02}
+
+
+class Opt(DecoderFamily):
+    name = "opt"
+    title = "OPT"
+    model_types = ("opt",)
+    architectures = ("OPTForCausalLM",)
+    config_class = "paddlenlp.transformers:OPTConfig"
+    model_class = "utils.families.models.opt:OPTForCausalLM"
+    backbone = "opt"
+    embedding = "embeddings"
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "word_embed_proj_dim": self._width(config),
+            "hidden_act": "relu",  # the library's own forward pass, which is not used, knows few
+            "activation": activation_name(config, "relu"),
+            **{name: config[name] for name in _SAME if name in config},
+            **{name: self._get(config, published) for published, name in _RENAMED.items()},
+        }
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "word_embed_proj_dim": self._width(config),
+            "activation_function": activation_name(config, "relu"),
+            **{name: config[name] for name in _SAME if name in config},
+            **{published: self._get(config, published) for published in _RENAMED},
+        }
+
+    @staticmethod
+    def _get(config: Mapping[str, Any], published: str) -> Any:
+        """A setting that has another name in each layout."""
+        return config.get(published, config.get(_RENAMED[published], _FALLBACK.get(published)))
+
+    @staticmethod
+    def _width(config: Mapping[str, Any]) -> int:
+        return config.get("word_embed_proj_dim") or config["hidden_size"]
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        def both(published: str, parameter: str, transpose: bool = False) -> list[Weight]:
+            return [
+                Weight(f"{published}.weight", f"{parameter}.weight", transpose),
+                Weight(f"{published}.bias", f"{parameter}.bias"),
+            ]
+
+        projected = self._width(config) != config["hidden_size"]
+        root = "model.decoder"
+        found = [Weight(f"{root}.embed_tokens.weight", "opt.embeddings.word_embeddings.weight")]
+        if projected:
+            found.append(Weight(f"{root}.project_in.weight", "opt.embeddings.project_in.weight", transpose=True))
+        found.append(Weight(f"{root}.embed_positions.weight", "opt.embeddings.position_embeddings.weight"))
+        for layer in range(config["num_hidden_layers"]):
+            source, target = f"{root}.layers.{layer}", f"opt.decoder.layers.{layer}"
+            for published, parameter in _NAMES.items():
+                found += both(f"{source}.{published}", f"{target}.{parameter}", transpose=True)
+            for published, parameter in _NORMS.items():
+                found += both(f"{source}.{published}", f"{target}.{parameter}")
+        if self._get(config, "do_layer_norm_before") and not config.get("_remove_final_layer_norm"):
+            found += both(f"{root}.final_layer_norm", "opt.decoder.final_layer_norm")
+        if projected:
+            found.append(Weight(f"{root}.project_out.weight", "opt.decoder.project_out.weight", transpose=True))
+        if not self.shape(config).tied:
+            found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
+        return found
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        heads = config["num_attention_heads"]
+        return ModelShape(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=config["hidden_size"] // heads,
+            intermediate=self._get(config, "ffn_dim"),
+            vocabulary=config["vocab_size"],
+            positions=config.get("max_position_embeddings"),
+            tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+
+OPT = Opt()
