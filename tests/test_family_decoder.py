@@ -20,7 +20,7 @@ from utils.families.models import decoder
 from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CASES = ["bloom_tiny", "bloom_prefixed"]
+CASES = ["bloom_tiny", "bloom_prefixed", "opt_tiny", "opt_narrow", "gpt2_tiny", "gpt2_prefixed"]
 PREFIX = 5
 ROWS = [[5, 9, 11, 8, 30, 7], [40, 41, 42], [12, 13, 14, 15]]
 

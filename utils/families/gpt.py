@@ -1,0 +1,124 @@
+"""GPT-3 of PaddleNLP and GPT-2: learned positions; published with fused Conv1D weights [in, out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.families.base import ModelShape, Weight
+from utils.families.decoder import DecoderFamily, activation_name
+
+_SAME = (
+    "vocab_size",
+    "initializer_range",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_RENAMED = {  # published -> of the Paddle model
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "resid_pdrop": "hidden_dropout_prob",
+    "attn_pdrop": "attention_probs_dropout_prob",
+}
+_DEFAULTS = {
+    "resid_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
+
+class Gpt(DecoderFamily):
+    name = "gpt-3"
+    title = "GPT-3"
+    model_types = ("gpt", "gpt2")
+    architectures = ("GPTForCausalLM", "GPTLMHeadModel", "GPT2LMHeadModel")
+    config_class = "paddlenlp.transformers:GPTConfig"
+    model_class = "utils.families.models.gpt:GPTForCausalLM"
+    backbone = "gpt"
+    embedding = "embeddings"
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model_type": "gpt",
+            "architectures": ["GPTForCausalLM"],
+            "hidden_activation": "gelu",  # the library's own forward pass, which is not used, knows few
+            "activation": activation_name(config, "gelu"),
+            **{name: self._get(config, name) for name in _SAME if name in config or name in _DEFAULTS},
+            **{name: self._get(config, published) for published, name in _RENAMED.items()},
+        }
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "activation_function": activation_name(config, "gelu"),
+            "embd_pdrop": self._get(config, "resid_pdrop"),
+            **{name: self._get(config, name) for name in _SAME if name in config or name in _DEFAULTS},
+            **{published: self._get(config, published) for published in _RENAMED},
+        }
+
+    @staticmethod
+    def _get(config: Mapping[str, Any], published: str) -> Any:
+        """A setting of either layout, by its published name."""
+        value = config.get(published, config.get(_RENAMED.get(published, published)))
+        if value is not None:
+            return value
+        if published == "n_inner":
+            return 4 * Gpt._get(config, "n_embd")
+        return _DEFAULTS[published] if published in _DEFAULTS else config[published]
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        def both(published: str, parameter: str, conv1d: bool, part: tuple[int, int] | None = None) -> list[Weight]:
+            return [
+                Weight(f"{published}.weight", f"{parameter}.weight", conv1d=conv1d, part=part),
+                Weight(f"{published}.bias", f"{parameter}.bias", part=part),
+            ]
+
+        found = [
+            Weight("transformer.wte.weight", "gpt.embeddings.word_embeddings.weight"),
+            Weight("transformer.wpe.weight", "gpt.embeddings.position_embeddings.weight"),
+        ]
+        for layer in range(self.shape(config).layers):
+            source, target = f"transformer.h.{layer}", f"gpt.decoder.layers.{layer}"
+            found += both(f"{source}.ln_1", f"{target}.norm1", conv1d=False)
+            for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                found += both(f"{source}.attn.c_attn", f"{target}.self_attn.{name}", conv1d=True, part=(index, 3))
+            found += both(f"{source}.attn.c_proj", f"{target}.self_attn.out_proj", conv1d=True)
+            found += both(f"{source}.ln_2", f"{target}.norm2", conv1d=False)
+            found += both(f"{source}.mlp.c_fc", f"{target}.linear1", conv1d=True)
+            found += both(f"{source}.mlp.c_proj", f"{target}.linear2", conv1d=True)
+        found += both("transformer.ln_f", "gpt.decoder.norm", conv1d=False)
+        if not self.shape(config).tied:
+            found.append(Weight("lm_head.weight", "lm_head.weight"))
+        return found
+
+    def ignored_weights(self) -> tuple[str, ...]:
+        return (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask as a buffer
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        hidden, heads = self._get(config, "n_embd"), self._get(config, "n_head")
+        return ModelShape(
+            hidden=hidden,
+            layers=self._get(config, "n_layer"),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=self._get(config, "n_inner"),
+            vocabulary=config["vocab_size"],
+            positions=self._get(config, "n_positions"),
+            tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+
+GPT = Gpt()

@@ -1,0 +1,59 @@
+"""GPT-2 and GPT-3 with a forward pass of our own.
+
+PaddleNLP's cuts its causal mask from a table of `max_position_embeddings` rows, too few behind a prefix, drops
+every mask with flash attention, recomputes without the prefix, and takes every GELU for its tanh form.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from paddle import Tensor
+from paddlenlp.transformers.gpt import modeling as library
+
+from utils.families.models.decoder import Cache, activation, run_layers, transformer_layer
+from utils.kernels.masks import Attend
+
+
+class GPTForCausalLM(library.GPTForCausalLM):
+    """See `utils.families.decoder.DecoderFamily` for what is added to the library's class."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = library.GPTLMHead(config)
+        self.gpt.bias = None  # the table of the causal mask, max_position_embeddings squared; not used
+        self.activate = activation(config.activation)
+        self.attention_dropout = config.attention_probs_dropout_prob
+        for layer in self.sublayers():
+            if isinstance(layer, library.GPTLayerNorm):
+                layer._epsilon = config.layer_norm_epsilon
+
+    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+
+        Args:
+            ids: [batch, length] int64.
+            positions: [batch or 1, length] int64, from 0.
+        """
+        config, decoder = self.config, self.gpt.decoder
+        scale = 1.0 if config.scale_attn_weights else math.sqrt(config.hidden_size // config.num_attention_heads)
+        places = {id(layer): number for number, layer in enumerate(decoder.layers)}
+
+        def forward(layer: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+            divisor = places[id(layer)] + 1 if config.scale_attn_by_inverse_layer_idx else 1
+            return block(layer, *tensors, scale=scale / divisor)
+
+        block = partial(
+            transformer_layer,
+            attend=attend,
+            heads=config.num_attention_heads,
+            norm_first=True,
+            activate=self.activate,
+            dropout=config.hidden_dropout_prob if self.training else 0.0,
+        )
+        hidden = self.gpt.embeddings(ids, positions)
+        hidden, kept = run_layers(decoder.layers, hidden, cache, forward, decoder.enable_recompute)
+        return decoder.norm(hidden), kept
