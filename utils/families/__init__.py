@@ -7,12 +7,14 @@ from typing import Any
 
 from utils.families.base import FamilySpec, ModelShape, Weight
 from utils.families.bloom import BLOOM
+from utils.families.chatglm import CHATGLM
+from utils.families.chatglm2 import CHATGLM2
 from utils.families.gpt import GPT
 from utils.families.llama import LLAMA
 from utils.families.opt import OPT
 from utils.families.qwen import QWEN
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, GPT, OPT, BLOOM, QWEN)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, GPT, OPT, BLOOM, QWEN)}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

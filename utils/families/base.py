@@ -63,7 +63,7 @@ class FamilySpec:
         config_class, model_class: "module:Class" of the library's classes.
         backbone: attribute of the model that holds the decoder without its head.
         head: attribute of the model that turns hidden states into logits.
-        embedding: attribute of the backbone that embeds tokens.
+        embedding: attribute of the backbone that embeds tokens (dots reach further inside).
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
             as they are (right for base models).

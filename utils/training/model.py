@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import paddle
@@ -48,7 +49,7 @@ class TrainingModel(nn.Layer):
         if prefix is not None:
             for parameter in base.parameters():
                 parameter.stop_gradient = True
-        embedding = getattr(getattr(base, family.backbone), family.embedding)
+        embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
         embedding.register_forward_post_hook(self._after_embedding)
 
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:

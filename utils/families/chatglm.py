@@ -1,0 +1,226 @@
+"""ChatGLM-6B: a prefix language model with two-dimensional positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.families.base import ModelShape, Weight
+from utils.families.decoder import DecoderFamily
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
+
+# As the published chat code writes it: the first question as it is, a later one behind its numbered
+# history, then [gMASK] and <sop>; the answer ends with <eop>.
+CHAT_TEMPLATE = (
+    "{%- set several = messages | selectattr('role', 'equalto', 'user') | list | length > 1 -%}"
+    "{%- set count = namespace(rounds=0) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}"
+    "{%- if several -%}"
+    "{{ '[Round ' ~ count.rounds ~ ']\\n问：' ~ message.content ~ '\\n答：' }}"
+    "{%- set count.rounds = count.rounds + 1 -%}"
+    "{%- else -%}{{ message.content }}{%- endif -%}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{%- if loop.last -%}{{ '[gMASK]<sop>' ~ message.content ~ '<eop>' }}"
+    "{%- else -%}{{ message.content ~ '\\n' }}{%- endif -%}"
+    "{%- else -%}{{ message.content ~ '\\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '[gMASK]<sop>' }}{%- endif -%}"
+)
+# The published code gives every model the residual factor of 28 layers, whatever its own number.
+PUBLISHED_LAYERS = 28
+# What decides the model, with the values of the library and of the published code.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 130528,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "inner_hidden_size": 16384,
+    "layernorm_epsilon": 1e-5,
+    "max_sequence_length": 2048,
+    "position_encoding_2d": True,
+    "bos_token_id": 130004,
+    "eos_token_id": 130005,
+    "pad_token_id": 3,
+    "mask_token_id": 130000,
+    "gmask_token_id": 130001,
+}
+# Keys that only ChatGLM2, ChatGLM3 and GLM-4 have, which share this model_type.
+LATER_KEYS = ("multi_query_attention", "multi_query_group_num", "padded_vocab_size", "kv_channels", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values, and where each row's prompt ends.
+
+    Attributes:
+        layers: (key, value) of every layer, each [batch, cached, heads, head_dim].
+        prompt: int64 [batch, 1], position of <sop>, the first that sees no later one; None before a
+            prompt (a prefix alone). Rows without <sop> have `NO_ANSWER`.
+        mask: int64 [batch, 1], position of [gMASK] (or [MASK]), which all of the answer shares.
+    """
+
+    layers: list[tuple[Any, Any]]
+    prompt: Any = None
+    mask: Any = None
+
+
+NO_ANSWER = 1 << 30
+
+
+class ChatGLM(DecoderFamily):
+    name = "chatglm"
+    title = "ChatGLM-6B"
+    model_types = ("chatglm",)
+    architectures = ("ChatGLMForCausalLM", "ChatGLMForConditionalGeneration")
+    config_class = "paddlenlp.transformers:ChatGLMConfig"
+    model_class = "utils.families.models.chatglm:ChatGLMForCausalLM"
+    backbone = "chatglm"
+    embedding = "transformer.word_embeddings"
+    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    chat_template = CHAT_TEMPLATE
+    tokenizer_files = ("ice_text.model",)
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Later generations share `model_type` and `architectures`."""
+        return super().matches(config) and not any(key in config for key in LATER_KEYS)
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **_known(config),
+            "num_hidden_layers": layers(config),
+            "residual_layers": residual_layers(config),
+        }
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "architectures": ["ChatGLMModel"],
+            "model_type": "chatglm",
+            "tokenizer_class": "ChatGLMTokenizer",
+            **_known(config),
+            "num_layers": layers(config),
+            "residual_layers": residual_layers(config),
+            "use_cache": True,
+        }
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        found = [Weight("transformer.word_embeddings.weight", "chatglm.transformer.word_embeddings.weight")]
+
+        def add(name: str, *, linear: bool) -> None:
+            published, parameter = f"transformer.{name}", f"chatglm.transformer.{name}"
+            found.append(Weight(f"{published}.weight", f"{parameter}.weight", transpose=linear))
+            found.append(Weight(f"{published}.bias", f"{parameter}.bias"))
+
+        for layer in range(layers(config)):
+            place = f"layers.{layer}"
+            add(f"{place}.input_layernorm", linear=False)
+            add(f"{place}.attention.query_key_value", linear=True)
+            add(f"{place}.attention.dense", linear=True)
+            add(f"{place}.post_attention_layernorm", linear=False)
+            add(f"{place}.mlp.dense_h_to_4h", linear=True)
+            add(f"{place}.mlp.dense_4h_to_h", linear=True)
+        add("final_layernorm", linear=False)
+        return found
+
+    def ignored_weights(self) -> tuple[str, ...]:
+        """Rotary frequencies, and the head, which is the embedding a second time (also in Paddle's name)."""
+        return (r".*rotary_emb\.inv_freq", r"lm_head\.decoder_weight")
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        known = _known(config)
+        hidden, heads = known["hidden_size"], known["num_attention_heads"]
+        return ModelShape(
+            hidden=hidden,
+            layers=layers(config),
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=known["inner_hidden_size"],
+            vocabulary=known["vocab_size"],
+            positions=known["max_sequence_length"],
+            tied=True,
+        )
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        from utils.families.tokenizers_chatglm import ICE_TEXT, IceTokenizer
+
+        return IceTokenizer(folder, config) if (folder / ICE_TEXT).is_file() else None
+
+    def logits(self, model: Any, hidden: Any) -> Any:
+        import paddle
+
+        return paddle.matmul(hidden, model.lm_head.decoder_weight, transpose_y=True)
+
+    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+        import paddle
+
+        from utils.families.chatglm_input import prefix_lm
+        from utils.kernels import masks
+
+        ids = batch["input_ids"]
+        ends = batch["segment_ends"].numpy()[:, 0, :, 0] if "segment_ends" in batch else None
+        positions, seen = (paddle.to_tensor(value) for value in prefix_lm(ids.numpy(), model.config, ends))
+        if cache is not None:
+            prefix = cache.layers[0][0].shape[1]
+            seen = paddle.concat([paddle.ones([*seen.shape[:3], prefix], dtype="bool"), seen], axis=-1)
+        attend = masks.attention(seen, positions, None, 0.0)
+        return model.decode(ids, positions, attend, None if cache is None else cache.layers)[0]
+
+    def step(
+        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
+    ) -> tuple[Any, Any]:
+        import paddle
+
+        from utils.families.chatglm_input import answer_positions, prompt_ends
+        from utils.kernels import masks
+
+        rows, length = input_ids.shape
+        cached = attention_mask.shape[1] - length
+        if cache is None or cache.prompt is None:
+            ends = prompt_ends(input_ids, position_ids, attention_mask[:, cached:], model.config)
+            prompt, mask = (paddle.to_tensor(end) for end in ends)
+        else:
+            prompt, mask = cache.prompt, cache.mask
+        # every position sees the whole prompt; what is cached comes before all of them
+        shown = (position_ids < prompt) & (prompt < NO_ANSWER)
+        shown = paddle.concat([paddle.ones([rows, cached], dtype="bool"), shown], axis=1)
+        real = attention_mask.astype("bool")
+        seen = (masks.causal(length, cached) | shown.unsqueeze([1, 2])) & real.unsqueeze([1, 2])
+        positions = answer_positions(position_ids, prompt, mask, model.config)
+        attend = masks.attention(seen, positions, None, 0.0)
+        hidden, kept = model.decode(input_ids, positions, attend, None if cache is None else cache.layers)
+        return self.logits(model, hidden[:, -1:])[:, 0], Cache(kept, prompt, mask)
+
+    def prefix_cache(self, flat: Any) -> Any:
+        return Cache(super().prefix_cache(flat))
+
+    def flatten_cache(self, cache: Any) -> Any:
+        return super().flatten_cache(cache.layers)
+
+    def cache_select(self, cache: Any, rows: Any) -> Any:
+        kept = super().cache_select(cache.layers, rows)
+        return Cache(kept, cache.prompt.index_select(rows), cache.mask.index_select(rows))
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: default if config.get(name) is None else config[name] for name, default in DEFAULTS.items()}
+
+
+def layers(config: Mapping[str, Any]) -> int:
+    """Number of layers, in the words of either layout."""
+    return config["num_layers"] if "num_layers" in config else config.get("num_hidden_layers", PUBLISHED_LAYERS)
+
+
+def residual_layers(config: Mapping[str, Any]) -> int:
+    """The number of layers in the residual factor sqrt(2 n).
+
+    28 in published models; PaddleNLP, whose config.json says `num_hidden_layers`, takes the model's own
+    number. Ours say it themselves.
+    """
+    return config.get("residual_layers", PUBLISHED_LAYERS if "num_layers" in config else layers(config))
+
+
+CHATGLM = ChatGLM()

@@ -1,0 +1,142 @@
+"""ChatGLM2-6B with a forward pass of our own.
+
+PaddleNLP's refuses attention that is not as wide as the hidden states, drops a prefix unless it is asked for a
+cache, works out the rotary table of all 32,768 positions at every step (and cannot in bfloat16 on a CPU), and
+ignores `rope_ratio`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddlenlp.transformers.chatglm_v2 import modeling as library
+
+from utils.families.models.decoder import Cache, extended, run_layers
+from utils.kernels.masks import Attend
+from utils.kernels.norm import rms_norm
+
+
+def angles(positions: Tensor, head_dim: int, ratio: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first half of a head
+    turn, the second half does not.
+
+    Args:
+        positions: [batch, length] int64.
+        ratio: positions are divided by it (ChatGLM2-6B-32K), which stretches the context.
+    """
+    width = head_dim // 2
+    exponents = paddle.arange(0, width, 2, dtype="float32") / width
+    turned = (positions.astype("float32") / ratio).unsqueeze(-1) * (1.0 / 10000.0**exponents)
+    turned = turned.repeat_interleave(2, axis=-1)
+    still = paddle.zeros([*positions.shape, head_dim - turned.shape[-1]])
+    turned = paddle.concat([turned, still], axis=-1).unsqueeze(2)
+    return paddle.cos(turned), paddle.sin(turned)
+
+
+def quarter_turn(head_dim: int, dtype: Any) -> Tensor:
+    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
+
+    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
+    """
+    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
+    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)
+
+
+class ChatGLMv2Model(library.ChatGLMv2Model):
+    """The library's layers without its rotary table, which a CPU cannot build in bfloat16."""
+
+    def __init__(self, config: Any) -> None:
+        library.ChatGLMv2PretrainedModel.__init__(self, config)
+        heads, channels = config.num_attention_heads, config.kv_channels
+        self.embedding = library.Embedding(config)
+        if heads * channels == config.hidden_size:
+            self.encoder = library.GLMTransformer(config)
+        else:  # one head as wide as the hidden states is what the library agrees to build
+            config.num_attention_heads, config.kv_channels = 1, config.hidden_size
+            self.encoder = library.GLMTransformer(config)
+            config.num_attention_heads, config.kv_channels = heads, channels
+            width, fused = heads * channels, (heads + 2 * config.multi_query_group_num) * channels
+            for layer in self.encoder.layers:
+                attention, biased = layer.self_attention, config.add_bias_linear
+                attention.query_key_value = nn.Linear(
+                    config.hidden_size, fused, bias_attr=None if biased or config.add_qkv_bias else False
+                )
+                attention.dense = nn.Linear(width, config.hidden_size, bias_attr=None if biased else False)
+        self.output_layer = library.Chatglmv2LMHead(config)
+
+
+class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
+    """See `utils.families.decoder.DecoderFamily` for what is added to the library's class."""
+
+    def __init__(self, config: Any) -> None:
+        library.ChatGLMv2PretrainedModel.__init__(self, config)
+        self.chatglm_v2 = ChatGLMv2Model(config)
+        self.criterion = library.ChatGLMv2PretrainingCriterion(config)
+        self.attention_dropout = config.attention_dropout
+
+    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+
+        Args:
+            ids, positions: [batch, length] int64 (positions of one row stand for all).
+        """
+        encoder, config = self.chatglm_v2.encoder, self.config
+        hidden = self.chatglm_v2.embedding.word_embeddings(ids)
+        heads, groups, channels = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
+        cos, sin = (x.astype(hidden.dtype) for x in angles(positions.expand(ids.shape), channels, config.rope_ratio))
+        # tiled once: a product broadcast over the heads is slow on CPUs
+        turns = [(cos.tile([1, 1, count, 1]), sin.tile([1, 1, count, 1])) for count in (heads, groups)]
+        forward = partial(
+            _layer,
+            attend=attend,
+            turns=turns,
+            turn=quarter_turn(channels, hidden.dtype),
+            after=config.apply_residual_connection_post_layernorm,
+            dropout=config.hidden_dropout if self.training else 0.0,
+        )
+        hidden, kept = run_layers(encoder.layers, hidden, cache, forward, encoder.enable_recompute)
+        return _norm(encoder.final_layernorm, hidden), kept
+
+
+def _norm(layer: Any, hidden: Tensor) -> Tensor:
+    return rms_norm(hidden, layer.weight, layer.epsilon)
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    *,
+    attend: Attend,
+    turns: list[tuple[Tensor, Tensor]],
+    turn: Tensor,
+    after: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, mlp = layer.self_attention, layer.mlp
+    batch, length, _ = hidden.shape
+    (heads, channels), groups = turns[0][0].shape[2:], turns[1][0].shape[2]
+    normed = _norm(layer.input_layernorm, hidden)
+    sizes = [heads * channels, groups * channels, groups * channels]
+    parts = paddle.split(attention.query_key_value(normed), sizes, axis=-1)
+    query, key, value = (part.reshape([batch, length, -1, channels]) for part in parts)
+    query, key = (x * cos + paddle.matmul(x, turn) * sin for x, (cos, sin) in zip((query, key), turns, strict=True))
+    key, value = extended(past_key, key), extended(past_value, value)
+    attended = attention.dense(attend(query, _every_head(key, heads), _every_head(value, heads)))
+    hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
+    normed = _norm(layer.post_attention_layernorm, hidden)
+    gate, up = paddle.chunk(mlp.dense_h_to_4h(normed), 2, axis=-1)
+    changed = mlp.dense_4h_to_h(F.silu(gate) * up)
+    return (normed if after else hidden) + (F.dropout(changed, dropout) if dropout else changed), key, value
+
+
+def _every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [batch, length, groups, channels] of the group of each head."""
+    batch, length, groups, channels = x.shape
+    spread = x.unsqueeze(3).expand([batch, length, groups, heads // groups, channels])
+    return spread.reshape([batch, length, heads, channels])
