@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily, activation_name
+from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
+from utils.families.tokenizers_bpe import bpe_tokenizer
 
 _SAME = (
     "vocab_size",
@@ -47,6 +50,7 @@ class Gpt(DecoderFamily):
     backbone = "gpt"
     embedding = "embeddings"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
+    tokenizer_files = VOCABULARY_FILES
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -105,6 +109,9 @@ class Gpt(DecoderFamily):
 
     def ignored_weights(self) -> tuple[str, ...]:
         return (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask as a buffer
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        return bpe_tokenizer(folder, config)
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         hidden, heads = self._get(config, "n_embd"), self._get(config, "n_head")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily, activation_name
+from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
+from utils.families.tokenizers_bpe import bpe_tokenizer
 
 _NAMES = {  # of a layer: published -> of the Paddle model
     "self_attn.q_proj": "self_attn.q_proj",
@@ -49,6 +52,7 @@ class Opt(DecoderFamily):
     backbone = "opt"
     embedding = "embeddings"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
+    tokenizer_files = VOCABULARY_FILES
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -106,6 +110,9 @@ class Opt(DecoderFamily):
         if not self.shape(config).tied:
             found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
         return found
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        return bpe_tokenizer(folder, config)
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         heads = config["num_attention_heads"]

@@ -106,13 +106,9 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(files)
-        source = next(file for file in files if file.name == TOKENIZER_JSON)
-        text = source.read_text(encoding="utf-8")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-            description = json.loads(text)
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
+        text = self._description(settings)
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        description = json.loads(text)
         self._add(settings)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -131,6 +127,22 @@ class JsonTokenizer(Tokenizer):
         encoded = self._tokenizer.encode("a", add_special_tokens=True).ids
         follows = self.bos_id is not None and encoded[:1] == [self.bos_id]
         self.adds_bos = settings.flag("add_bos_token", default=follows) and self.bos_id is not None
+
+    def _description(self, settings: _Settings) -> str:
+        """The text of a valid tokenizer.json.
+
+        Raises:
+            UserError: it is not valid.
+        """
+        import tokenizers
+
+        source = next(file for file in self.files if file.name == TOKENIZER_JSON)
+        text = source.read_text(encoding="utf-8")
+        try:
+            tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
+        return text
 
     def _add(self, settings: _Settings) -> None:
         """Registers tokens that only the settings name (older folders keep them beside tokenizer.json)."""
@@ -194,7 +206,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         super().__init__(files)
-        source = next(file for file in files if file.name in SENTENCEPIECE_FILES)
+        source = next(file for file in files if file.suffix == ".model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes())
         except RuntimeError as error:
@@ -292,6 +304,10 @@ class _Settings:
     def default_token(self, role: str, token: str) -> None:
         """Sets a token that no file names."""
         self._tokens.setdefault(role, token)
+
+    def token(self, role: str) -> str | None:
+        """The token of a role ("bos", "eos", "pad", "unk"), if a file names one."""
+        return self._tokens.get(role)
 
     def flag(self, name: str, *, default: bool) -> bool:
         value = self.tokenizer.get(name)
