@@ -378,3 +378,13 @@ def test_the_best_and_the_newest_checkpoints_stay(tiny: Tiny, tmp_path: Path) ->
     # the best checkpoint is remembered by a run that was interrupted after it
     interrupt(tiny, tmp_path / "cut", best + 2, options)
     same_run(tiny.run(tmp_path / "cut", *options), run)
+
+
+def test_a_best_checkpoint_that_was_removed_is_not_missed(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--do_eval", "--lora", "--evaluation_strategy", "steps", "--eval_steps", 2]
+    options += ["--save_steps", 2, "--max_steps", 6, "--load_best_model_at_end", "--greater_is_better", "true"]
+    interrupt(tiny, tmp_path, 4, options)  # of the loss the greatest counts: the first is the best
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    resumed = tiny.run(tmp_path, *options)
+    assert "checkpoint-2, the best checkpoint until now, is not in" in resumed.err
+    assert resumed.json("trainer_state.json")["best_model_checkpoint"] == "checkpoint-6"
