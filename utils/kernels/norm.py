@@ -31,7 +31,8 @@ class _RMSNorm(PyLayer):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         normal, scale = _normalised(x, epsilon)
         ctx.save_for_backward(normal, scale, weight)
-        ctx.dtype = x.dtype
+        # saved tensors may come back as copies (under recomputation) that have forgotten this
+        ctx.dtype, ctx.weight_is_trained = x.dtype, not weight.stop_gradient
         return normal.astype(weight.dtype) * weight.expand_as(normal)
 
     @staticmethod
@@ -41,7 +42,7 @@ class _RMSNorm(PyLayer):
         inner = gradient * weight.astype("float32").expand_as(gradient)
         of_x = (inner - normal * _mean(inner * normal)) * scale
         of_weight = None
-        if not weight.stop_gradient:
+        if ctx.weight_is_trained:
             of_weight = (gradient * normal).reshape([-1, normal.shape[-1]]).sum(0).astype(weight.dtype)
         return of_x.astype(ctx.dtype), of_weight
 
