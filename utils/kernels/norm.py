@@ -28,11 +28,10 @@ def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
 class _RMSNorm(PyLayer):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, weight_is_trained: bool) -> Tensor:
         normal, scale = _normalised(x, epsilon)
         ctx.save_for_backward(normal, scale, weight)
-        # saved tensors may come back as copies (under recomputation) that have forgotten this
-        ctx.dtype, ctx.weight_is_trained = x.dtype, not weight.stop_gradient
+        ctx.dtype, ctx.weight_is_trained = x.dtype, weight_is_trained
         return normal.astype(weight.dtype) * weight.expand_as(normal)
 
     @staticmethod
@@ -58,7 +57,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         [..., width] in the type of `weight`.
     """
     if paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient):
-        return _RMSNorm.apply(x, weight, epsilon)
+        # told here: neither the tensors in `forward` nor the saved ones are sure to remember it
+        return _RMSNorm.apply(x, weight, epsilon, not weight.stop_gradient)
     normal, _ = _normalised(x, epsilon)
     return normal.astype(weight.dtype) * weight.expand_as(normal)
 
