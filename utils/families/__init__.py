@@ -9,12 +9,13 @@ from utils.families.base import FamilySpec, ModelShape, Weight
 from utils.families.bloom import BLOOM
 from utils.families.chatglm import CHATGLM
 from utils.families.chatglm2 import CHATGLM2
+from utils.families.glm import GLM
 from utils.families.gpt import GPT
 from utils.families.llama import LLAMA
 from utils.families.opt import OPT
 from utils.families.qwen import QWEN
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, GPT, OPT, BLOOM, QWEN)}
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, GPT, OPT, BLOOM, QWEN, GLM)}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

@@ -1,0 +1,258 @@
+"""What is special about GLM: positions, attention in both directions, filling of spans, its two tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from utils.adapters.prefix import PrefixTuning
+from utils.checkpoints.load import load_model
+from utils.checkpoints.locate import Checkpoint, locate
+from utils.data.template import ChatTemplate
+from utils.errors import UserError
+from utils.families import FAMILIES
+from utils.families.glm_layout import layout
+from utils.families.tokenizers import load_tokenizer
+from utils.training.model import TrainingModel
+
+FIXTURE = Path(__file__).parent / "fixtures" / "glm_tiny"
+GLM = FAMILIES["glm"]
+CLS, MASK, GMASK, END, SOP, EOP = 100, 101, 102, 103, 104, 105
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return locate(FIXTURE)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> Any:
+    return load_model(checkpoint, "float32")
+
+
+def placed(*rows: list[int], texts: list[list[tuple[int, int]]] | None = None) -> Any:
+    ids = np.array(rows, dtype=np.int64)
+    return layout(ids, SOP, (MASK, GMASK), texts or [[(0, ids.shape[1])]] * len(rows))
+
+
+# --- positions and attention -----------------------------------------------------------------------
+
+
+def test_one_span() -> None:
+    found = placed([CLS, 5, GMASK, END, SOP, 6, 7])
+    assert found.position.tolist() == [[0, 1, 2, 3, 2, 2, 2]]
+    assert found.block.tolist() == [[0, 0, 0, 0, 1, 2, 3]]
+    assert found.visible(7)[0, 0].astype(int).tolist() == [
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_each_span_has_its_mask() -> None:
+    found = placed([CLS, MASK, 5, MASK, END, SOP, 6, EOP, SOP, 7, EOP, SOP, 8])
+    assert found.position[0, 5:].tolist() == [1, 1, 1, 3, 3, 3, 3, 3]  # one span too many: the last mask
+    assert found.block[0, 5:].tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_texts_without_a_mask_or_without_a_span() -> None:
+    found = placed([CLS, 5, 6, SOP, 7])
+    assert found.position.tolist() == [[0, 1, 2, 3, 3]] and found.block.tolist() == [[0, 0, 0, 1, 2]]
+    plain = placed([CLS, 5, 6, 7])
+    assert plain.position.tolist() == [[0, 1, 2, 3]] and not plain.block.any()
+    np.testing.assert_array_equal(plain.visible(4)[0, 0], np.tril(np.ones((4, 4), bool)))
+
+
+def test_padding_and_packing() -> None:
+    found = placed([END, END, 5, MASK, SOP], texts=[[(2, 5)]])
+    assert found.position.tolist() == [[0, 0, 0, 1, 1]]
+    assert found.visible(5)[0, 0, 2:].astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert not found.visible(5)[0, 0, :2].any()
+    packed = placed([5, MASK, SOP, 6, MASK, SOP, 7], texts=[[(0, 3), (3, 7)]])
+    assert packed.position.tolist() == [[0, 1, 1, 0, 1, 1, 1]]
+    assert packed.visible(2, prefix=1)[0, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 1, 1, 1, 0],
+        [1, 0, 0, 0, 1, 1, 1, 1],
+    ]
+
+
+def test_two_spans_as_the_authors_code_has_them(model: Any) -> None:
+    stored = np.load(FIXTURE / "spans.npz")
+    config = model.config
+    masks = (config.mask_token_id, config.smask_token_id, config.gmask_token_id)
+    found = layout(stored["ids"], config.sop_token_id, masks, [[(0, stored["ids"].shape[1])]])
+    np.testing.assert_array_equal(found.position, stored["position"])
+    np.testing.assert_array_equal(found.block, stored["block"])
+    with paddle.no_grad():
+        hidden = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(stored["ids"])})
+        np.testing.assert_allclose(GLM.logits(model, hidden).numpy(), stored["logits"], atol=1e-4)
+
+
+def test_spans_token_by_token(model: Any) -> None:
+    """The second <|startofpiece|> comes while decoding; the cache must know where it stands."""
+    stored = np.load(FIXTURE / "spans.npz")
+    ids, cache = stored["ids"], None
+    begun = int(np.flatnonzero(stored["block"][0])[0]) + 1
+    with paddle.no_grad():
+        for first, end in [(0, begun), *((i, i + 1) for i in range(begun, ids.shape[1]))]:
+            logits, cache = GLM.step(
+                model,
+                paddle.to_tensor(ids[:, first:end]),
+                paddle.ones([1, end], dtype="int64"),
+                paddle.arange(first, end).unsqueeze(0),
+                cache,
+            )
+            np.testing.assert_allclose(logits.numpy(), stored["logits"][:, end - 1], atol=1e-4)
+
+
+def packed_pair(model: Any) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Two texts alone, together in a row with padding, and where each position's text ends."""
+    config = model.config
+    texts = [
+        np.array([5, 6, 7, config.gmask_token_id, config.sop_token_id, 8, 9]),
+        np.array([9, config.mask_token_id, 4, config.sop_token_id, 3]),
+    ]
+    row = np.concatenate([*texts, [0, 0]])
+    ends = np.array([7] * 7 + [12] * 5 + [13, 14], dtype=np.int32)
+    return texts, row[None], ends.reshape(1, 1, -1, 1)
+
+
+@pytest.mark.parametrize("prefix_length", [0, 3])
+def test_packed_rows_equal_single_ones(model: Any, prefix_length: int) -> None:
+    texts, row, ends = packed_pair(model)
+    prefix = PrefixTuning(GLM, GLM.shape(model.config.to_dict()), prefix_length) if prefix_length else None
+    training = TrainingModel(GLM, model, prefix=prefix)
+    training.eval()
+    with paddle.no_grad():
+        together = training.hidden({"input_ids": paddle.to_tensor(row), "segment_ends": paddle.to_tensor(ends)})
+        for first, text in ((0, texts[0]), (7, texts[1])):
+            alone = training.hidden({"input_ids": paddle.to_tensor(text[None])})
+            found = together[0, first : first + len(text)].numpy()
+            np.testing.assert_allclose(found, alone[0].numpy(), atol=1e-5)
+
+
+def test_right_padding_changes_nothing(model: Any) -> None:
+    text = packed_pair(model)[0][0]
+    with paddle.no_grad():
+        alone = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(text[None])})
+        padded = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(np.append(text, [0, 0, 0])[None])})
+    np.testing.assert_allclose(padded[:, : len(text)].numpy(), alone.numpy(), atol=1e-5)
+
+
+def test_dropout_is_the_publishers(checkpoint: Checkpoint) -> None:
+    for kind in ("embedding", "attention", "output"):
+        model = load_model(checkpoint, "float32", family_overrides={f"{kind}_dropout_prob": 0.5})
+        batch = {"input_ids": paddle.to_tensor([[5, 6, 7, 8]])}
+        with paddle.no_grad():
+            still = [GLM.forward_hidden(model, batch).numpy() for _ in range(2)]
+            model.train()
+            moving = [GLM.forward_hidden(model, batch).numpy() for _ in range(2)]
+        np.testing.assert_array_equal(*still)
+        assert np.abs(moving[0] - moving[1]).max() > 1e-2, kind
+
+
+# --- configuration ---------------------------------------------------------------------------------
+
+
+def test_published_vocabularies_are_known_by_size(checkpoint: Checkpoint) -> None:
+    config = {name: value for name, value in checkpoint.config.items() if not name.endswith("_token_id")}
+    known = GLM.paddle_config({**config, "vocab_size": 50048})
+    assert (known["sop_token_id"], known["gmask_token_id"]) == (50006, 50009)
+    with pytest.raises(UserError, match="sop_token_id"):
+        GLM.paddle_config(config)
+    with pytest.raises(UserError, match="block_position_encoding"):
+        GLM.paddle_config({**checkpoint.config, "block_position_encoding": False})
+
+
+def test_glm4_is_not_glm(checkpoint: Checkpoint) -> None:
+    assert not GLM.matches({"model_type": "glm", "num_hidden_layers": 40, "num_key_value_heads": 2})
+    assert GLM.matches(checkpoint.config)
+
+
+# --- templates and tokenizers ----------------------------------------------------------------------
+
+
+def rendered(checkpoint: Checkpoint, messages: list[Any]) -> str:
+    tokenizer = load_tokenizer(FIXTURE, checkpoint.config)
+    template = ChatTemplate.load(FIXTURE, default=GLM.chat_template)
+    if messages[-1]["role"] == "assistant":
+        ids = template.encode_conversation(tokenizer, messages)[0]
+    else:
+        ids = template.encode_prompt(tokenizer, messages)
+    return tokenizer.decode(ids, skip_special=False)
+
+
+def test_template(checkpoint: Checkpoint) -> None:
+    user = {"role": "user", "content": "你好"}
+    answer = {"role": "assistant", "content": "世界"}
+    closing = "<|endoftext|><|startofpiece|>"
+    assert rendered(checkpoint, [user]) == f"[CLS]你好[gMASK]{closing}"
+    assert rendered(checkpoint, [user, answer]) == f"[CLS]你好[gMASK]{closing}世界<|endofpiece|>"
+    masked = {"role": "user", "content": "我喜欢 [MASK]。"}
+    assert rendered(checkpoint, [masked]) == f"[CLS]我喜欢[MASK]。{closing}"
+    assert rendered(checkpoint, [user, answer, user]).count("[gMASK]") == 1
+
+
+def test_answers_end_with_their_span(checkpoint: Checkpoint) -> None:
+    tokenizer = load_tokenizer(FIXTURE, checkpoint.config)
+    template = ChatTemplate.load(FIXTURE, default=GLM.chat_template)
+    assert checkpoint.config["eop_token_id"] in template.stop_ids(tokenizer)
+    assert tokenizer.token_id("[gMASK]") == checkpoint.config["gmask_token_id"]
+    assert tokenizer.token_id("<|startofpiece|>") == checkpoint.config["sop_token_id"]
+
+
+def test_saved_tokenizer_is_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(FIXTURE, checkpoint.config)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path, checkpoint.config)
+    text = "[CLS]你好 [gMASK]<|endoftext|>"
+    assert again.encode(text) == tokenizer.encode(text) and again.fingerprint() == tokenizer.fingerprint()
+    (tmp_path / "cog-pretrain.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match="sentencepiece"):
+        load_tokenizer(tmp_path, checkpoint.config)
+
+
+def assets() -> Path:
+    """The authors' vocabularies, which come with the package SwissArmyTransformer."""
+    found = importlib.util.find_spec("sat")
+    assert found is not None and found.submodule_search_locations, "pip install --no-deps SwissArmyTransformer"
+    return Path(next(iter(found.submodule_search_locations))) / "tokenization" / "embed_assets"
+
+
+def test_the_published_chinese_vocabulary() -> None:
+    tokenizer = load_tokenizer(
+        assets() / "chinese_sentencepiece", {"model_type": "glm", "num_layers": 1, "vocab_size": 50048}
+    )
+    named = ("<|endoftext|>", "[CLS]", "[MASK]", "<|startofpiece|>", "<|endofpiece|>", "[sMASK]", "[gMASK]")
+    assert [tokenizer.token_id(token) for token in named] == [50000, 50002, 50003, 50006, 50007, 50008, 50009]
+    assert tokenizer.vocabulary == 50010 and tokenizer.bos_id == 50002 and tokenizer.pad_id == 50000
+    ids = tokenizer.encode("[CLS]凯旋门位于意大利米兰市古城堡旁。 [MASK]<|endoftext|><|startofpiece|>")
+    assert ids[0] == 50002 and ids[-3:] == [50003, 50000, 50006]
+    assert tokenizer.decode(ids) == "凯旋门位于意大利米兰市古城堡旁。"
+    assert tokenizer.decode(tokenizer.encode("你好, hello world 2024")) == "你好, hello world 2024"
+
+
+def test_the_published_english_vocabulary(tmp_path: Path) -> None:
+    source = assets() / "english_tokenizer"
+    shutil.copy(source / "gpt2-vocab.json", tmp_path / "vocab.json")
+    shutil.copy(source / "gpt2-merges.txt", tmp_path / "merges.txt")
+    tokenizer = load_tokenizer(tmp_path, {"model_type": "glm", "num_layers": 1, "vocab_size": 50304})
+    named = ("<|endoftext|>", "<|startofpiece|>", "<|endofpiece|>", "[CLS]", "[MASK]", "[gMASK]", "[sMASK]")
+    assert [tokenizer.token_id(token) for token in named] == [50256, 50257, 50258, 50259, 50260, 50263, 50264]
+    ids = tokenizer.encode("[CLS]Hello world [MASK].<|endoftext|>")
+    assert ids == [50259, 15496, 995, 50260, 13, 50256]  # the blank before a mask belongs to the mask
+    text = "The king's 3 horses\n\n naïve 你好"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert set(tokenizer.eos_ids) == {50256, 50258}
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved", {"model_type": "glm", "num_layers": 1, "vocab_size": 50304}).encode(text)

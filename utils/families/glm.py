@@ -1,0 +1,239 @@
+"""GLM: fills masked spans of a text that it reads in both directions (GLM-large-chinese to GLM-10B)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.families.base import FamilySpec, ModelShape, Weight
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
+
+SENTENCEPIECE_FILE = "cog-pretrain.model"
+# The question with its mask (at its end, unless the text has one), then the span that fills it. Earlier
+# rounds are context like any other text.
+TEMPLATE = (
+    "{%- set asked = messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | last -%}"
+    "{%- set has_mask = '[MASK]' in asked or '[sMASK]' in asked or '[gMASK]' in asked -%}"
+    "{%- set closing = ('' if has_mask else '[gMASK]') ~ '<|endoftext|><|startofpiece|>' -%}"
+    "{{- '[CLS]' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'assistant' and loop.last -%}"
+    "{{- closing ~ message.content ~ '<|endofpiece|>' -}}"
+    "{%- else -%}"
+    "{{- ('' if loop.first else '\\n') ~ message.content -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- closing -}}{%- endif -%}"
+)
+ID_NAMES = ("sop_token_id", "eop_token_id", "mask_token_id", "smask_token_id", "gmask_token_id")
+# Published config.json files do not name them; the size of the vocabulary tells which tokenizer it is.
+KNOWN_IDS = {
+    50048: (50006, 50007, 50003, 50008, 50009),  # Chinese, sentencepiece
+    50304: (50257, 50258, 50260, 50264, 50263),  # English, the BPE of GPT-2
+    30592: (30522, 30523, 103, 30525, 30524),  # English, the word pieces of BERT
+}
+FIELDS = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "max_sequence_length",
+    "embedding_dropout_prob",
+    "attention_dropout_prob",
+    "output_dropout_prob",
+    "attention_scale",
+    "layernorm_epsilon",
+    "initializer_range",
+    "block_position_encoding",
+    "relative_encoding",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    *ID_NAMES,
+)
+LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values, and the tokens they came from, which decide where the next ones stand.
+
+    Attributes:
+        layers: (key, value) of every layer, each [batch, prefix + length, heads, head_dim].
+        ids: [batch, length] int64 tensor with padding; None before a prompt (a prefix alone).
+    """
+
+    layers: list[tuple[Any, Any]]
+    ids: Any = None
+
+
+class Glm(FamilySpec):
+    name = "glm"
+    title = "GLM"
+    model_types = ("glm",)
+    architectures = ("GLMForConditionalGeneration", "GLMModel", "GLMForMultipleChoice")
+    config_class = "paddlenlp.transformers:GLMConfig"
+    model_class = "utils.families.models.glm:GLMForConditionalGeneration"
+    backbone = "glm"
+    embedding = "word_embeddings"
+    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    chat_template = TEMPLATE
+    tokenizer_files = (SENTENCEPIECE_FILE,)
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """GLM-4 has the same `model_type`; it says `num_hidden_layers` where GLM says `num_layers`."""
+        return super().matches(config) and "num_layers" in config
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See the base class.
+
+        Raises:
+            UserError: positions of another kind, or a vocabulary whose special tokens nothing names.
+        """
+        known = {name: config[name] for name in FIELDS if config.get(name) is not None}
+        known.setdefault("max_sequence_length", 512)
+        faults = []
+        if not known.get("block_position_encoding", True) or known.get("relative_encoding"):
+            faults.append(
+                "config.json: block_position_encoding must be true and relative_encoding false; models with "
+                "other positions are not supported"
+            )
+        if not all(name in known for name in ID_NAMES):
+            if known["vocab_size"] not in KNOWN_IDS:
+                faults.append(
+                    f"config.json: vocab_size {known['vocab_size']} is none of the published ones "
+                    f"({', '.join(map(str, KNOWN_IDS))}); name its special tokens: {', '.join(ID_NAMES)}"
+                )
+            known |= dict(zip(ID_NAMES, KNOWN_IDS.get(known["vocab_size"], ()), strict=False))
+        if faults:
+            raise UserError(faults)
+        return {
+            **known,
+            "output_predict": True,
+            "parallel_output": False,
+            "max_position_embeddings": known["max_sequence_length"],
+        }
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **self.paddle_config(config),
+            "architectures": ["GLMForConditionalGeneration"],
+            "model_type": "glm",
+            "pool_token": "cls",
+            "spell_func": "lstm",
+            "spell_length": None,
+        }
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        names = ["word_embeddings.weight", "transformer.position_embeddings.weight"]
+        names.append("transformer.block_position_embeddings.weight")
+        for layer in range(config["num_layers"]):
+            place = f"transformer.layers.{layer}"
+            for part in ("input_layernorm", *LINEARS[:2], "post_attention_layernorm", *LINEARS[2:]):
+                names += [f"{place}.{part}.weight", f"{place}.{part}.bias"]
+        names += ["transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
+        turned = tuple(f"{linear}.weight" for linear in LINEARS)
+        return [Weight(f"glm.{name}", f"glm.{name}", transpose=name.endswith(turned)) for name in names]
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return ModelShape(
+            hidden=hidden,
+            layers=config["num_layers"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=4 * hidden,
+            vocabulary=config["vocab_size"],
+            positions=config.get("max_sequence_length", 512),
+            tied=True,
+        )
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        from utils.families import tokenizers_glm
+
+        if (folder / SENTENCEPIECE_FILE).is_file():
+            return tokenizers_glm.ChineseTokenizer(folder, config)
+        if all((folder / name).is_file() for name in tokenizers_glm.BPE_FILES):
+            return tokenizers_glm.EnglishTokenizer(folder, config)
+        return None
+
+    # --- the model -------------------------------------------------------------------------------
+
+    def logits(self, model: Any, hidden: Any) -> Any:
+        return model.output(hidden)
+
+    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
+        import numpy as np
+
+        from utils.kernels.attention import segment_lengths
+
+        ids, ends = batch["input_ids"].numpy(), batch.get("segment_ends")
+        rows, length = ids.shape
+        texts = [[(0, length)]] * rows
+        if ends is not None:
+            texts = []
+            for row in ends.numpy().reshape(rows, length):
+                borders = np.cumsum([0, *segment_lengths(row)]).tolist()
+                texts.append(list(pairwise(borders)))
+        return self._decode(model, batch["input_ids"], ids, texts, cache)[0]
+
+    def step(
+        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
+    ) -> tuple[Any, Any]:
+        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
+        import paddle
+
+        ids = input_ids
+        if cache is not None and cache.ids is not None:
+            ids = paddle.concat([cache.ids, input_ids], axis=1)
+        length = ids.shape[1]
+        real = attention_mask.numpy()[:, -length:]
+        texts = [[(length - int(row.sum()), length)] for row in real]
+        hidden, layers = self._decode(model, input_ids, ids.numpy(), texts, cache)
+        return self.logits(model, hidden[:, -1:])[:, 0], Cache(layers, ids)
+
+    def _decode(self, model: Any, new_ids: Any, ids: Any, texts: Any, cache: Cache | None) -> tuple[Any, Any]:
+        """Hidden states of `new_ids`, the last ones of `ids` (numpy, all tokens so far), and the layers' cache."""
+        import numpy as np
+        import paddle
+
+        from utils.families.glm_layout import layout
+        from utils.kernels import masks
+
+        config, length = model.config, new_ids.shape[1]
+        mask_ids = (config.mask_token_id, config.smask_token_id, config.gmask_token_id)
+        placed = layout(ids, config.sop_token_id, mask_ids, texts)
+        cached = 0 if cache is None else cache.layers[0][0].shape[1]
+        visible = paddle.to_tensor(placed.visible(length, prefix=cached + length - ids.shape[1]))
+        positions = paddle.to_tensor(np.stack([placed.position, placed.block])[:, :, -length:])
+        dropout = config.attention_dropout_prob if model.training else 0.0
+        attend = masks.attention(visible, positions[0], None, dropout)
+        return model.decode(new_ids, positions, attend, None if cache is None else cache.layers)
+
+    # --- the cache -------------------------------------------------------------------------------
+
+    def prefix_cache(self, flat: Any) -> Any:
+        layers = flat.shape[2] // 2
+        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
+        return Cache([(parts[i], parts[layers + i]) for i in range(layers)])
+
+    def flatten_cache(self, cache: Any) -> Any:
+        import paddle
+
+        return paddle.stack([key for key, _ in cache.layers] + [value for _, value in cache.layers], axis=2)
+
+    def cache_select(self, cache: Any, rows: Any) -> Any:
+        layers = [(key.index_select(rows), value.index_select(rows)) for key, value in cache.layers]
+        return replace(cache, layers=layers, ids=None if cache.ids is None else cache.ids.index_select(rows))
+
+
+GLM = Glm()

@@ -1,0 +1,91 @@
+"""Where the tokens of a GLM text stand and what they see (Du et al. 2022, arXiv:2103.10360, section 2.1).
+
+A text is a context, in which spans are replaced by [MASK], [sMASK] or [gMASK], and behind it the spans,
+each begun by <|startofpiece|>. The context is read in both directions; the spans see it and what
+stands before them. Every token has two positions: one in the context (of a span: that of its mask), and one
+in its span (in the context: 0). No Paddle here: the arrays are small, and the rules are easier to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of tokens; every array is int64 [batch, length].
+
+    Attributes:
+        position: position in the context.
+        block: position in the span, from 1; 0 in the context.
+        text: number of the text that a token belongs to (packed rows hold several); -1 for padding.
+        context_end: the place in the row where the context of the token's text ends.
+    """
+
+    position: Ints
+    block: Ints
+    text: Ints
+    context_end: Ints
+
+    def visible(self, queries: int, prefix: int = 0) -> NDArray[np.bool_]:
+        """Which tokens the last `queries` ones see.
+
+        Args:
+            prefix: number of positions before the first token that all see.
+
+        Returns:
+            [batch, 1, queries, prefix + length].
+        """
+        batch, length = self.text.shape
+        key = np.arange(length)[None, None, :]
+        query = key.reshape(1, length, 1)[:, length - queries :]
+        text = self.text[:, length - queries :, None]
+        context = key < self.context_end[:, length - queries :, None]
+        seen = (text == self.text[:, None, :]) & (text >= 0) & ((key <= query) | context)
+        before = np.ones((batch, queries, prefix), dtype=bool)
+        return np.concatenate([before, seen], axis=-1)[:, None]
+
+
+def layout(ids: Ints, starts: int, masks: Sequence[int], texts: Sequence[Sequence[tuple[int, int]]]) -> Layout:
+    """The places of a batch of tokens.
+
+    Args:
+        ids: [batch, length].
+        starts: the id of <|startofpiece|>.
+        masks: the ids of [MASK], [sMASK] and [gMASK].
+        texts: for each row (first, end) of its texts; what no text covers is padding.
+    """
+    position, block = np.zeros_like(ids), np.zeros_like(ids)
+    text, context_end = np.full_like(ids, -1), np.zeros_like(ids)
+    for row, parts in enumerate(texts):
+        for number, (first, end) in enumerate(parts):
+            places = slice(first, end)
+            position[row, places], block[row, places], context = _text(ids[row, places], starts, masks)
+            text[row, places], context_end[row, places] = number, first + context
+    return Layout(position, block, text, context_end)
+
+
+def _text(ids: Ints, start: int, masks: Sequence[int]) -> tuple[Ints, Ints, int]:
+    """Positions in the context and in the span of one text, and the length of its context.
+
+    The k-th span fills the k-th mask (the last one, if there are more spans); without a mask it continues
+    the context. A text without <|startofpiece|> is read from left to right as it stands.
+    """
+    position, block = np.arange(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
+    begun = np.flatnonzero(ids == start)
+    if not len(begun):
+        return position, block, 0
+    context = int(begun[0])
+    masked = np.flatnonzero(np.isin(ids[:context], masks))
+    if not len(masked):
+        masked = np.array([context])
+    span = np.cumsum(ids[context:] == start) - 1
+    position[context:] = masked[np.minimum(span, len(masked) - 1)]
+    block[context:] = np.arange(context, len(ids)) - begun[span] + 1
+    return position, block, context

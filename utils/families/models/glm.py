@@ -1,0 +1,65 @@
+"""GLM with a forward pass of our own, over the library's layers.
+
+PaddleNLP's keeps hidden states as cache and projects the whole text to keys and values again at every step,
+ignores 2-D masks (it compares a method with a number), and has no place for a prefix of keys and values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor
+from paddlenlp.transformers.glm import modeling as library
+
+from utils.families.models.decoder import Cache, extended, run_layers
+from utils.kernels.masks import Attend
+
+
+class GLMForConditionalGeneration(library.GLMForConditionalGeneration):
+    """The library's layers and parameters; `decode` replaces its forward."""
+
+    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+
+        Args:
+            ids: [batch, length] int64.
+            positions: [2, batch, length] int64, in the context and in the span.
+            attend: of every layer.
+            cache: (key, value) of every layer, each [batch, cached, heads, head_dim].
+        """
+        stack, config = self.glm.transformer, self.config
+        hidden = self.glm.word_embeddings(ids) + stack.position_embeddings(positions[0])
+        hidden = stack.embedding_dropout(hidden + stack.block_position_embeddings(positions[1]))
+        dropout = config.output_dropout_prob if self.training else 0.0
+        forward = partial(_layer, attend=attend, heads=config.num_attention_heads, dropout=dropout)
+        hidden, kept = run_layers(stack.layers, hidden, cache, forward, stack.enable_recompute)
+        return stack.final_layernorm(hidden), kept
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary]; the head is the embedding."""
+        return paddle.matmul(hidden, self.glm.word_embeddings.weight, transpose_y=True)
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    *,
+    attend: Attend,
+    heads: int,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attention, mlp = layer.attention, layer.mlp
+    batch, length, _ = hidden.shape
+    fused = attention.query_key_value(layer.input_layernorm(hidden))
+    query, key, value = (part.reshape([batch, length, heads, -1]) for part in paddle.split(fused, 3, axis=-1))
+    key, value = extended(past_key, key), extended(past_value, value)
+    attended = attention.dense(attend(query, key, value))
+    hidden = hidden + (F.dropout(attended, dropout) if dropout else attended)
+    changed = mlp.dense_h_to_4h(layer.post_attention_layernorm(hidden))
+    changed = mlp.dense_4h_to_h(F.gelu(changed, approximate=True))
+    return hidden + (F.dropout(changed, dropout) if dropout else changed), key, value

@@ -1,0 +1,109 @@
+"""GLM's tokenizers: text pieces of sentencepiece (Chinese) or of GPT-2 (English), special tokens behind them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer, _Settings
+
+END, END_OF_SPAN = "<|endoftext|>", "<|endofpiece|>"
+MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
+BPE_FILES = ("vocab.json", "merges.txt")
+# Behind the last text piece, in this order. One place of the Chinese list holds no token that is used.
+CHINESE = (END, "[SEP]", "[CLS]", "[MASK]", "[UNK]", "[UNUSED1]", "<|startofpiece|>", END_OF_SPAN, "[sMASK]", "[gMASK]")
+ENGLISH = ("<|startofpiece|>", END_OF_SPAN, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]")
+# A mask takes the blank before it: the span that fills it brings its own.
+BEFORE_MASK = re.compile(r"\s+(?=" + "|".join(map(re.escape, MASKS)) + ")")
+
+
+def _settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
+    """Settings with the published defaults: texts begin with [CLS]; padding is the end token."""
+    settings = _Settings(folder, config)
+    for role, token in (("bos", "[CLS]"), ("eos", END), ("pad", END)):
+        settings.default_token(role, token)
+    return settings
+
+
+def _files(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in (*names, *SETTINGS_FILES) if (folder / name).is_file()]
+
+
+def _end_of_span(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """An answer ends with its span; the end of the text ends it too."""
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, tokenizer.special_tokens[END_OF_SPAN]]))
+
+
+class ChineseTokenizer(SentencePieceTokenizer):
+    """A `cog-pretrain.model`. Its own normalisation (NFKC, blanks merged, no line ends) is part of it."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        settings = _settings(folder, config)
+        size = _pieces(folder / "cog-pretrain.model")
+        for place, token in enumerate(CHINESE, start=size):
+            settings.added.setdefault(token, (place, True))
+        super().__init__(_files(folder, ["cog-pretrain.model"]), settings)
+        self.eos_ids = _end_of_span(self)
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation)
+
+
+def _pieces(source: Path) -> int:
+    """Number of pieces of a sentencepiece model.
+
+    Raises:
+        UserError: the file is no such model.
+    """
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes()).vocab_size()
+    except RuntimeError as error:
+        raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
+
+
+class EnglishTokenizer(Tokenizer):
+    """GPT-2's vocab.json and merges.txt."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: a damaged file, or one that does not fit the model.
+        """
+        import tokenizers
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+        super().__init__(_files(folder, BPE_FILES))
+        try:
+            model = models.BPE.from_file(*(str(folder / name) for name in BPE_FILES))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{folder}: vocab.json and merges.txt cannot be read ({error})") from None
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = decoders.ByteLevel()
+        special = [END, *ENGLISH]  # the end token is one of GPT-2's own
+        self._tokenizer.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False, lstrip=token in MASKS) for token in special]
+        )
+        self.vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_tokens = {token: int(self._tokenizer.token_to_id(token)) for token in special}
+        _settings(folder, config).apply(self)
+        self.eos_ids = _end_of_span(self)
+        self.adds_bos = True
+
+    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        known = [int(i) for i in ids if 0 <= i < self.vocabulary]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
