@@ -12,10 +12,14 @@ from utils.families.chatglm2 import CHATGLM2
 from utils.families.glm import GLM
 from utils.families.gpt import GPT
 from utils.families.llama import LLAMA
+from utils.families.mistral import MISTRAL
 from utils.families.opt import OPT
 from utils.families.qwen import QWEN
+from utils.families.qwen2 import QWEN2
 
-FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, GPT, OPT, BLOOM, QWEN, GLM)}
+FAMILIES: dict[str, FamilySpec] = {
+    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, OPT, GPT, QWEN2, MISTRAL, QWEN, GLM)
+}
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
 

@@ -2,66 +2,104 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from utils.errors import UserError, raise_if
 from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.rope import frequencies, rope_scaling
 
 
 class Llama(FamilySpec):
+    """Also the base of families that are built like LLaMA and differ in biases or the reach of attention."""
+
     name = "llama"
     title = "LLaMA v1/v2"
-    model_types = ("llama",)
-    architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    model_types: tuple[str, ...] = ("llama",)
+    architectures: tuple[str, ...] = ("LlamaForCausalLM", "LLaMAForCausalLM")
     config_class = "paddlenlp.transformers:LlamaConfig"
     model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # of config.json, kept in the Hugging Face layout
+    published_names: tuple[str, ...] = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+
+    # --- what families of this build differ in ---------------------------------------------------
+
+    def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which of `lora_targets` have a bias."""
+        attention = self.lora_targets[:4] if config.get("attention_bias") else ()
+        return attention + (self.lora_targets[4:] if config.get("mlp_bias") else ())
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        """How many positions one sees, itself among them; None sees all before it."""
+        return None
+
+    # --- configuration ---------------------------------------------------------------------------
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: what neither the library nor this module computes; nothing is ignored in silence.
+        """
         known = dict(config)
         known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
         for name in ("auto_map", "_name_or_path", "torch_dtype", "transformers_version", "use_cache"):
             known.pop(name, None)
+        faults = []
+        if known.get("hidden_act", "silu") not in ("silu", "swish"):
+            faults.append(f"config.json: hidden_act {known['hidden_act']!r} is not supported; {self.title} has silu")
+        if known.get("alibi"):
+            faults.append("config.json: alibi is not supported in a LLaMA model")
+        if known.get("partial_rotary_factor", 1.0) != 1.0:
+            faults.append("config.json: partial_rotary_factor other than 1 is not supported")
+        raise_if(faults)
+        known["rope_scaling"] = scaling = rope_scaling(known)
+        if scaling is not None and scaling["rope_type"] == "linear":  # the library's names for it
+            known.update(rope_scaling_type="linear", rope_scaling_factor=scaling["factor"])
         return known
 
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        names = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-            "rope_scaling",
-            "tie_word_embeddings",
-            "initializer_range",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        ]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.architectures[0]],
+            "model_type": self.model_types[0],
             "hidden_act": "silu",
-            "attention_bias": False,
-            **{name: config[name] for name in names if name in config},
+            **{name: config[name] for name in self.published_names if name in config},
+            "rope_scaling": rope_scaling(config),
         }
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        found = [Weight("model.embed_tokens.weight", "llama.embed_tokens.weight")]
-        linears = [f"self_attn.{name}" for name in self.lora_targets[:4]]
-        linears += [f"mlp.{name}" for name in self.lora_targets[4:]]
+        found = [Weight("model.embed_tokens.weight", f"{self.backbone}.embed_tokens.weight")]
+        biased = self.biased(config)
         for layer in range(config["num_hidden_layers"]):
-            source, target = f"model.layers.{layer}", f"llama.layers.{layer}"
-            for name in linears:
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", transpose=True))
+            source, target = f"model.layers.{layer}", f"{self.backbone}.layers.{layer}"
+            for number, name in enumerate(self.lora_targets):
+                path = f"{'self_attn' if number < 4 else 'mlp'}.{name}"
+                found.append(Weight(f"{source}.{path}.weight", f"{target}.{path}.weight", transpose=True))
+                if name in biased:
+                    found.append(Weight(f"{source}.{path}.bias", f"{target}.{path}.bias"))
             for name in ("input_layernorm", "post_attention_layernorm"):
                 found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
-        found.append(Weight("model.norm.weight", "llama.norm.weight"))
+        found.append(Weight("model.norm.weight", f"{self.backbone}.norm.weight"))
         if not config.get("tie_word_embeddings", False):
             found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True))
         return found
@@ -80,28 +118,81 @@ class Llama(FamilySpec):
             tied=bool(config.get("tie_word_embeddings", False)),
         )
 
+    # --- the model -------------------------------------------------------------------------------
+
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
         import paddle
-        from paddlenlp.transformers.llama import modeling
 
-        from utils.kernels import attention, norm, rotary
+        from utils.kernels import norm, rotary
 
-        model = super().create(config, **overrides)
-        for layer in model.llama.layers:
-            layer.self_attn.attn_func = attention.library_attention
+        given = {**self.paddle_config(config), **overrides}
+        # One position: each layer of the library fills a table of angles, which ours then replaces.
+        no_table = {"max_position_embeddings": 1, "rope_scaling": None, "rope_scaling_type": None}
+        model = super().create(config, **{**overrides, **no_table})
+        decoder = getattr(model, self.backbone)
+        for name in no_table:
+            setattr(model.config, name, given.get(name))
+            setattr(decoder.config, name, given.get(name))
+        shape = self.shape(given)
+        found = frequencies(given, shape.head_dim)
+        table = rotary.RotaryTable(found.inverse, found.magnitude)
+        for layer in decoder.layers:
+            del layer.self_attn.rotary_emb
+            layer.self_attn.rotary_emb = table
+            layer.self_attn.attn_func = _attention
+        self._fit_linears(model, shape, self.biased(given), given.get("tensor_parallel_degree", 1))
+        model.attention_window = self.window(given)
         if not paddle.is_compiled_with_cuda():  # GPUs have fused operators for these
-            modeling.apply_rotary_pos_emb = rotary.apply_rotary_pos_emb
-            for layer in model.sublayers():
-                if isinstance(layer, modeling.LlamaRMSNorm):
-                    layer.forward = norm.forward_of(layer)
+            sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary.apply_rotary_pos_emb  # type: ignore[attr-defined]
+            for part in model.sublayers():
+                if type(part).__name__.endswith("RMSNorm"):
+                    part.forward = norm.forward_of(part)
         return model
 
+    def _fit_linears(self, model: Any, shape: ModelShape, biased: tuple[str, ...], degree: int) -> None:
+        """Replaces the Linear layers that the library makes of another size or bias than config.json says:
+        its head_dim is always hidden / heads, and it has no biases.
+        """
+        from paddle import nn
+
+        width, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        hidden, wide = shape.hidden, shape.intermediate
+        attention = [(hidden, width), (hidden, narrow), (hidden, narrow), (width, hidden)]
+        mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
+        sizes = dict(zip(self.lora_targets, attention + mlp, strict=True))
+        replaced = False
+        for layer in getattr(model, self.backbone).layers:
+            layer.self_attn.head_dim = shape.head_dim
+            for number, (name, size) in enumerate(sizes.items()):
+                part = layer.self_attn if number < 4 else layer.mlp
+                linear = getattr(part, name, None)
+                if not isinstance(linear, nn.Linear):  # split over devices, or fused
+                    continue
+                if tuple(linear.weight.shape) != size or (linear.bias is not None) != (name in biased):
+                    setattr(part, name, nn.Linear(*size, bias_attr=None if name in biased else False))
+                    replaced = True
+        if degree > 1 and (replaced or shape.head_dim * shape.heads != shape.hidden or biased):
+            raise UserError("config.json: tensor_parallel_degree above 1 needs head_dim = hidden / heads and no biases")
+        if replaced:
+            model.init_weights()  # of the new ones; none when weights are about to be loaded
+
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
-        return model.llama(
-            batch["input_ids"],
+        ids = batch["input_ids"]
+        ends, mask = batch.get("segment_ends"), batch.get("attention_mask")
+        cached = 0 if cache is None else cache[0][0].shape[1]
+        if model.attention_window is not None and ids.shape[1] > model.attention_window:
+            from utils.kernels import masks
+            from utils.kernels.window import window_mask
+
+            if mask is None and ends is not None:
+                mask = masks.packed(ends, cached)
+            seen = window_mask(ids.shape[1], cached, model.attention_window, prefix=cached)
+            mask = seen.expand([ids.shape[0], -1, -1, -1]) if mask is None else seen & mask
+        return getattr(model, self.backbone)(
+            ids,
             position_ids=batch.get("position_ids"),
-            attention_mask=batch.get("attention_mask"),
-            attn_mask_startend_row_indices=batch.get("segment_ends") if cache is None else None,
+            attention_mask=mask,
+            attn_mask_startend_row_indices=ends if mask is None and cache is None else None,
             past_key_values=cache,
             use_cache=False,
             return_dict=True,
@@ -110,7 +201,14 @@ class Llama(FamilySpec):
     def step(
         self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
     ) -> tuple[Any, Any]:
-        output = model.llama(
+        cached = 0 if cache is None else cache[0][0].shape[1]
+        prefix = getattr(cache, "prefix", cached)
+        if model.attention_window is not None and cached - prefix + input_ids.shape[1] > model.attention_window:
+            from utils.kernels.window import window_mask
+
+            seen = window_mask(input_ids.shape[1], cached, model.attention_window, prefix)
+            attention_mask = seen & attention_mask.astype("bool").unsqueeze([1, 2])
+        output = getattr(model, self.backbone)(
             input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -118,7 +216,7 @@ class Llama(FamilySpec):
             use_cache=True,
             return_dict=True,
         )
-        return self.logits(model, output[0][:, -1:])[:, 0], output.past_key_values
+        return self.logits(model, output[0][:, -1:])[:, 0], Cache(output.past_key_values, prefix)
 
     def prefix_cache(self, flat: Any) -> Any:
         layers = flat.shape[2] // 2
@@ -131,7 +229,25 @@ class Llama(FamilySpec):
         return paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
 
     def cache_select(self, cache: Any, rows: Any) -> Any:
-        return [(key.index_select(rows), value.index_select(rows)) for key, value in cache]
+        chosen = [(key.index_select(rows), value.index_select(rows)) for key, value in cache]
+        return Cache(chosen, cache.prefix)
+
+
+class Cache(list[Any]):
+    """(key, value) of every layer, each [batch, length, kv_heads, head_dim]; the first `prefix` of them
+    belong to prefix tuning, which every position sees."""
+
+    def __init__(self, layers: Any, prefix: int) -> None:
+        super().__init__(layers)
+        self.prefix = prefix
+
+
+def _attention(*arguments: Any, **options: Any) -> Any:
+    """The attention function of every layer."""
+    from utils.kernels import attention
+
+    options.pop("training", None)  # some classes pass it, for a dropout that no model of this build has
+    return attention.library_attention(*arguments, **options)
 
 
 LLAMA = Llama()

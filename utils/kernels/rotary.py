@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
+from numpy.typing import NDArray
 from paddle import Tensor
 from paddle.autograd import PyLayer
 
@@ -53,3 +55,33 @@ def apply_rotary_pos_emb(
     if paddle.is_grad_enabled() and not (query.stop_gradient and key.stop_gradient):
         return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+class RotaryTable:
+    """cos and sin of every position so far asked for: one table for all layers of a model.
+
+    Stands in for the library's rotary layers, which fill one table per layer with all positions that
+    the model could ever have (126 MB for 30 layers of 8,192 positions). Grows by doubling.
+    """
+
+    def __init__(self, inverse: NDArray[np.float32], magnitude: float = 1.0) -> None:
+        """
+        Args:
+            inverse: [head_dim / 2], radians per position.
+            magnitude: factor of cos and sin.
+        """
+        self._inverse, self._magnitude = inverse, np.float32(magnitude)
+        self._length = 0
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}  # by type; each [1, length, 1, head_dim]
+
+    def __call__(self, x: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions below `seq_len`, or of more, each [1, positions, 1, head_dim] in x's type."""
+        if seq_len > self._length:
+            self._length = max(256, 1 << (seq_len - 1).bit_length())
+            self._tables.clear()
+        if x.dtype not in self._tables:
+            angles = np.arange(self._length, dtype=np.float32)[:, None] * self._inverse
+            both = np.concatenate([angles, angles], axis=-1)[None, :, None]
+            cos, sin = (paddle.to_tensor(f(both) * self._magnitude).astype(x.dtype) for f in (np.cos, np.sin))
+            self._tables[x.dtype] = cos, sin
+        return self._tables[x.dtype]

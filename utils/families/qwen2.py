@@ -1,0 +1,50 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671): LLaMA's architecture with biases on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.errors import UserError
+from utils.families.llama import Llama
+
+
+class Qwen2(Llama):
+    name = "qwen2"
+    title = "Qwen2"
+    model_types = ("qwen2",)
+    architectures = ("Qwen2ForCausalLM",)
+    config_class = "paddlenlp.transformers:Qwen2Config"
+    model_class = "paddlenlp.transformers:Qwen2ForCausalLM"
+    backbone = "qwen2"
+    chat_template = (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    published_names = (*Llama.published_names, "use_sliding_window", "sliding_window", "max_window_layers")
+
+    def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("q_proj", "k_proj", "v_proj")
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        if not config.get("use_sliding_window"):
+            return None
+        full = config.get("max_window_layers", 28)  # that many layers at the bottom see everything
+        if full >= config["num_hidden_layers"]:
+            return None
+        if full > 0:
+            raise UserError(
+                "config.json: use_sliding_window on the upper layers only (max_window_layers) is not supported; "
+                "set use_sliding_window false there for texts shorter than the window"
+            )
+        return config.get("sliding_window", 4096)
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        known = super().paddle_config(config)
+        self.window(known)  # refuses what is not supported
+        return known
+
+
+QWEN2 = Qwen2()
