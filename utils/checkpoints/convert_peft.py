@@ -10,8 +10,10 @@ here it is lora_config.json and lora_model_state.safetensors, with [in, r] and [
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from utils.checkpoints.files import atomic_directory, write_json
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint, locate, read_json
 from utils.checkpoints.lora_pairs import Pair, check_fit, check_scale, pair_up, read_pairs, scaling
-from utils.checkpoints.match import match
+from utils.checkpoints.match import match, part_of
 from utils.checkpoints.tensors import LazyTensor, open_tensors, write_lazy
 from utils.errors import UserError, raise_if, run_script
+from utils.families import Weight
 
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -33,7 +36,6 @@ _PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.we
 # Settings of PEFT that change what an adapter computes and have no counterpart here.
 _UNSUPPORTED = (
     "use_dora",
-    "fan_in_fan_out",
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
@@ -63,13 +65,18 @@ def _check_target(target: Path) -> None:
         raise UserError(f"{target}: is there already; name a new folder")
 
 
-def _layers(base: Checkpoint) -> dict[str, str]:
-    """Names of all Linear layers: published -> of the Paddle model."""
-    return {
-        weight.published.removesuffix(".weight"): weight.parameter.removesuffix(".weight")
-        for weight in base.family.weights(base.config)
-        if weight.transpose
-    }
+def _layers(base: Checkpoint) -> dict[str, list[Weight]]:
+    """The matrices of all Linear layers by the published name of their layer, parts in order."""
+    found: dict[str, list[Weight]] = {}
+    for weight in base.family.weights(base.config):
+        if weight.is_linear:
+            found.setdefault(weight.published.removesuffix(".weight"), []).append(weight)
+    return found
+
+
+def _layer(weight: Weight) -> str:
+    """The layer of the Paddle model that a matrix belongs to."""
+    return weight.parameter.removesuffix(".weight")
 
 
 def _targets(adapted: Collection[str], layers: Collection[str]) -> tuple[list[str], bool]:
@@ -82,6 +89,45 @@ def _targets(adapted: Collection[str], layers: Collection[str]) -> tuple[list[st
 
 def _turned(name: str, tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(name, tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The pairs of one published layer: one, or those of its adapted parts.
+
+    Attributes:
+        count: how many parts the layer has.
+        parts: which of them are adapted, and their pairs.
+    """
+
+    count: int
+    parts: dict[int, Pair]
+
+    @classmethod
+    def of(cls, weights: Sequence[Weight], pairs: Mapping[str, Pair]) -> _Fused:
+        found = {place: pairs[_layer(weight)] for place, weight in enumerate(weights) if _layer(weight) in pairs}
+        return cls(len(weights), found)
+
+    def pair(self) -> Pair:
+        """A [in, ranks of all parts] and B [ranks of all parts, out], whose blocks are the parts' own."""
+        if self.count == 1:
+            return self.parts[0]
+        (a, b), ranks = next(iter(self.parts.values())), [half.shape[0] for _, half in self.parts.values()]
+
+        def read_a() -> np.ndarray:
+            return np.concatenate([half.read() for half, _ in self.parts.values()], axis=1)
+
+        def read_b() -> np.ndarray:
+            joined, row = np.zeros((sum(ranks), self.count * b.shape[1]), b.read().dtype), 0
+            for place, (_, half) in self.parts.items():
+                joined[row : row + half.shape[0], place * b.shape[1] : (place + 1) * b.shape[1]] = half.read()
+                row += half.shape[0]
+            return joined
+
+        return (
+            LazyTensor(a.name, a.dtype, (a.shape[0], sum(ranks)), read_a),
+            LazyTensor(b.name, b.dtype, (sum(ranks), self.count * b.shape[1]), read_b),
+        )
 
 
 def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None:
@@ -98,27 +144,35 @@ def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None
     config = check_adapter(adapter, LORA_CONFIG, base)
     pairs = read_pairs(adapter, config)
     check_fit(adapter, pairs, match(base), base, int(config["r"]))
-    published = {parameter: name for name, parameter in _layers(base).items()}
-    targets, _ = _targets([published[layer] for layer in pairs], published.values())
-    alpha = config["lora_alpha"]
+    layers = _layers(base)
+    found = {name: _Fused.of(weights, pairs) for name, weights in layers.items()}
+    fused = {name: layer for name, layer in found.items() if layer.parts}
+    targets, _ = _targets(fused, layers)
+    alpha, rank = config["lora_alpha"], config["r"]
+    wider = {name: len(layer.parts) for name, layer in fused.items() if len(layer.parts) > 1}
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": config["r"],
+        "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        # a fused layer has the ranks of all its parts; its scale (alpha / r, or its root) is theirs
+        "rank_pattern": {name: count * rank for name, count in wider.items()},
+        "alpha_pattern": {
+            name: alpha * (math.sqrt(count) if config.get("rslora") else count) for name, count in wider.items()
+        },
         "lora_dropout": config.get("lora_dropout", 0.0),
         "use_rslora": bool(config.get("rslora")),
         "target_modules": targets,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layers[name][0].conv1d for name in fused),
         "inference_mode": True,
     }
 
     def tensors() -> Iterator[LazyTensor]:
-        for layer, halves in pairs.items():
-            for letter, half in zip("AB", halves, strict=True):
-                yield _turned(f"base_model.model.{published[layer]}.lora_{letter}.weight", half)
+        for name, layer in fused.items():
+            for letter, half in zip("AB", layer.pair(), strict=True):
+                yield _turned(f"base_model.model.{name}.lora_{letter}.weight", half)
 
     with atomic_directory(target) as folder:
         write_lazy(folder / _PEFT_WEIGHTS[0], list(tensors()), {"format": "pt"})
@@ -149,7 +203,7 @@ def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> No
     check_scale(file, config)
     base = _base_of(config, file, base)
     pairs = _read_peft(adapter, _layers(base))
-    targets, short = _targets(pairs, _layers(base).values())
+    targets, short = _targets(pairs, [_layer(weight) for weights in _layers(base).values() for weight in weights])
     written = {
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
@@ -173,8 +227,11 @@ def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> No
             write_companions(base, adapter, folder)
 
 
-def _read_peft(adapter: Path, layers: Mapping[str, str]) -> dict[str, Pair]:
-    """The pairs of a PEFT adapter, turned, by the layer names of the Paddle model."""
+def _read_peft(adapter: Path, layers: Mapping[str, Sequence[Weight]]) -> dict[str, Pair]:
+    """The pairs of a PEFT adapter, turned, by the layer names of the Paddle model.
+
+    The parts of a fused layer share its A and have their part of its B.
+    """
     path = next((adapter / name for name in _PEFT_WEIGHTS if (adapter / name).is_file()), None)
     if path is None:
         raise UserError(f"{adapter}: has {PEFT_CONFIG} but neither {' nor '.join(_PEFT_WEIGHTS)}")
@@ -182,8 +239,13 @@ def _read_peft(adapter: Path, layers: Mapping[str, str]) -> dict[str, Pair]:
     def named() -> Iterator[tuple[str, tuple[str, str] | None, LazyTensor]]:
         for name, tensor in open_tensors(path).items():
             found = _PEFT_NAME.fullmatch(name)
-            place = (layers[found[1]], found[2]) if found and found[1] in layers else None
-            yield name, place, _turned(name, tensor)
+            turned = _turned(name, tensor)
+            if not found or found[1] not in layers:
+                yield name, None, turned
+                continue
+            for weight in layers[found[1]]:
+                part = weight.part if found[2] == "B" else None
+                yield name, (_layer(weight), found[2]), part_of(turned, part, axis=-1)
 
     return pair_up(path, named())
 

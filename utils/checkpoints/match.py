@@ -37,7 +37,8 @@ def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
     for name, tensor in stored.items():
         filled = names.get(name) or names.get(prefix + name) or []
         for weight in filled:
-            found[weight.parameter] = (part_of(tensor, weight) if published else tensor, published and weight.transpose)
+            source = part_of(tensor, weight.part, weight.output_axis) if published else tensor
+            found[weight.parameter] = (source, published and weight.transpose)
         if not filled and not any(pattern.fullmatch(name) for pattern in ignored):
             unused.append(name)
     missing = [name for name, filled in names.items() if filled[0].parameter not in found]
@@ -53,15 +54,15 @@ def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
     return found
 
 
-def part_of(tensor: LazyTensor, weight: Weight) -> LazyTensor:
-    """The part of a published tensor that a weight takes; all of it if it is not divided.
+def part_of(tensor: LazyTensor, part: tuple[int, int] | None, axis: int) -> LazyTensor:
+    """One of equal parts of a tensor along an axis (see `Weight.part`); all of it for None.
 
     What cannot be divided stays whole: its shape then differs from the model's, which is reported.
     """
-    if weight.part is None:
+    if part is None:
         return tensor
-    index, count = weight.part
-    axis = weight.output_axis % len(tensor.shape)
+    index, count = part
+    axis %= len(tensor.shape)
     if tensor.shape[axis] % count:
         return tensor
     size = tensor.shape[axis] // count
