@@ -149,6 +149,23 @@ def test_right_padding_changes_nothing(model: Any) -> None:
     np.testing.assert_allclose(padded[:, : len(text)].numpy(), alone.numpy(), atol=1e-5)
 
 
+def test_texts_longer_than_the_learned_positions(model: Any) -> None:
+    limit = model.config.max_sequence_length
+    with pytest.raises(UserError, match=f"position {limit + 1}.*max_length"):
+        GLM.forward_hidden(model, {"input_ids": paddle.full([1, limit + 2], 5, dtype="int64")})
+
+
+def test_names_without_the_prefix(checkpoint: Checkpoint, model: Any, tmp_path: Path) -> None:
+    from utils.checkpoints.tensors import write_safetensors
+
+    tensors = [(name.removeprefix("glm."), tensor.read()) for name, tensor in checkpoint.tensors().items()]
+    write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    shutil.copy(FIXTURE / "config.json", tmp_path)
+    again = load_model(locate(tmp_path), "float32")
+    for (name, parameter), (_, wanted) in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert bool((parameter == wanted).all()), name
+
+
 def test_dropout_is_the_publishers(checkpoint: Checkpoint) -> None:
     for kind in ("embedding", "attention", "output"):
         model = load_model(checkpoint, "float32", family_overrides={f"{kind}_dropout_prob": 0.5})
@@ -172,6 +189,14 @@ def test_published_vocabularies_are_known_by_size(checkpoint: Checkpoint) -> Non
         GLM.paddle_config(config)
     with pytest.raises(UserError, match="block_position_encoding"):
         GLM.paddle_config({**checkpoint.config, "block_position_encoding": False})
+
+
+def test_attention_scale_changes_no_value(checkpoint: Checkpoint, model: Any) -> None:
+    scaled = load_model(checkpoint, "float32", family_overrides={"attention_scale": 8.0})
+    batch = {"input_ids": paddle.to_tensor(packed_pair(model)[0][0][None])}
+    with paddle.no_grad():
+        found, wanted = (GLM.forward_hidden(one, batch).numpy() for one in (scaled, model))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_glm4_is_not_glm(checkpoint: Checkpoint) -> None:

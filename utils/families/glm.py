@@ -85,7 +85,7 @@ class Glm(FamilySpec):
     embedding = "word_embeddings"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
-    tokenizer_files = (SENTENCEPIECE_FILE,)
+    tokenizer_files = (SENTENCEPIECE_FILE, "vocab.json", "merges.txt")
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """GLM-4 has the same `model_type`; it says `num_hidden_layers` where GLM says `num_layers`."""
@@ -157,12 +157,13 @@ class Glm(FamilySpec):
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-        from utils.families import tokenizers_glm
+        from utils.families.tokenizers import VOCABULARY_FILES
+        from utils.families.tokenizers_glm import ChineseTokenizer, EnglishTokenizer
 
         if (folder / SENTENCEPIECE_FILE).is_file():
-            return tokenizers_glm.ChineseTokenizer(folder, config)
-        if all((folder / name).is_file() for name in tokenizers_glm.BPE_FILES):
-            return tokenizers_glm.EnglishTokenizer(folder, config)
+            return ChineseTokenizer(folder, config)
+        if all((folder / name).is_file() for name in VOCABULARY_FILES):
+            return EnglishTokenizer(folder, config)
         return None
 
     # --- the model -------------------------------------------------------------------------------
@@ -212,6 +213,12 @@ class Glm(FamilySpec):
         config, length = model.config, new_ids.shape[1]
         mask_ids = (config.mask_token_id, config.smask_token_id, config.gmask_token_id)
         placed = layout(ids, config.sop_token_id, mask_ids, texts)
+        furthest = int(max(placed.position.max(), placed.block.max()))
+        if furthest > config.max_sequence_length:
+            raise UserError(
+                f"a text reaches position {furthest}, but max_sequence_length in config.json is "
+                f"{config.max_sequence_length}; lower max_length or src_length"
+            )
         cached = 0 if cache is None else cache.layers[0][0].shape[1]
         visible = paddle.to_tensor(placed.visible(length, prefix=cached + length - ids.shape[1]))
         positions = paddle.to_tensor(np.stack([placed.position, placed.block])[:, :, -length:])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer, _Settings
+from utils.families.tokenizers import (
+    SETTINGS_FILES,
+    VOCABULARY_FILES,
+    SentencePieceTokenizer,
+    Tokenizer,
+    _Settings,
+)
+from utils.families.tokenizers_bpe import BpeTokenizer
 
 END, END_OF_SPAN = "<|endoftext|>", "<|endofpiece|>"
 MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
-BPE_FILES = ("vocab.json", "merges.txt")
 # Behind the last text piece, in this order. One place of the Chinese list holds no token that is used.
 CHINESE = (END, "[SEP]", "[CLS]", "[MASK]", "[UNK]", "[UNUSED1]", "<|startofpiece|>", END_OF_SPAN, "[sMASK]", "[gMASK]")
 ENGLISH = ("<|startofpiece|>", END_OF_SPAN, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]")
@@ -66,44 +73,19 @@ def _pieces(source: Path) -> int:
         raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
 
 
-class EnglishTokenizer(Tokenizer):
+class EnglishTokenizer(BpeTokenizer):
     """GPT-2's vocab.json and merges.txt."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            UserError: a damaged file, or one that does not fit the model.
-        """
-        import tokenizers
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
-
-        super().__init__(_files(folder, BPE_FILES))
-        try:
-            model = models.BPE.from_file(*(str(folder / name) for name in BPE_FILES))
-        except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"{folder}: vocab.json and merges.txt cannot be read ({error})") from None
-        self._tokenizer = tokenizers.Tokenizer(model)
-        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._tokenizer.decoder = decoders.ByteLevel()
-        special = [END, *ENGLISH]  # the end token is one of GPT-2's own
-        self._tokenizer.add_special_tokens(
-            [AddedToken(token, special=True, normalized=False, lstrip=token in MASKS) for token in special]
-        )
-        self.vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.special_tokens = {token: int(self._tokenizer.token_to_id(token)) for token in special}
-        _settings(folder, config).apply(self)
+        super().__init__(_files(folder, VOCABULARY_FILES), _settings(folder, config))
         self.eos_ids = _end_of_span(self)
         self.adds_bos = True
 
+    def _description(self, settings: _Settings) -> str:
+        text = super()._description(settings)
+        for place, token in enumerate(ENGLISH, start=len(json.loads(text)["model"]["vocab"])):
+            settings.added.setdefault(token, (place, True))
+        return text
+
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        known = [int(i) for i in ids if 0 <= i < self.vocabulary]
-        return self._tokenizer.decode(known, skip_special_tokens=skip_special)
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def token(self, token_id: int) -> str | None:
-        return self._tokenizer.id_to_token(token_id)
+        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation)

@@ -34,7 +34,9 @@ class GLMForConditionalGeneration(library.GLMForConditionalGeneration):
         hidden = self.glm.word_embeddings(ids) + stack.position_embeddings(positions[0])
         hidden = stack.embedding_dropout(hidden + stack.block_position_embeddings(positions[1]))
         dropout = config.output_dropout_prob if self.training else 0.0
-        forward = partial(_layer, attend=attend, heads=config.num_attention_heads, dropout=dropout)
+        # published models whose scores would overflow float16 have a scale above 1
+        wide = config.attention_scale > 1.0
+        forward = partial(_layer, attend=attend, heads=config.num_attention_heads, dropout=dropout, wide=wide)
         hidden, kept = run_layers(stack.layers, hidden, cache, forward, stack.enable_recompute)
         return stack.final_layernorm(hidden), kept
 
@@ -52,13 +54,18 @@ def _layer(
     attend: Attend,
     heads: int,
     dropout: float,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.attention, layer.mlp
     batch, length, _ = hidden.shape
     fused = attention.query_key_value(layer.input_layernorm(hidden))
     query, key, value = (part.reshape([batch, length, heads, -1]) for part in paddle.split(fused, 3, axis=-1))
     key, value = extended(past_key, key), extended(past_value, value)
-    attended = attention.dense(attend(query, key, value))
+    if wide:
+        query, seen = query.astype("float32"), key.astype("float32")
+    else:
+        seen = key
+    attended = attention.dense(attend(query, seen, value))
     hidden = hidden + (F.dropout(attended, dropout) if dropout else attended)
     changed = mlp.dense_h_to_4h(layer.post_attention_layernorm(hidden))
     changed = mlp.dense_4h_to_h(F.gelu(changed, approximate=True))
