@@ -34,7 +34,15 @@ def main() -> None:
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.data.rows import check_dataset
-    from utils.training.plan import check_output, checkpoint_to_resume, clear_output, describe, make_plan, mark_finished
+    from utils.training.plan import (
+        check_output,
+        check_positions,
+        checkpoint_to_resume,
+        clear_output,
+        describe,
+        make_plan,
+        mark_finished,
+    )
     from utils.training.reporters import check_reporters
     from utils.training.start import check_adapters, check_world
 
@@ -68,6 +76,7 @@ def main() -> None:
     for split, dataset in data.items():
         if dataset.report.counts:
             notice(f"{split} data: {dataset.summary()}")
+    check_positions(data, checkpoint, args.max_length)
     plan = None
     if args.do_train:
         run = describe(args, checkpoint, data["train"], tokenizer, template)

@@ -186,3 +186,15 @@ def test_a_failed_run_leaves_the_result_of_the_one_before(tiny: Tiny, tmp_path: 
     after = tensors(first.output / "lora_model_state.safetensors")
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert not (tmp_path / "finished.json").exists()
+
+
+def test_rows_longer_than_the_models_positions_are_refused(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    data = tmp_path / "data"
+    data.mkdir()
+    row = json.dumps({"src": "Say red", "tgt": " ".join(["red"] * 900)})
+    (data / "train.json").write_text(row + "\n", encoding="utf-8")
+    options = ["--do_train", "--dataset_name_or_path", data, "--src_length", "64", "--max_length", "2000"]
+    found = tiny.run(tmp_path / "out", *options, expect=2)
+    assert found.code == 2, found.err
+    assert "positions" in found.err and "max_length" in found.err
+    assert not (tmp_path / "out").exists()

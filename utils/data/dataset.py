@@ -124,6 +124,11 @@ class SupervisedDataset:
         return np.array(self._tokenized.input_ids[place]), np.array(self._tokenized.labels[place])
 
     @property
+    def longest(self) -> int:
+        """The tokens of the longest example (of a pack: of its longest segment)."""
+        return int(np.diff(self._tokenized.offsets).max())
+
+    @property
     def efficiency(self) -> float | None:
         """The share of places in the packs that hold tokens, 0 to 1; None if not packed."""
         if self._packs is None or self.capacity is None:

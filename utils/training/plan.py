@@ -224,3 +224,19 @@ def _running(process: int) -> bool:
     except PermissionError:
         return True
     return process != os.getpid()
+
+
+def check_positions(data: Mapping[str, Any], checkpoint: Checkpoint, max_length: int) -> None:
+    """Refuses rows that are longer than the model has positions for.
+
+    Args:
+        data: datasets by split; a stream may bring rows of any length up to `max_length`.
+    """
+    positions = checkpoint.family.shape(checkpoint.config).positions
+    faults = [
+        f"max_length {max_length}: the {split} data has a row of {longest} tokens, {checkpoint.name} has {positions} "
+        f"positions; set max_length to {positions} or less"
+        for split, dataset in data.items()
+        if positions and (longest := getattr(dataset, "longest", max_length)) > positions
+    ]
+    raise_if(faults)
