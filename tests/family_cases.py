@@ -14,7 +14,7 @@ from utils.checkpoints.load import load_model
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
-TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,15 @@ def step_logits(
     with paddle.no_grad():
         logits, cache = family.step(model, *tensors, cache)
     return logits.numpy(), cache
+
+
+def _one_per_family() -> list[str]:
+    """The first case of every family that brings its tokenizer: trained and asked, not only computed."""
+    chosen: dict[str, str] = {}
+    for name in NAMES:
+        if has_tokenizer(name):
+            chosen.setdefault(case(name).checkpoint.family.name, name)
+    return sorted(chosen.values())
+
+
+WITH_TOKENIZER = _one_per_family()
