@@ -8,8 +8,10 @@ import numpy as np
 import paddle
 import pytest
 
-from utils.checkpoints import locate
+from utils.checkpoints import fingerprint, locate
 from utils.checkpoints.load import load_model
+from utils.checkpoints.save import save_model
+from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.families import FAMILIES, family_of
 from utils.families.models.bloom import alibi_slopes
 
@@ -27,6 +29,15 @@ def test_slopes_of_a_power_of_two_and_of_other_counts() -> None:
 def test_the_head_is_the_embedding_unless_config_says_otherwise(folder: str, tied: bool) -> None:
     model = load_model(locate(FIXTURES / folder), "float32")
     assert (model.lm_head.decoder_weight is model.bloom.word_embeddings.weight) == tied
+
+
+def test_a_tied_head_that_is_stored_too_is_no_fault(tmp_path: Path) -> None:
+    tiny = locate(FIXTURES / "bloom_tiny")
+    save_model(tmp_path, load_model(tiny, "float32"), tiny.family, tiny.config)
+    stored = dict(read_tensors(tmp_path / "model.safetensors"))
+    stored["lm_head.decoder_weight"] = stored["bloom.word_embeddings.weight"]
+    write_safetensors(tmp_path / "model.safetensors", [*stored.items()], {"format": "np"})
+    assert fingerprint(locate(tmp_path)) == fingerprint(tiny)
 
 
 def test_a_new_model_is_not_zero() -> None:

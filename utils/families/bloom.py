@@ -68,6 +68,9 @@ class Bloom(DecoderFamily):
             found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
         return found
 
+    def ignored_weights(self) -> tuple[str, ...]:
+        return (r"lm_head\.decoder_weight",)  # of tied heads, which PaddleNLP may store a second time
+
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         """Published configurations name the sizes in several ways (n_embed, num_attention_heads, ...)."""
         hidden = config.get("hidden_size") or config["n_embed"]

@@ -79,7 +79,7 @@ def transformer_layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
-    heads: int,
+    head_dim: int,
     norm_first: bool,
     activate: Callable[[Tensor], Tensor],
     dropout: float,
@@ -97,7 +97,7 @@ def transformer_layer(
     batch, length, _ = hidden.shape
     normed = layer.norm1(hidden) if norm_first else hidden
     query, key, value = (
-        project(normed).reshape([batch, length, heads, -1])
+        project(normed).reshape([batch, length, -1, head_dim])
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     key, value = extended(past_key, key), extended(past_value, value)

@@ -39,7 +39,8 @@ class GPTForCausalLM(library.GPTForCausalLM):
             positions: [batch or 1, length] int64, from 0.
         """
         config, decoder = self.config, self.gpt.decoder
-        scale = 1.0 if config.scale_attn_weights else math.sqrt(config.hidden_size // config.num_attention_heads)
+        head_dim = config.hidden_size // config.num_attention_heads
+        scale = 1.0 if config.scale_attn_weights else math.sqrt(head_dim)
         places = {id(layer): number for number, layer in enumerate(decoder.layers)}
 
         def forward(layer: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +50,7 @@ class GPTForCausalLM(library.GPTForCausalLM):
         block = partial(
             transformer_layer,
             attend=attend,
-            heads=config.num_attention_heads,
+            head_dim=head_dim,
             norm_first=True,
             activate=self.activate,
             dropout=config.hidden_dropout_prob if self.training else 0.0,

@@ -57,7 +57,7 @@ class OPTForCausalLM(library.OPTForCausalLM):
         forward = partial(
             transformer_layer,
             attend=attend,
-            heads=self.config.num_attention_heads,
+            head_dim=self.config.hidden_size // self.config.num_attention_heads,
             norm_first=self.config.normalize_before,
             activate=self.activate,
             dropout=self.config.hidden_dropout_prob if self.training else 0.0,
