@@ -126,6 +126,10 @@ class Llama(FamilySpec):
         from utils.kernels import norm, rotary
 
         given = {**self.paddle_config(config), **overrides}
+        shape = self.shape(given)
+        odd = shape.head_dim * shape.heads != shape.hidden or given.get("attention_bias") or given.get("mlp_bias")
+        if odd and given.get("tensor_parallel_degree", 1) > 1:
+            raise UserError("config.json: tensor_parallel_degree above 1 needs head_dim = hidden / heads and no biases")
         # One position: each layer of the library fills a table of angles, which ours then replaces.
         no_table = {"max_position_embeddings": 1, "rope_scaling": None, "rope_scaling_type": None}
         model = super().create(config, **{**overrides, **no_table})
@@ -133,14 +137,13 @@ class Llama(FamilySpec):
         for name in no_table:
             setattr(model.config, name, given.get(name))
             setattr(decoder.config, name, given.get(name))
-        shape = self.shape(given)
         found = frequencies(given, shape.head_dim)
         table = rotary.RotaryTable(found.inverse, found.magnitude)
         for layer in decoder.layers:
             del layer.self_attn.rotary_emb
             layer.self_attn.rotary_emb = table
             layer.self_attn.attn_func = _attention
-        self._fit_linears(model, shape, self.biased(given), given.get("tensor_parallel_degree", 1))
+        self._fit_linears(model, shape, self.biased(given))
         model.attention_window = self.window(given)
         if not paddle.is_compiled_with_cuda():  # GPUs have fused operators for these
             sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary.apply_rotary_pos_emb  # type: ignore[attr-defined]
@@ -149,7 +152,7 @@ class Llama(FamilySpec):
                     part.forward = norm.forward_of(part)
         return model
 
-    def _fit_linears(self, model: Any, shape: ModelShape, biased: tuple[str, ...], degree: int) -> None:
+    def _fit_linears(self, model: Any, shape: ModelShape, biased: tuple[str, ...]) -> None:
         """Replaces the Linear layers that the library makes of another size or bias than config.json says:
         its head_dim is always hidden / heads, and it has no biases.
         """
@@ -171,8 +174,6 @@ class Llama(FamilySpec):
                 if tuple(linear.weight.shape) != size or (linear.bias is not None) != (name in biased):
                     setattr(part, name, nn.Linear(*size, bias_attr=None if name in biased else False))
                     replaced = True
-        if degree > 1 and (replaced or shape.head_dim * shape.heads != shape.hidden or biased):
-            raise UserError("config.json: tensor_parallel_degree above 1 needs head_dim = hidden / heads and no biases")
         if replaced:
             model.init_weights()  # of the new ones; none when weights are about to be loaded
 

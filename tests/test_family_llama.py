@@ -1,0 +1,188 @@
+"""What is special about LLaMA and the families built like it: rotary tables, odd heads, windows, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from family_cases import FIXTURES, case, hidden_logits, step_logits
+
+from utils.checkpoints import locate
+from utils.checkpoints.load import load_model
+from utils.errors import UserError
+from utils.families.rope import frequencies, rope_scaling
+from utils.kernels.rotary import RotaryTable
+from utils.kernels.window import window_mask
+
+
+def copy_of(name: str, folder: Path, **config: Any) -> Path:
+    """A case with some fields of its config.json replaced."""
+    shutil.copytree(FIXTURES / name, folder)
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**written, **config}), "utf-8")
+    return folder
+
+
+# --- what is not computed is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("llama_tiny", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ("llama_tiny", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
+        ("llama_tiny", {"rope_scaling_type": "dynamic_ntk", "rope_scaling_factor": 2.0}, "'dynamic_ntk' is not"),
+        ("llama_tiny", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor, high_freq_factor"),
+        ("llama_tiny", {"rope_scaling": {"type": "linear"}}, "needs the numbers factor"),
+        ("llama_tiny", {"rope_scaling": "linear"}, "expected an object"),
+        ("llama_tiny", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ("llama_tiny", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama_tiny", {"alibi": True}, "alibi"),
+        ("qwen2_window", {"max_window_layers": 1}, "max_window_layers"),
+    ],
+)
+def test_refused_before_any_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, config: dict[str, Any], message: str
+) -> None:
+    checkpoint = locate(copy_of(name, tmp_path / "m", **config))
+    monkeypatch.setattr("utils.checkpoints.load.fill_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=message):
+        load_model(checkpoint, "float32")
+
+
+def test_wide_heads_and_biases_are_not_split_over_devices() -> None:
+    checkpoint = case("llama_wide_heads").checkpoint
+    with pytest.raises(UserError, match="tensor_parallel_degree above 1"):
+        checkpoint.family.create(checkpoint.config, tensor_parallel_degree=2)
+
+
+# --- rotary angles ------------------------------------------------------------------------------------
+
+
+def test_scalings_by_definition() -> None:
+    plain = frequencies({"rope_theta": 100.0}, 8)
+    np.testing.assert_allclose(plain.inverse, [1.0, 100**-0.25, 0.1, 100**-0.75], rtol=1e-6)
+    assert plain.magnitude == 1.0
+    slowed = frequencies({"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4}}, 8)
+    np.testing.assert_allclose(slowed.inverse, plain.inverse / 4, rtol=1e-6)
+    assert rope_scaling({"rope_scaling": {"rope_type": "default"}}) is None
+    paddle_names = {"rope_scaling_type": "linear", "rope_scaling_factor": 4.0}
+    assert rope_scaling(paddle_names) == {"rope_type": "linear", "factor": 4.0}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+    found = frequencies({"rope_scaling": yarn}, 64)
+    unscaled = frequencies({}, 64)
+    assert found.magnitude == pytest.approx(0.1 * np.log(8) + 1)
+    assert found.inverse[0] == unscaled.inverse[0]  # fast rotations keep their pace
+    assert found.inverse[-1] == pytest.approx(unscaled.inverse[-1] / 8)  # slow ones are slowed
+    assert frequencies({"rope_scaling": {**yarn, "attention_factor": 1.5}}, 64).magnitude == 1.5
+    both = {**yarn, "mscale": 2.0, "mscale_all_dim": 1.0}
+    ratio = (0.2 * np.log(8) + 1) / (0.1 * np.log(8) + 1)
+    assert frequencies({"rope_scaling": both}, 64).magnitude == pytest.approx(ratio)
+
+
+def test_linear_scaling_survives_both_layouts(tmp_path: Path) -> None:
+    from utils.checkpoints.save import save_model
+
+    wide = case("llama_wide_heads")
+    for layout in ("paddle", "hf"):
+        folder = tmp_path / layout
+        folder.mkdir()
+        save_model(folder, wide.model, wide.checkpoint.family, wide.checkpoint.config, export_format=layout)
+        written = json.loads((folder / "config.json").read_text("utf-8"))
+        assert written["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
+        if layout == "paddle":  # what the library reads
+            assert (written["rope_scaling_type"], written["rope_scaling_factor"]) == ("linear", 3.0)
+        assert written["head_dim"] == 12 and written["attention_bias"] and written["mlp_bias"]
+
+
+def test_one_table_for_all_layers_that_grows_on_demand() -> None:
+    one = case("llama_tiny")
+    model = load_model(one.checkpoint, "float32")
+    tables = {id(layer.self_attn.rotary_emb) for layer in model.llama.layers}
+    assert len(tables) == 1 and isinstance(model.llama.layers[0].self_attn.rotary_emb, RotaryTable)
+    assert not [name for name in model.state_dict() if "rotary" in name]
+    assert model.config.max_position_embeddings == model.llama.config.max_position_embeddings == 256
+    table = RotaryTable(np.array([1.0, 0.5], np.float32), 2.0)
+    short, _ = table(paddle.ones([1]), 3)
+    cos, sin = table(paddle.ones([1]), 1000)
+    assert short.shape == [1, 256, 1, 4] and cos.shape == sin.shape == [1, 1024, 1, 4]
+    places = np.arange(1024)[:, None] * np.array([1.0, 0.5, 1.0, 0.5])
+    np.testing.assert_allclose(cos[0, :, 0].numpy(), 2 * np.cos(places), atol=2e-4)
+    np.testing.assert_allclose(sin[0, :, 0].numpy(), 2 * np.sin(places), atol=2e-4)
+    assert table(paddle.ones([1], dtype="bfloat16"), 5)[0].dtype == paddle.bfloat16
+
+
+def test_more_positions_than_the_first_table(tmp_path: Path) -> None:
+    """A prompt of 300 tokens, and a step after it, agree with the training forward."""
+    one = case("llama_tiny")
+    model = load_model(one.checkpoint, "float32")
+    ids = np.random.default_rng(0).integers(3, 264, (1, 301))
+    whole = hidden_logits(one.checkpoint.family, model, ids)[0]
+    family, ones = one.checkpoint.family, np.ones((1, 301))
+    _, cache = step_logits(family, model, ids[:, :255], ones[:, :255], np.arange(255)[None])
+    last = None
+    for place in range(255, 301):
+        last, cache = step_logits(family, model, ids[:, place, None], ones[:, : place + 1], np.array([[place]]), cache)
+    assert last is not None and np.abs(last[0] - whole[-1]).max() < 1e-4
+
+
+# --- two end tokens -----------------------------------------------------------------------------------
+
+
+def test_both_end_tokens_of_llama3_end_an_answer() -> None:
+    from utils.inference.loading import load, prepare
+    from utils.inference.sampling import SamplingOptions
+
+    prepared = prepare(str(FIXTURES / "llama_3"), device="cpu", dtype="float32")
+    assert {2, 7} <= set(prepared.tokenizer.eos_ids)
+    generator = load(prepared, "cpu")
+    options = SamplingOptions(max_new_tokens=60, top_k=0, temperature=3.0, seed=4)
+    answers = generator.generate([[5, 6, 9 + n] for n in range(40)], options, 40)
+    ends = {one.tokens[-1] for one in answers if one.finish_reason == "stop"}
+    assert ends == {2, 7}
+    assert all(not {2, 7} & set(one.tokens[:-1]) for one in answers)
+
+
+# --- windows ------------------------------------------------------------------------------------------
+
+
+def test_window_mask_by_definition() -> None:
+    mask = window_mask(4, cached=3, window=2, prefix=2)[0, 0].numpy()
+    seen = [[key < 2 or 0 <= query - key < 2 for key in range(7)] for query in range(3, 7)]
+    assert mask.tolist() == [[see and key <= query for key, see in enumerate(row)] for query, row in enumerate(seen, 3)]
+
+
+def test_the_window_changes_the_answer(tmp_path: Path) -> None:
+    """Keeps the reference honest: 16 positions, of which 5 are seen; and no window is LLaMA."""
+    one = case("mistral")
+    assert one.checkpoint.config["sliding_window"] < one.reference["ids"].shape[1]
+    open_ended = locate(copy_of("mistral", tmp_path / "m", sliding_window=None))
+    ids = one.rows[0][None]
+    free = hidden_logits(open_ended.family, load_model(open_ended, "float32"), ids)[0]
+    wanted = one.reference["logits"][0]
+    assert np.abs(free[:5] - wanted[:5]).max() < 1e-4 and np.abs(free[5:] - wanted[5:]).max() > 0.1
+
+
+def test_a_prefix_is_seen_beyond_the_window() -> None:
+    """Training with a prefix, and prefill and steps behind it, agree; far positions still see the prefix."""
+    one, family = case("mistral"), case("mistral").checkpoint.family
+    paddle.seed(3)
+    shape = family.shape(one.checkpoint.config)
+    flat = paddle.randn([1, 3, 2 * shape.layers, shape.kv_heads, shape.head_dim])
+    ids = one.rows[0][None]
+    with paddle.no_grad():
+        hidden = family.forward_hidden(one.model, {"input_ids": paddle.to_tensor(ids)}, family.prefix_cache(flat))
+        trained = family.logits(one.model, hidden).numpy()[0]
+    cache, length = family.prefix_cache(flat), ids.shape[1]
+    _, cache = step_logits(family, one.model, ids[:, :9], np.ones((1, 12)), np.arange(9)[None], cache)
+    for place in range(9, length):
+        mask = np.ones((1, place + 4))
+        logits, cache = step_logits(family, one.model, ids[:, place, None], mask, np.array([[place]]), cache)
+        cache = family.cache_select(cache, paddle.to_tensor([0]))
+        assert np.abs(logits[0] - trained[place]).max() < 1e-4
+    assert np.abs(trained[-1] - one.reference["logits"][0][-1]).max() > 0.05
