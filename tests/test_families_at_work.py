@@ -37,7 +37,7 @@ METHODS: dict[str, list[object]] = {
     "lora": ["--lora"],
     "prefix": ["--prefix_tuning", "--num_prefix_tokens", 8, "--learning_rate", 0.3],
 }
-COMMON: list[object] = ["--do_train", "--do_eval", "--num_train_epochs", 4]
+COMMON: list[object] = ["--do_train", "--do_eval", "--num_train_epochs", 4, "--lr_scheduler_type", "constant"]
 SAVING: list[object] = ["--save_strategy", "steps", "--save_steps", 14]
 
 
@@ -114,6 +114,14 @@ def test_what_was_saved_is_what_was_trained(shop: Workshop, method: str) -> None
     again = shop.tiny.run(shop.home / f"{method}_again", "--do_eval", *source)
     wanted = run.json("eval_results.json")["eval_loss"]
     assert again.json("eval_results.json")["eval_loss"] == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputation_changes_no_loss(shop: Workshop, method: str) -> None:
+    """The files of every family switch it on; a gradient lost on the way would show in the second loss."""
+    options = [*COMMON, *METHODS[method], "--max_steps", 3, "--recompute"]
+    again = shop.tiny.run(shop.home / f"{method}_recomputed", *options)
+    np.testing.assert_allclose(again.losses, shop.run(method).losses[:3], atol=1e-5, rtol=0)
 
 
 def test_an_interrupted_run_ends_as_the_whole_one(shop: Workshop) -> None:
