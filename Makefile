@@ -1,6 +1,7 @@
 # make demo   tunes a real language model on this machine and shows that it answers better
 # make test   runs the whole test suite
-# Both set up .venv first; what is done already is skipped.
+# make matrix runs every cell of the support table and rewrites it in README.md (some minutes)
+# All set up .venv first; what is done already is skipped.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -8,10 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test matrix lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 install: $(INSTALLED)
 
@@ -30,6 +31,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "==> tests"
 	$(BIN)/python -m pytest
+
+matrix: $(INSTALLED)
+	@echo "==> matrix: every family and method with the real scripts on tiny models"
+	$(BIN)/python tools/matrix.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from utils.families.qwen import QWEN
 from utils.families.qwen2 import QWEN2
 
 FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, OPT, GPT, QWEN2, MISTRAL, QWEN, GLM)
+    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, GPT, OPT, GLM, QWEN, QWEN2, MISTRAL)
 }
 
 __all__ = ["FAMILIES", "FamilySpec", "ModelShape", "Weight", "family_of"]
