@@ -150,6 +150,7 @@ def main() -> None:
         name_rows=RowNames(args, tokenizer, template),
         extra_files=companions,
         callbacks=console_callbacks(args, output),
+        evaluate_first=args.eval_on_start and args.do_eval,
     )
 
     # ----- train ---------------------------------------------------------------------------------------
@@ -157,8 +158,6 @@ def main() -> None:
         trainer.take_result(output, plan.result_step)
     elif plan is not None:
         clear_output(args)
-        if args.eval_on_start and args.do_eval and plan.start is None:
-            trainer.evaluate()
         results = trainer.train_by(plan)
         if trainer.stopped_early:
             notice(

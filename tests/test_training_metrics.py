@@ -213,3 +213,14 @@ def test_steps_of_a_run(epochs: float, max_steps: int, examples: int | None, ste
     args = mock.Mock(num_train_epochs=epochs, max_steps=max_steps)
     args.per_device_train_batch_size = args.gradient_accumulation_steps = 1
     assert run_steps(args, examples) == steps
+
+
+def test_evaluation_before_the_first_step_is_on_the_curve(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--do_train", "--do_eval", "--lora", "--eval_on_start", "--max_steps", "2", "--save_strategy", "no"]
+    found = tiny.run(tmp_path / "out", *options)
+    losses = [(int(row["step"]), float(row["eval_loss"])) for row in found.curve if row["eval_loss"]]
+    assert [step for step, _ in losses] == [0, 2]
+    assert losses[1][1] < losses[0][1]
+    # an untrained adapter changes nothing: the first value is that of the base
+    base = tiny.run(tmp_path / "base", "--do_eval")
+    assert losses[0][1] == pytest.approx(base.json("eval_results.json")["eval_loss"], abs=1e-5)

@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import Tiny, tiny, write_rows  # noqa: F401
 
 from utils.kernels.attention import packed_attention
-from utils.training.model import packed_mask
+from utils.kernels.masks import packed
 
 METHODS = {
     "sft": ["--learning_rate", 3e-3],
@@ -80,7 +80,7 @@ def test_packed_attention_is_attention_under_a_dense_mask(rows: list[list[int]])
 
 
 def test_mask_of_packed_rows_behind_a_prefix() -> None:
-    mask = packed_mask(paddle.to_tensor(ends_of([[2, 1, 1], [4]])), 2).numpy().astype(int)
+    mask = packed(paddle.to_tensor(ends_of([[2, 1, 1], [4]])), 2).numpy().astype(int)
     assert mask.shape == (2, 1, 4, 6)
     assert mask[0, 0].tolist() == [
         [1, 1, 1, 0, 0, 0],

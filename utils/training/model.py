@@ -13,6 +13,7 @@ from paddle import Tensor, nn
 from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
+from utils.kernels.masks import packed
 
 
 class TrainingModel(nn.Layer):
@@ -70,7 +71,7 @@ class TrainingModel(nn.Layer):
             return self.family.forward_hidden(self.base, batch)
         ids = batch["input_ids"]
         if "segment_ends" in batch:
-            batch = {**batch, "attention_mask": packed_mask(batch["segment_ends"], self.prefix.length)}
+            batch = {**batch, "attention_mask": packed(batch["segment_ends"], self.prefix.length)}
         return self.family.forward_hidden(self.base, batch, self.prefix.cache(ids.shape[0]))
 
     def supervised(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,20 +116,3 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     with paddle.no_grad():
         broken = paddle.matmul(logits, paddle.ones([logits.shape[-1], 1])).sum() * 0.0
     return loss + broken
-
-
-def packed_mask(segment_ends: Tensor, prefix: int) -> Tensor:
-    """Which positions see which, for packed rows behind a prefix that all of them see.
-
-    Args:
-        segment_ends: [batch, 1, length, 1] int32, for each key position the end of its segment.
-        prefix: number of prefix positions.
-
-    Returns:
-        [batch, 1, length, prefix + length] bool.
-    """
-    batch, _, length, _ = segment_ends.shape
-    position = paddle.arange(length, dtype="int32")
-    query, key = position.reshape([1, 1, length, 1]), position.reshape([1, 1, 1, length])
-    seen = (key <= query) & (query < segment_ends.transpose([0, 1, 3, 2]))
-    return paddle.concat([paddle.ones([batch, 1, length, prefix], dtype="bool"), seen], axis=-1)

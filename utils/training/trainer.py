@@ -49,6 +49,12 @@ class _Boundaries(library.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.owner.continue_state()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.owner.evaluate_first and state.global_step == 0:
+            started = time.monotonic()
+            self.owner.evaluate()
+            self.owner.window.pause(time.monotonic() - started)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.owner.restore_random_state()
 
@@ -87,6 +93,7 @@ class Trainer(library.Trainer):
         name_rows: Callable[[list[list[int]]], str] | None = None,
         extra_files: Callable[[Path], None] | None = None,
         callbacks: Sequence[Any] = (),
+        evaluate_first: bool = False,
     ) -> None:
         """
         Args:
@@ -95,7 +102,9 @@ class Trainer(library.Trainer):
             evaluate_generation: (step) -> metrics of generated text; None evaluates likelihood.
             name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
+            evaluate_first: whether to evaluate before the first step of a new run.
         """
+        self.evaluate_first = evaluate_first
         self.control: Any
         self.signals = StopOnSignal()
         super().__init__(
