@@ -43,7 +43,9 @@ def copy_of(name: str, folder: Path, **config: Any) -> Path:
         ("llama_tiny", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ("llama_tiny", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama_tiny", {"alibi": True}, "alibi"),
-        ("qwen2_window", {"max_window_layers": 1}, "max_window_layers"),
+        ("llama_tiny", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ("qwen2_window", {"max_window_layers": 1, "layer_types": None}, "max_window_layers"),
+        ("qwen2_window", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
 def test_refused_before_any_weight_is_read(
@@ -98,6 +100,19 @@ def test_linear_scaling_survives_both_layouts(tmp_path: Path) -> None:
         if layout == "paddle":  # what the library reads
             assert (written["rope_scaling_type"], written["rope_scaling_factor"]) == ("linear", 3.0)
         assert written["head_dim"] == 12 and written["attention_bias"] and written["mlp_bias"]
+
+
+def test_rotary_settings_in_one_object(tmp_path: Path) -> None:
+    """As transformers 5 writes config.json."""
+    one = case("llama_3")
+    written = dict(one.checkpoint.config)
+    together = {**written["rope_scaling"], "rope_theta": written["rope_theta"]}
+    folder = copy_of("llama_3", tmp_path / "m", rope_parameters=together, rope_scaling=None, rope_theta=None)
+    again = locate(folder)
+    found = hidden_logits(again.family, load_model(again, "float32"), one.rows[0][None])[0]
+    assert np.abs(found - one.reference["logits"][0]).max() < 1e-4
+    published = again.family.published_config(again.config)
+    assert published["rope_scaling"] == written["rope_scaling"] and published["rope_theta"] == written["rope_theta"]
 
 
 def test_one_table_for_all_layers_that_grows_on_demand() -> None:

@@ -65,6 +65,10 @@ class Llama(FamilySpec):
         known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
         for name in ("auto_map", "_name_or_path", "torch_dtype", "transformers_version", "use_cache"):
             known.pop(name, None)
+        rotary = known.pop("rope_parameters", None) or {}  # as transformers 5 writes them: in one object
+        if "rope_theta" in rotary:
+            known["rope_theta"] = rotary["rope_theta"]
+        known["rope_scaling"] = known.get("rope_scaling") or rotary
         faults = []
         if known.get("hidden_act", "silu") not in ("silu", "swish"):
             faults.append(f"config.json: hidden_act {known['hidden_act']!r} is not supported; {self.title} has silu")
@@ -79,12 +83,13 @@ class Llama(FamilySpec):
         return known
 
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        known = self.paddle_config(config)
         return {
             "architectures": [self.architectures[0]],
             "model_type": self.model_types[0],
             "hidden_act": "silu",
-            **{name: config[name] for name in self.published_names if name in config},
-            "rope_scaling": rope_scaling(config),
+            **{name: known[name] for name in self.published_names if name in known},
+            "rope_scaling": known["rope_scaling"],
         }
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:

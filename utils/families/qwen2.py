@@ -31,13 +31,15 @@ class Qwen2(Llama):
     def window(self, config: Mapping[str, Any]) -> int | None:
         if not config.get("use_sliding_window"):
             return None
-        full = config.get("max_window_layers", 28)  # that many layers at the bottom see everything
-        if full >= config["num_hidden_layers"]:
+        layers = config["num_hidden_layers"]
+        full = min(config.get("max_window_layers", 28), layers)  # that many at the bottom see everything
+        kinds = config.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        if set(kinds) == {"full_attention"}:
             return None
-        if full > 0:
+        if set(kinds) != {"sliding_attention"}:
             raise UserError(
-                "config.json: use_sliding_window on the upper layers only (max_window_layers) is not supported; "
-                "set use_sliding_window false there for texts shorter than the window"
+                "config.json: use_sliding_window on some layers only (max_window_layers, layer_types) is not "
+                "supported; set use_sliding_window false there for texts shorter than the window"
             )
         return config.get("sliding_window", 4096)
 

@@ -56,7 +56,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     missing = [name for name in needed.get(kind, ("factor",)) if not isinstance(scaling.get(name), int | float)]
     if missing:
         raise UserError(f"config.json: rope_scaling of type {kind!r} needs the numbers {', '.join(missing)}")
-    return {**{name: value for name, value in scaling.items() if name != "type"}, "rope_type": kind}
+    return {**{name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}, "rope_type": kind}
 
 
 def frequencies(config: Mapping[str, Any], head_dim: int) -> Frequencies:
@@ -75,7 +75,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int) -> Frequencies:
         return Frequencies((plain / factor).astype(np.float32))
     if scaling["rope_type"] == "llama3":
         return Frequencies(_llama3(plain, scaling).astype(np.float32))
-    positions = float(scaling.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    positions = float(scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 2048))
     return Frequencies(_yarn(plain, scaling, base, head_dim, positions).astype(np.float32), _yarn_magnitude(scaling))
 
 
