@@ -25,7 +25,7 @@ from utils.errors import UserError, notice, run_script
 def main() -> None:
     # ----- arguments ---------------------------------------------------------------------------------
     args: Any = parse(FinetuneArguments, script="finetune_generation.py")
-    if args.do_ptq or args.do_gptq:
+    if (args.do_ptq or args.do_gptq) and not args.dry_run:
         raise UserError("do_ptq / do_gptq: quantization is not part of this version yet; leave these options out")
     runtime.prepare()
     device = args.device

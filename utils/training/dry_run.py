@@ -112,5 +112,8 @@ def report(
         written = "weights, tokenizer, template, checkpoints, results, loss curve"
     else:
         written = "results"
+    if args.do_ptq or args.do_gptq:
+        kind = f"PTQ {args.quant_type}, {args.ptq_step}" if args.do_ptq else f"GPTQ WINT4, {args.gptq_step}"
+        lines.append(f"quantization: {kind} calibration batches; not part of this version yet, a real run says so")
     lines.append(f"would write: {args.output_dir}/ ({written})")
     return "\n".join(lines)
