@@ -16,12 +16,13 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-nodeps.txt constraints.txt
+$(INSTALLED): requirements.txt requirements-nodeps.txt constraints.txt tools/fetch_vocabularies.py
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/it"; exit 2; }
 	@echo "==> setting up $(VENV) with $$($(PYTHON) --version) (about 1.5 GB of packages on a new machine)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	@$(BIN)/python tools/fetch_vocabularies.py
 	@touch $@
 
 demo: $(INSTALLED)
