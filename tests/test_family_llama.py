@@ -48,13 +48,11 @@ def copy_of(name: str, folder: Path, **config: Any) -> Path:
         ("qwen2_window", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
-def test_refused_before_any_weight_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, config: dict[str, Any], message: str
-) -> None:
-    checkpoint = locate(copy_of(name, tmp_path / "m", **config))
-    monkeypatch.setattr("utils.checkpoints.load.fill_model", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match=message):
-        load_model(checkpoint, "float32")
+def test_refused_before_any_weight_is_read(tmp_path: Path, name: str, config: dict[str, Any], message: str) -> None:
+    folder = copy_of(name, tmp_path / "m", **config)
+    with pytest.raises(UserError, match=message) as refused:
+        locate(folder)
+    assert all(fault.startswith(f"{folder / 'config.json'}: ") for fault in refused.value.faults)
 
 
 def test_wide_heads_and_biases_are_not_split_over_devices() -> None:

@@ -152,6 +152,11 @@ def _inspect(name: str, folder: Path) -> Checkpoint:
         raise UserError(
             f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; known are {known}"
         )
+    try:
+        family.paddle_config(config)  # refuses what the family does not compute, before anything slow
+    except UserError as error:
+        file = f"{folder / 'config.json'}: "
+        raise UserError([file + fault.removeprefix("config.json: ") for fault in error.faults]) from error
     files = _weight_files(folder)
     return Checkpoint(name, folder, config, family, _layout(files, family, config), files)
 
