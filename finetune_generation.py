@@ -112,7 +112,7 @@ def main() -> None:
     from utils.training.evaluation import GenerationEvaluation
     from utils.training.output import companion_files, install, write_results
     from utils.training.rows import RowNames
-    from utils.training.settings import library_arguments
+    from utils.training.settings import paddlenlp_arguments
     from utils.training.trainer import Trainer
 
     options = SamplingOptions(
@@ -142,7 +142,7 @@ def main() -> None:
     trainer = Trainer(
         model,
         trained,
-        library_arguments(args, device, dtype, plan.steps if plan else -1),
+        paddlenlp_arguments(args, device, dtype, plan.steps if plan else -1),
         collator=Collator(tokenizer.pad_id),
         train_dataset=data.get("train"),
         eval_dataset=data.get("dev"),

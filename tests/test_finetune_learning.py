@@ -32,7 +32,7 @@ def test_the_loss_falls(tiny: Tiny, tmp_path: Path, method: str) -> None:  # noq
 def test_recomputation_changes_no_loss(tiny: Tiny, tmp_path: Path, method: str) -> None:  # noqa: F811
     chosen = ("--lora", "--lora_dropout", "0.2") if method == "dropout" else METHODS[method]
     options = ["--do_train", "--max_steps", 4, *chosen]
-    with mock.patch.object(attention, "library_attention", wraps=attention.library_attention) as counted:
+    with mock.patch.object(attention, "llama_attention", wraps=attention.llama_attention) as counted:
         plain = tiny.run(tmp_path / "plain", *options)
         once = counted.call_count
         again = tiny.run(tmp_path / "recomputed", *options, "--recompute")

@@ -253,7 +253,7 @@ def _attention(*arguments: Any, **options: Any) -> Any:
     from utils.kernels import attention
 
     options.pop("training", None)  # some classes pass it, for a dropout that no model of this build has
-    return attention.library_attention(*arguments, **options)
+    return attention.llama_attention(*arguments, **options)
 
 
 LLAMA = Llama()

@@ -95,7 +95,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([batch, length, heads * head_dim])
 
 
-def library_attention(
+def llama_attention(
     query: Tensor,
     config: Any,
     key: Tensor,

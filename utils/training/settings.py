@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 
-def library_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
+def paddlenlp_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
     """PaddleNLP's TrainingArguments for a run of `steps` optimizer steps.
 
     What our trainer does itself (resume, best model, reports, progress) is switched off there.

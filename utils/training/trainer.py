@@ -98,7 +98,7 @@ class Trainer(library.Trainer):
         """
         Args:
             trained: the part of `model` that checkpoints hold.
-            args: PaddleNLP's TrainingArguments, see `settings.library_arguments`.
+            args: PaddleNLP's TrainingArguments, see `settings.paddlenlp_arguments`.
             evaluate_generation: (step) -> metrics of generated text; None evaluates likelihood.
             name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
