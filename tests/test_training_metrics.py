@@ -220,6 +220,9 @@ def test_evaluation_before_the_first_step_is_on_the_curve(tiny: Tiny, tmp_path: 
     found = tiny.run(tmp_path / "out", *options)
     losses = [(int(row["step"]), float(row["eval_loss"])) for row in found.curve if row["eval_loss"]]
     assert [step for step, _ in losses] == [0, 2]
+    # the picture is drawn again with the evaluation of the result
+    times = [(found.output / name).stat().st_mtime for name in ("train_results.json", "loss_curve.png")]
+    assert times[0] < times[1]
     assert losses[1][1] < losses[0][1]
     # an untrained adapter changes nothing: the first value is that of the base
     base = tiny.run(tmp_path / "base", "--do_eval")

@@ -57,6 +57,10 @@ class Progress(TrainerCallback):
                 dynamic_ncols=True,
             )
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first_step:  # an evaluation before the first step is no part of its rate
+            self.started = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
@@ -92,7 +96,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.curve = LossCurve(folder)
-        self.training = False
+        self.training = self.ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -102,6 +106,8 @@ class Curve(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and self.training:
             self.curve.add(state.global_step, logs)
+            if self.ended:  # the evaluation of the result
+                self.curve.draw()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training:
@@ -110,6 +116,7 @@ class Curve(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training:
             self.curve.draw()
+            self.ended = True
 
 
 class Reports(TrainerCallback):
