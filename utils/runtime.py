@@ -119,7 +119,7 @@ def check_device(device: str, *, explicit: bool) -> str:
     if explicit:
         raise UserError(
             f"--device {device}: no GPU can be used here (it needs an NVIDIA device and the paddlepaddle-gpu "
-            "package, see README.md); use --device cpu, or leave --device out"
+            "package, see docs/install.md); use --device cpu, or leave --device out"
         )
     notice("no GPU found, running on the CPU")
     return "cpu"
