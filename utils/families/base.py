@@ -7,6 +7,7 @@ A family is one subclass of `FamilySpec` in one module of this package, register
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def import_attribute(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-class FamilySpec:
+class FamilySpec(ABC):
     """One family. Subclasses fill in the facts and override what differs.
 
     Attributes:
@@ -99,9 +100,9 @@ class FamilySpec:
         """A config.json in the Hugging Face layout from the model's configuration."""
         return dict(config)
 
+    @abstractmethod
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
         """Every weight of the model, in layer order (embedding first, head last if untied)."""
-        raise NotImplementedError
 
     def ignored_weights(self) -> tuple[str, ...]:
         """Regular expressions of published tensors that hold no parameter (rotary caches, masks)."""
@@ -109,9 +110,9 @@ class FamilySpec:
 
     # --- sizes, for checks and estimates before any weights load ---------------------------------
 
+    @abstractmethod
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         """The sizes of a model of this family, from its config.json."""
-        raise NotImplementedError
 
     # --- the tokenizer ---------------------------------------------------------------------------
 
@@ -133,6 +134,7 @@ class FamilySpec:
         arguments = {**self.paddle_config(config), **overrides}
         return import_attribute(self.model_class)(import_attribute(self.config_class)(**arguments))
 
+    @abstractmethod
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
         """Last hidden states [batch, length, hidden], after the final norm, of a training batch.
 
@@ -145,12 +147,12 @@ class FamilySpec:
                 see the whole cache, and `attention_mask` [batch, 1, length, cached + length] is in
                 `batch` when segments are packed.
         """
-        raise NotImplementedError
 
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
         return getattr(model, self.head)(hidden)
 
+    @abstractmethod
     def step(
         self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
     ) -> tuple[Any, Any]:
@@ -165,23 +167,22 @@ class FamilySpec:
         Returns:
             logits of the last position [batch, vocabulary], and the new cache.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def prefix_cache(self, flat: Any) -> Any:
         """The cache of prefix tuning in the layout of the model.
 
         Args:
             flat: [batch, prefix, 2 * layers, kv_heads, head_dim]; keys of all layers, then values.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def flatten_cache(self, cache: Any) -> Any:
         """The inverse of `prefix_cache`: [batch, length, 2 * layers, kv_heads, head_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cache_select(self, cache: Any, rows: Any) -> Any:
         """The cache of some rows of the batch; `rows` is an int64 tensor of row numbers."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
