@@ -44,7 +44,10 @@ def test_recomputation_changes_no_loss(tiny: Tiny, tmp_path: Path, method: str) 
 
 @pytest.mark.parametrize("method", ["sft", "lora"])
 def test_accumulated_micro_batches_are_one_batch(tiny: Tiny, tmp_path: Path, method: str) -> None:  # noqa: F811
-    """Rows with 1 to 60 targets: a mean of micro-batch means would be far off."""
+    """Rows with 1 to 60 targets: a mean of micro-batch means would be far off.
+
+    The norms of the gradients are compared too: clipping and Adam hide a wrong scale from the losses.
+    """
     data = tmp_path / "data"
     write_rows(data / "train.json", 16, seed=3, longest=30)
     options = ["--do_train", "--num_train_epochs", 2, "--dataset_name_or_path", data, *METHODS[method]]
@@ -54,6 +57,9 @@ def test_accumulated_micro_batches_are_one_batch(tiny: Tiny, tmp_path: Path, met
     )
     assert len(whole.losses) == 8
     np.testing.assert_allclose(parts.losses, whole.losses, atol=1e-5, rtol=0)
+    norms = [[log["grad_norm"] for log in run.json("trainer_state.json")["log_history"]] for run in (parts, whole)]
+    assert len(norms[0]) == 8
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
 def test_lora_plus_multiplies_the_learning_rate_of_b(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
