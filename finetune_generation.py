@@ -126,6 +126,7 @@ def main() -> None:
     def answers(split: str, kept: bool) -> GenerationEvaluation:
         return GenerationEvaluation(
             model,
+            checkpoint.config,
             tokenizer,
             template,
             load_rows(args, split),

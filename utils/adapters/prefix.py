@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 
@@ -16,7 +17,8 @@ from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import write_safetensors
-from utils.families import FamilySpec, ModelShape
+from utils.families import FamilySpec, Layers, ModelShape
+from utils.families.text import places
 
 
 class PrefixTuning(nn.Layer):
@@ -63,9 +65,11 @@ class PrefixTuning(nn.Layer):
         encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
-    def cache(self, batch: int) -> Any:
-        """The prefix as the cache that the family's model takes, for a batch of that size."""
-        return self.family.prefix_cache(self.flat().expand([batch, -1, -1, -1, -1]))
+    def cache(self, batch: int) -> Layers:
+        """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim]."""
+        parts = self.flat().expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
+        layers = self.shape.layers
+        return [(parts[number], parts[layers + number]) for number in range(layers)]
 
     @paddle.no_grad()
     def start_from_text(self, model: Any, ids: Sequence[int]) -> None:
@@ -78,10 +82,13 @@ class PrefixTuning(nn.Layer):
         if self.projection:
             return
         repeated = (list(ids) * (self.length // len(ids) + 1))[: self.length]
-        tokens = paddle.to_tensor([repeated], dtype="int64")
-        ones = paddle.ones_like(tokens)
-        _, cache = self.family.step(model, tokens, ones, paddle.arange(self.length).unsqueeze(0))
-        flat = self.family.flatten_cache(cache)
+        order = np.arange(self.length, dtype=np.int64)[None]
+        text = self.family.text(model.config.to_dict(), repeated)
+        known = places(
+            text.positions()[:, None], order, order, np.array([text.context]), np.array([text.stretch], "float32"), None
+        )
+        _, cache = self.family.decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
+        flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
         weight = self.encoder[0].weight
         weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.families.text import Places, Text
+
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
+
+
+Layers = list[tuple[Any, Any]]  # (key, value) tensors of every layer
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class FamilySpec(ABC):
         return import_attribute(self.model_class)(import_attribute(self.config_class)(**arguments))
 
     @abstractmethod
-    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Layers | None = None) -> Any:
         """Last hidden states [batch, length, hidden], after the final norm, of a training batch.
 
         Args:
@@ -143,7 +148,8 @@ class FamilySpec(ABC):
             batch: tensors of the collator: `input_ids` [batch, length] and, when packed,
                 `position_ids` [batch, length] and `segment_ends` [batch, 1, length, 1] int32
                 (for each key position the first query position that may no longer see it).
-            cache: per-layer (key, value) of prefix tuning, or None. Then every position may also
+            cache: (key, value) of every layer of prefix tuning, each [batch, prefix, kv_heads, head_dim], or
+                None. Then every position may also
                 see the whole cache, and `attention_mask` [batch, 1, length, cached + length] is in
                 `batch` when segments are packed.
         """
@@ -152,37 +158,33 @@ class FamilySpec(ABC):
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
         return getattr(model, self.head)(hidden)
 
+    # --- generation ------------------------------------------------------------------------------
+
+    def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
+        """A text that begins with a prompt, as models of this family read it."""
+        return Text(prompt)
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        """How many tokens one sees, itself among them; None sees all before it."""
+        return None
+
+    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+        """Whether what a model keeps of a text's beginning is the same whatever follows."""
+        return True
+
     @abstractmethod
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
-        """One inference forward of the library's model: prefill (cache None or a prefix) or decode.
+    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
+        """One inference forward of the library's model over new tokens.
 
         Args:
-            input_ids: [batch, length] int64, left padded.
-            attention_mask: [batch, cached + length] int64, 1 for real tokens.
-            position_ids: [batch, length] int64.
-            cache: what the previous call returned, `prefix_cache` of prefix tuning, or None.
+            input_ids: [batch, length] int64 tensor.
+            places: of the new tokens, and of all keys.
+            cache: (key, value) of every layer, each [batch, cached, kv_heads, head_dim], or None.
 
         Returns:
-            logits of the last position [batch, vocabulary], and the new cache.
+            Hidden states [batch, length, hidden] after the final norm, and the cache with the new
+            tokens [batch, cached + length, kv_heads, head_dim].
         """
-
-    @abstractmethod
-    def prefix_cache(self, flat: Any) -> Any:
-        """The cache of prefix tuning in the layout of the model.
-
-        Args:
-            flat: [batch, prefix, 2 * layers, kv_heads, head_dim]; keys of all layers, then values.
-        """
-
-    @abstractmethod
-    def flatten_cache(self, cache: Any) -> Any:
-        """The inverse of `prefix_cache`: [batch, length, 2 * layers, kv_heads, head_dim]."""
-
-    @abstractmethod
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        """The cache of some rows of the batch; `rows` is an int64 tensor of row numbers."""
 
 
 @dataclass(frozen=True)

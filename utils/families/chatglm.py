@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily
+from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -52,23 +52,7 @@ DEFAULTS: dict[str, Any] = {
 LATER_KEYS = ("multi_query_attention", "multi_query_group_num", "padded_vocab_size", "kv_channels", "ffn_hidden_size")
 
 
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values, and where each row's prompt ends.
-
-    Attributes:
-        layers: (key, value) of every layer, each [batch, cached, heads, head_dim].
-        prompt: int64 [batch, 1], position of <sop>, the first that sees no later one; None before a
-            prompt (a prefix alone). Rows without <sop> have `NO_ANSWER`.
-        mask: int64 [batch, 1], position of [gMASK] (or [MASK]), which all of the answer shares.
-    """
-
-    layers: list[tuple[Any, Any]]
-    prompt: Any = None
-    mask: Any = None
-
-
-NO_ANSWER = 1 << 30
+NO_ANSWER = 1 << 30  # where a text without <sop> has its <sop>
 
 
 class ChatGLM(DecoderFamily):
@@ -162,47 +146,24 @@ class ChatGLM(DecoderFamily):
 
         ids = batch["input_ids"]
         ends = batch["segment_ends"].numpy()[:, 0, :, 0] if "segment_ends" in batch else None
-        positions, seen = (paddle.to_tensor(value) for value in prefix_lm(ids.numpy(), model.config, ends))
+        positions, seen = (paddle.to_tensor(value) for value in prefix_lm(ids.numpy(), model.config.to_dict(), ends))
         if cache is not None:
-            prefix = cache.layers[0][0].shape[1]
+            prefix = cache[0][0].shape[1]
             seen = paddle.concat([paddle.ones([*seen.shape[:3], prefix], dtype="bool"), seen], axis=-1)
         attend = masks.attention(seen, positions, None, 0.0)
-        return model.decode(ids, positions, attend, None if cache is None else cache.layers)[0]
+        return model.decode(ids, positions, attend, cache)[0]
 
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
-        import paddle
+    def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
+        from utils.families.chatglm_input import PromptAndAnswer
 
-        from utils.families.chatglm_input import answer_positions, prompt_ends
-        from utils.kernels import masks
+        return PromptAndAnswer(prompt, _known(config))
 
-        rows, length = input_ids.shape
-        cached = attention_mask.shape[1] - length
-        if cache is None or cache.prompt is None:
-            ends = prompt_ends(input_ids, position_ids, attention_mask[:, cached:], model.config)
-            prompt, mask = (paddle.to_tensor(end) for end in ends)
-        else:
-            prompt, mask = cache.prompt, cache.mask
-        # every position sees the whole prompt; what is cached comes before all of them
-        shown = (position_ids < prompt) & (prompt < NO_ANSWER)
-        shown = paddle.concat([paddle.ones([rows, cached], dtype="bool"), shown], axis=1)
-        real = attention_mask.astype("bool")
-        seen = (masks.causal(length, cached) | shown.unsqueeze([1, 2])) & real.unsqueeze([1, 2])
-        positions = answer_positions(position_ids, prompt, mask, model.config)
-        attend = masks.attention(seen, positions, None, 0.0)
-        hidden, kept = model.decode(input_ids, positions, attend, None if cache is None else cache.layers)
-        return self.logits(model, hidden[:, -1:])[:, 0], Cache(kept, prompt, mask)
+    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+        return False
 
-    def prefix_cache(self, flat: Any) -> Any:
-        return Cache(super().prefix_cache(flat))
-
-    def flatten_cache(self, cache: Any) -> Any:
-        return super().flatten_cache(cache.layers)
-
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        kept = super().cache_select(cache.layers, rows)
-        return Cache(kept, cache.prompt.index_select(rows), cache.mask.index_select(rows))
+    def positions(self, places: Places) -> Any:
+        """[batch, parts, length] int64."""
+        return places.positions.transpose([1, 0, 2])
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:

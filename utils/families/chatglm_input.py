@@ -9,63 +9,63 @@ A row without <sop> is read as plain causal text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils.families.chatglm import NO_ANSWER
+from utils.families.text import Text
 
 Ids = NDArray[np.int64]
 
 
-def prompt_end(ids: Ids, config: Any) -> tuple[int, int]:
+def prompt_end(ids: Ids, config: Mapping[str, Any]) -> tuple[int, int]:
     """Places of the first <sop> and of the mask token in one text (int64 [length]).
 
     Without <sop> they are (NO_ANSWER, 0); without a mask token its place is the one before <sop>.
     """
-    begins = np.flatnonzero(ids == config.bos_token_id)
+    begins = np.flatnonzero(ids == config["bos_token_id"])
     if not len(begins):
         return NO_ANSWER, 0
-    for token in (config.gmask_token_id, config.mask_token_id):
+    for token in (config["gmask_token_id"], config["mask_token_id"]):
         places = np.flatnonzero(ids == token)
         if len(places):
             return int(begins[0]), int(places[0])
     return int(begins[0]), max(int(begins[0]) - 1, 0)
 
 
-def prompt_ends(input_ids: Any, position_ids: Any, real: Any, config: Any) -> tuple[Ids, Ids]:
-    """As `prompt_end` for left-padded rows: positions of <sop> and of the mask token, each int64 [batch, 1].
+class PromptAndAnswer(Text):
+    """A text whose prompt is read in both directions."""
+
+    def __init__(self, prompt: Sequence[int], config: Mapping[str, Any]) -> None:
+        super().__init__(prompt)
+        self._begin, self._mask = prompt_end(np.asarray(self.ids, dtype=np.int64), config)
+        self._two = bool(config["position_encoding_2d"])
+        self.context = self._begin if self._begin < NO_ANSWER else 0
+
+    def positions(self, first: int = 0) -> Ids:
+        count = np.arange(first, len(self.ids), dtype=np.int64)
+        return places_of(count, self._begin, self._mask, self._two)
+
+
+def places_of(count: Ids, begin: int, mask: int, two: bool) -> Ids:
+    """Positions of tokens of one text: [2, tokens], or [1, tokens] without the second position.
 
     Args:
-        input_ids, position_ids, real: tensors [batch, length]; `real` is 0 in padding.
+        count: [tokens], the place of each in its text.
+        begin, mask: of `prompt_end`.
     """
-    found = []
-    for ids, positions, kept in zip(input_ids.numpy(), position_ids.numpy(), real.numpy().astype(bool), strict=True):
-        begin, mask = prompt_end(ids[kept], config)
-        first = int(positions[kept][0])
-        found.append((begin + first if begin < NO_ANSWER else begin, mask + first))
-    array = np.array(found, dtype=np.int64)
-    return array[:, :1], array[:, 1:]
+    if not two:
+        return count[None]
+    answering = count >= begin
+    return np.stack([np.where(answering, mask, count), np.where(answering, count - begin + 1, 0)])
 
 
-def answer_positions(positions: Any, prompt: Any, mask: Any, config: Any) -> Any:
-    """The positions that the model takes, int64 [batch, 2, length] ([batch, 1, length] without the second).
-
-    Args:
-        positions: [batch, length], counted through prompt and answer.
-        prompt, mask: [batch, 1], of `prompt_ends`.
-    """
-    import paddle
-
-    if not config.position_encoding_2d:
-        return positions.unsqueeze(1)
-    answering = positions >= prompt
-    block = (positions - prompt + 1) * answering.astype("int64")
-    return paddle.stack([paddle.where(answering, mask.expand_as(positions), positions), block], axis=1)
-
-
-def prefix_lm(ids: Ids, config: Any, ends: NDArray[np.int32] | None = None) -> tuple[Ids, NDArray[np.bool_]]:
+def prefix_lm(
+    ids: Ids, config: Mapping[str, Any], ends: NDArray[np.int32] | None = None
+) -> tuple[Ids, NDArray[np.bool_]]:
     """Positions and attention of training rows, each one text, or several with `ends`.
 
     Args:
@@ -73,10 +73,11 @@ def prefix_lm(ids: Ids, config: Any, ends: NDArray[np.int32] | None = None) -> t
         ends: [batch, length], for each place the end (exclusive) of its segment.
 
     Returns:
-        Positions as `answer_positions`, and who sees whom, bool [batch, 1, query, key].
+        Positions [batch, parts, length] as `places_of`, and who sees whom, bool [batch, 1, query, key].
     """
     batch, length = ids.shape
-    positions = np.zeros((batch, 2, length), dtype=np.int64)
+    two = bool(config["position_encoding_2d"])
+    positions = np.zeros((batch, 2 if two else 1, length), dtype=np.int64)
     seen = np.zeros((batch, 1, length, length), dtype=bool)
     for row in range(batch):
         start = 0
@@ -88,8 +89,6 @@ def prefix_lm(ids: Ids, config: Any, ends: NDArray[np.int32] | None = None) -> t
             if prompt < NO_ANSWER:
                 sight |= count[None, :] < prompt
             seen[row, 0, start:end, start:end] = sight
-            answering = (count >= prompt) & config.position_encoding_2d
-            positions[row, 0, start:end] = np.where(answering, mask, count)
-            positions[row, 1, start:end] = np.where(answering, count - prompt + 1, 0)
+            positions[row, :, start:end] = places_of(count, prompt, mask, two)
             start = end
-    return (positions if config.position_encoding_2d else positions[:, :1]), seen
+    return positions, seen

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from utils.families.base import FamilySpec
+from utils.families.base import FamilySpec, Layers
+from utils.families.text import Places
 
 
 def activation_name(config: Mapping[str, Any], default: str) -> str:
@@ -53,26 +54,12 @@ class DecoderFamily(FamilySpec):
             attend = masks.attention(visible, key_positions, slopes, dropout)
         return model.decode(ids, positions, attend, cache)[0]
 
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
+    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
         from utils.kernels import masks
 
-        visible = masks.padded(attention_mask, input_ids.shape[1])
-        key_positions = (attention_mask.cumsum(axis=1) - 1).clip(min=0)
-        attend = masks.attention(visible, key_positions, self.slopes(model), 0.0)
-        hidden, cache = model.decode(input_ids, position_ids, attend, cache)
-        return self.logits(model, hidden[:, -1:])[:, 0], cache
+        attend = masks.attention(places.visible, places.keys, self.slopes(model), 0.0)
+        return model.decode(input_ids, self.positions(places), attend, cache)
 
-    def prefix_cache(self, flat: Any) -> Any:
-        layers = flat.shape[2] // 2
-        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
-        return [(parts[i], parts[layers + i]) for i in range(layers)]
-
-    def flatten_cache(self, cache: Any) -> Any:
-        import paddle
-
-        return paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
-
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        return [(key.index_select(rows), value.index_select(rows)) for key, value in cache]
+    def positions(self, places: Places) -> Any:
+        """The tensor of positions that the model takes, [batch, length] int64."""
+        return places.positions[0]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -31,7 +31,8 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- closing -}}{%- endif -%}"
 )
-ID_NAMES = ("sop_token_id", "eop_token_id", "mask_token_id", "smask_token_id", "gmask_token_id")
+MASK_NAMES = ("mask_token_id", "smask_token_id", "gmask_token_id")
+ID_NAMES = ("sop_token_id", "eop_token_id", *MASK_NAMES)
 # Published config.json files do not name them; the size of the vocabulary tells which tokenizer it is.
 KNOWN_IDS = {
     50048: (50006, 50007, 50003, 50008, 50009),  # Chinese, sentencepiece
@@ -59,19 +60,6 @@ FIELDS = (
     *ID_NAMES,
 )
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values, and the tokens they came from, which decide where the next ones stand.
-
-    Attributes:
-        layers: (key, value) of every layer, each [batch, prefix + length, heads, head_dim].
-        ids: [batch, length] int64 tensor with padding; None before a prompt (a prefix alone).
-    """
-
-    layers: list[tuple[Any, Any]]
-    ids: Any = None
 
 
 class Glm(FamilySpec):
@@ -174,7 +162,10 @@ class Glm(FamilySpec):
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
         """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
         import numpy as np
+        import paddle
 
+        from utils.families.glm_layout import layout
+        from utils.kernels import masks
         from utils.kernels.attention import segment_lengths
 
         ids, ends = batch["input_ids"].numpy(), batch.get("segment_ends")
@@ -185,62 +176,34 @@ class Glm(FamilySpec):
             for row in ends.numpy().reshape(rows, length):
                 borders = np.cumsum([0, *segment_lengths(row)]).tolist()
                 texts.append(list(pairwise(borders)))
-        return self._decode(model, batch["input_ids"], ids, texts, cache)[0]
-
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
-        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
-        import paddle
-
-        ids = input_ids
-        if cache is not None and cache.ids is not None:
-            ids = paddle.concat([cache.ids, input_ids], axis=1)
-        length = ids.shape[1]
-        real = attention_mask.numpy()[:, -length:]
-        texts = [[(length - int(row.sum()), length)] for row in real]
-        hidden, layers = self._decode(model, input_ids, ids.numpy(), texts, cache)
-        return self.logits(model, hidden[:, -1:])[:, 0], Cache(layers, ids)
-
-    def _decode(self, model: Any, new_ids: Any, ids: Any, texts: Any, cache: Cache | None) -> tuple[Any, Any]:
-        """Hidden states of `new_ids`, the last ones of `ids` (numpy, all tokens so far), and the layers' cache."""
-        import numpy as np
-        import paddle
-
-        from utils.families.glm_layout import layout
-        from utils.kernels import masks
-
-        config, length = model.config, new_ids.shape[1]
-        mask_ids = (config.mask_token_id, config.smask_token_id, config.gmask_token_id)
-        placed = layout(ids, config.sop_token_id, mask_ids, texts)
+        config = model.config
+        placed = layout(ids, config.sop_token_id, [getattr(config, name) for name in MASK_NAMES], texts)
         furthest = int(max(placed.position.max(), placed.block.max()))
         if furthest > config.max_sequence_length:
             raise UserError(
                 f"a text reaches position {furthest}, but max_sequence_length in config.json is "
                 f"{config.max_sequence_length}; lower max_length or src_length"
             )
-        cached = 0 if cache is None else cache.layers[0][0].shape[1]
-        visible = paddle.to_tensor(placed.visible(length, prefix=cached + length - ids.shape[1]))
-        positions = paddle.to_tensor(np.stack([placed.position, placed.block])[:, :, -length:])
-        dropout = config.attention_dropout_prob if model.training else 0.0
-        attend = masks.attention(visible, positions[0], None, dropout)
-        return model.decode(new_ids, positions, attend, None if cache is None else cache.layers)
+        prefix = 0 if cache is None else cache[0][0].shape[1]
+        visible = paddle.to_tensor(placed.visible(length, prefix))
+        positions = paddle.to_tensor(np.stack([placed.position, placed.block]))
+        attend = masks.attention(visible, positions[0], None, config.attention_dropout_prob if model.training else 0.0)
+        return model.decode(batch["input_ids"], positions, attend, cache)[0]
 
-    # --- the cache -------------------------------------------------------------------------------
+    def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
+        from utils.families.glm_layout import SpansText
 
-    def prefix_cache(self, flat: Any) -> Any:
-        layers = flat.shape[2] // 2
-        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
-        return Cache([(parts[i], parts[layers + i]) for i in range(layers)])
+        known = self.paddle_config(config)
+        return SpansText(prompt, known["sop_token_id"], [known[name] for name in MASK_NAMES])
 
-    def flatten_cache(self, cache: Any) -> Any:
-        import paddle
+    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+        return False
 
-        return paddle.stack([key for key, _ in cache.layers] + [value for _, value in cache.layers], axis=2)
+    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
+        from utils.kernels import masks
 
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        layers = [(key.index_select(rows), value.index_select(rows)) for key, value in cache.layers]
-        return replace(cache, layers=layers, ids=None if cache.ids is None else cache.ids.index_select(rows))
+        attend = masks.attention(places.visible, places.keys, None, 0.0)
+        return model.decode(input_ids, places.positions, attend, cache)
 
 
 GLM = Glm()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from utils.families.text import Ints, Text
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,16 @@ def _text(ids: Ints, start: int, masks: Sequence[int]) -> tuple[Ints, Ints, int]
     position[context:] = masked[np.minimum(span, len(masked) - 1)]
     block[context:] = np.arange(context, len(ids)) - begun[span] + 1
     return position, block, context
+
+
+class SpansText(Text):
+    """A GLM text while it is read and written: positions in the context and in the span."""
+
+    def __init__(self, prompt: Sequence[int], start: int, masks: Sequence[int]) -> None:
+        super().__init__(prompt)
+        self._start, self._masks = start, masks
+        self.context = _text(np.asarray(self.ids, dtype=np.int64), start, masks)[2]
+
+    def positions(self, first: int = 0) -> Ints:
+        position, block, _ = _text(np.asarray(self.ids, dtype=np.int64), self._start, self._masks)
+        return np.stack([position, block])[:, first:]

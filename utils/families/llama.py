@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.errors import UserError, raise_if
-from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Weight
 from utils.families.rope import frequencies, rope_scaling
+from utils.families.text import Places
 
 
 class Llama(FamilySpec):
@@ -49,10 +50,6 @@ class Llama(FamilySpec):
         """Which of `lora_targets` have a bias."""
         attention = self.lora_targets[:4] if config.get("attention_bias") else ()
         return attention + (self.lora_targets[4:] if config.get("mlp_bias") else ())
-
-    def window(self, config: Mapping[str, Any]) -> int | None:
-        """How many positions one sees, itself among them; None sees all before it."""
-        return None
 
     # --- configuration ---------------------------------------------------------------------------
 
@@ -204,48 +201,16 @@ class Llama(FamilySpec):
             return_dict=True,
         )[0]
 
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
-        cached = 0 if cache is None else cache[0][0].shape[1]
-        prefix = getattr(cache, "prefix", cached)
-        if model.attention_window is not None and cached - prefix + input_ids.shape[1] > model.attention_window:
-            from utils.kernels.window import window_mask
-
-            seen = window_mask(input_ids.shape[1], cached, model.attention_window, prefix)
-            attention_mask = seen & attention_mask.astype("bool").unsqueeze([1, 2])
+    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
         output = getattr(model, self.backbone)(
             input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
+            position_ids=places.positions[0],
+            attention_mask=places.visible,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
-        return self.logits(model, output[0][:, -1:])[:, 0], Cache(output.past_key_values, prefix)
-
-    def prefix_cache(self, flat: Any) -> Any:
-        layers = flat.shape[2] // 2
-        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
-        return [(parts[i], parts[layers + i]) for i in range(layers)]
-
-    def flatten_cache(self, cache: Any) -> Any:
-        import paddle
-
-        return paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
-
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        chosen = [(key.index_select(rows), value.index_select(rows)) for key, value in cache]
-        return Cache(chosen, cache.prefix)
-
-
-class Cache(list[Any]):
-    """(key, value) of every layer, each [batch, length, kv_heads, head_dim]; the first `prefix` of them
-    belong to prefix tuning, which every position sees."""
-
-    def __init__(self, layers: Any, prefix: int) -> None:
-        super().__init__(layers)
-        self.prefix = prefix
+        return output[0], list(output.past_key_values)
 
 
 def _attention(*arguments: Any, **options: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.families.base import FamilySpec, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -60,19 +61,6 @@ FIELDS = (
 )
 DEFAULTS = {"kv_channels": 128, "max_position_embeddings": 8192, "no_bias": True, "tie_word_embeddings": False}
 DEFAULTS |= {"use_dynamic_ntk": False, "use_logn_attn": False}  # the library's own are True
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values, and the NTK factors that the prompts were read with.
-
-    Attributes:
-        layers: (key, value) of every layer, each [batch, cached, heads, head_dim].
-        factors: [batch] float32; None before a prompt (a prefix alone).
-    """
-
-    layers: list[tuple[Any, Any]]
-    factors: Any = None
 
 
 class Qwen(FamilySpec):
@@ -195,46 +183,45 @@ class Qwen(FamilySpec):
             ids,
             position_ids=positions_of(model.config, position_ids, segment_ends=ends),
             attention_mask=batch.get("attention_mask"),
-            past_key_values=None if cache is None else cache.layers,
+            past_key_values=cache,
             use_cache=False,
             return_dict=True,
         )[0]
 
-    def step(
-        self, model: Any, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any = None
-    ) -> tuple[Any, Any]:
-        """See the base class. A row keeps the NTK factor of its prompt, as in the published code."""
-        from utils.families.models.qwen import ntk_factors, positions_of
+    def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
+        """A row keeps the NTK factor of its prompt, as in the published code."""
+        known = self.paddle_config(config)
+        text = Text(prompt)
+        if known["use_dynamic_ntk"]:
+            text.stretch = ntk_factor(len(prompt), known["seq_length"])
+        return text
+
+    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+        return not self.paddle_config(config)["use_dynamic_ntk"]
+
+    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
+        from utils.families.models.qwen import positions_of
 
         config = model.config
-        factors = None if cache is None else cache.factors
-        if factors is None and config.use_dynamic_ntk:
-            factors = ntk_factors(position_ids.max(axis=1) + 1, config.seq_length)
+        factors = places.stretch if config.use_dynamic_ntk else None
         output = model.qwen(
             input_ids,
-            position_ids=positions_of(config, position_ids, factors=factors, logn=config.use_logn_attn),
-            attention_mask=attention_mask,
-            past_key_values=None if cache is None else cache.layers,
+            position_ids=positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn),
+            attention_mask=places.visible,
+            past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
-        kept = Cache(list(output.past_key_values), factors)
-        return self.logits(model, output[0][:, -1:])[:, 0], kept
+        return output[0], list(output.past_key_values)
 
-    def prefix_cache(self, flat: Any) -> Any:
-        layers = flat.shape[2] // 2
-        parts = flat.transpose([2, 0, 1, 3, 4])  # [2 * layers, batch, prefix, heads, dim]
-        return Cache([(parts[i], parts[layers + i]) for i in range(layers)])
 
-    def flatten_cache(self, cache: Any) -> Any:
-        import paddle
+def ntk_factor(length: int, trained: int) -> float:
+    """The factor of the rotary base for a prompt longer than the training length ("dynamic NTK").
 
-        return paddle.stack([key for key, _ in cache.layers] + [value for _, value in cache.layers], axis=2)
-
-    def cache_select(self, cache: Any, rows: Any) -> Any:
-        layers = [(key.index_select(rows), value.index_select(rows)) for key, value in cache.layers]
-        factors = None if cache.factors is None else cache.factors.index_select(rows)
-        return replace(cache, layers=layers, factors=factors)
+    2^ceil(log2(length / trained) + 1) - 1, at least 1, as in the published code: 1 up to `trained`, 3 up
+    to twice, 7 up to four times that length.
+    """
+    return max(1.0, 2.0 ** math.ceil(math.log2(max(length, 1) / trained) + 1.0) - 1.0)
 
 
 QWEN = Qwen()

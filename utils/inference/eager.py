@@ -1,155 +1,174 @@
-"""Engines: a model, its cache and the rows it is working on."""
+"""The library's model as an engine: a cache that grows by concatenation, one row per slot."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 import paddle
-from numpy.typing import NDArray
 
-from utils.families import FamilySpec
+from utils.families import FamilySpec, Layers
+from utils.families.text import NOWHERE, Ints, Text, places
+from utils.inference.engine import Engine, Logits, Prefix
 
-
-class Logits:
-    """Next-token logits [rows, vocabulary] that stay on the device until they are asked for.
-
-    Greedy decoding needs one number per row, not the vocabulary's worth: at 8 rows of 49,152 the
-    copy to numpy takes twice as long as finding the maximum in place.
-    """
-
-    def __init__(self, values: paddle.Tensor) -> None:
-        self._values = values
-
-    def argmax(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(the likeliest token of each row, its logit), each [rows]; the logit of a bad row is not finite."""
-        best, highest = self._values.argmax(axis=-1), self._values.max(axis=-1)
-        return best.numpy(), highest.astype("float32").numpy()
-
-    def numpy(self) -> NDArray[np.float32]:
-        """All logits, float32 [rows, vocabulary]."""
-        return self._values.astype("float32").numpy()
+_SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
 
 
-class Prefix(Protocol):
-    """A trained prefix that every row sees before its first token."""
-
-    length: int
-
-    def cache(self, batch_size: int) -> Any:
-        """The prefix as a cache of the family's layout, for that many rows."""
-
-
-class Engine(ABC):
-    """A model with rows in flight. The order of rows is the order in which they were added.
+@dataclass
+class _Rows:
+    """Texts that are computed together.
 
     Attributes:
-        vocabulary: number of logits; token ids are below it.
-        max_positions: most tokens (prompt and answer) of one row; None has no limit.
+        slots: of each row.
+        keys: int64 [rows, cached], see `utils.families.text.Places`.
+        cache: see `FamilySpec.decode`; None without rows.
     """
 
-    vocabulary: int
-    max_positions: int | None
+    slots: list[int]
+    keys: Ints
+    cache: Layers | None
 
-    @abstractmethod
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        """Adds one row per prompt (none empty) and returns the logits after each prompt's last token.
+    def take(self, rows: Sequence[int]) -> _Rows:
+        chosen = paddle.to_tensor(np.asarray(rows, dtype=np.int64))
+        cache = [(key.index_select(chosen), value.index_select(chosen)) for key, value in self.cache or ()]
+        return _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
 
-        Raises:
-            RuntimeError: rows are in flight and this engine cannot add to them.
-        """
+    def join(self, other: _Rows) -> _Rows:
+        """Both, the shorter cache filled up with places where no token is."""
+        if not self.slots or not other.slots:
+            return self if self.slots else other
+        width = max(self.keys.shape[1], other.keys.shape[1])
+        keys = [
+            np.pad(one.keys, ((0, 0), (0, width - one.keys.shape[1])), constant_values=NOWHERE) for one in (self, other)
+        ]
+        layers = [[_filled(tensor, width) for layer in one.cache or () for tensor in layer] for one in (self, other)]
+        joined = [paddle.concat(pair) for pair in zip(*layers, strict=True)]
+        cache = list(zip(joined[::2], joined[1::2], strict=True))
+        return _Rows(self.slots + other.slots, np.concatenate(keys), cache)
 
-    @abstractmethod
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        """Appends one token to every row in flight and returns the logits after it."""
+    def without_gaps(self) -> _Rows:
+        """The same without the columns in which no row has a token, if they are many."""
+        live = np.flatnonzero((self.keys != NOWHERE).any(axis=0))
+        if not self.slots or live.size >= _SPARSE * self.keys.shape[1]:
+            return self
+        chosen = paddle.to_tensor(live)
+        cache = [(key.index_select(chosen, 1), value.index_select(chosen, 1)) for key, value in self.cache or ()]
+        return _Rows(self.slots, self.keys[:, live], cache)
 
-    @abstractmethod
-    def keep(self, rows: Sequence[int]) -> None:
-        """Frees all rows but these (ascending numbers); the kept ones move up."""
 
-    @abstractmethod
-    def reset(self) -> None:
-        """Frees all rows."""
+def _filled(tensor: paddle.Tensor, width: int) -> paddle.Tensor:
+    """[rows, cached, ...] with zeros up to [rows, width, ...]."""
+    batch, cached, *rest = tensor.shape
+    if cached == width:
+        return tensor
+    return paddle.concat([tensor, paddle.zeros([batch, width - cached, *rest], dtype=tensor.dtype)], axis=1)
 
 
 class EagerEngine(Engine):
-    """PaddleNLP's model as it is: left-padded prompts and a cache that grows by concatenation.
-
-    Rows cannot join a running batch: their cache would have to be padded to the others' length.
-    """
+    """PaddleNLP's model as it is, whose Linears may be LoRA layers, in evaluation mode."""
 
     def __init__(
-        self,
-        family: FamilySpec,
-        model: Any,
-        *,
-        pad_id: int,
-        prefix: Prefix | None = None,
-        max_positions: int | None = None,
+        self, family: FamilySpec, model: Any, config: Mapping[str, Any], *, prefix: Prefix | None = None
     ) -> None:
         """
         Args:
-            family: the family of `model`.
-            model: the library's model, whose Linears may be LoRA layers, in evaluation mode.
-            pad_id: what fills the places before a shorter prompt; never seen by the model's attention.
+            family, config: of `model`; the config.json of its checkpoint, in either layout.
             prefix: of prefix tuning; its positions do not count.
-            max_positions: None takes what the model's configuration says, if it says something.
         """
-        self._family = family
-        self._model = model
-        self._pad_id = pad_id
-        self._prefix = prefix
-        self.vocabulary = int(model.config.vocab_size)
-        self.max_positions = max_positions or getattr(model.config, "max_position_embeddings", None)
-        self._cache: Any = None
-        self._lengths = np.zeros(0, dtype=np.int64)  # real tokens of each row
-        self._seen = np.zeros((0, 0), dtype=np.int64)  # [rows, cached], 1 where attention may look
+        shape = family.shape(config)
+        self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
+        self.shares_heads = family.shares_heads(config)
+        self._family, self._model, self._config, self._prefix = family, model, config, prefix
+        self._window = family.window(config)
+        self._texts: dict[int, Text] = {}
+        self._rows = _Rows([], np.zeros((0, 0), dtype=np.int64), None)
 
     @paddle.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        if len(self._lengths):
-            raise RuntimeError("the eager engine cannot add rows to a running batch")
+    def open(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Logits]:
         if self._model.training:
             raise RuntimeError("the model is in training mode; call model.eval() before generating")
-        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        rows, width = len(prompts), int(lengths.max())
-        ids = np.full((rows, width), self._pad_id, dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = prompt
-        padding = width - lengths[:, None]
-        places = np.arange(width, dtype=np.int64)[None]
-        seen = (places >= padding).astype(np.int64)
-        if self._prefix is not None:
-            seen = np.concatenate([np.ones((rows, self._prefix.length), dtype=np.int64), seen], axis=1)
-        cache = self._prefix.cache(rows) if self._prefix is not None else None
-        self._lengths, self._seen = lengths, seen
-        return self._forward(ids, np.maximum(places - padding, 0), cache)
-
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        ids = np.asarray(tokens, dtype=np.int64)[:, None]
-        positions = self._lengths[:, None]
-        self._lengths = self._lengths + 1
-        self._seen = np.concatenate([self._seen, np.ones_like(ids)], axis=1)
-        return self._forward(ids, positions, self._cache)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        chosen = np.asarray(rows, dtype=np.int64)
-        self._lengths, self._seen = self._lengths[chosen], self._seen[chosen]
-        self._cache = self._family.cache_select(self._cache, paddle.to_tensor(chosen))
-
-    def reset(self) -> None:
-        self._cache = None
-        self._lengths, self._seen = self._lengths[:0], self._seen[:0]
+        slots = self._unused(len(prompts))
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._texts[slot] = self._family.text(self._config, prompt)
+        if self._prefix is None:
+            rows = _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
+        else:
+            before = np.arange(-self._prefix.length, 0, dtype=np.int64)
+            rows = _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
+        counts = [len(prompt) for prompt in prompts]
+        hidden = self._forward(rows, [self._texts[slot].positions() for slot in slots], counts)
+        self._rows = self._rows.join(rows)
+        return slots, self._logits(hidden, [[count - 1] for count in counts])
 
     @paddle.no_grad()
-    def _forward(self, ids: NDArray[np.int64], positions: NDArray[np.int64], cache: Any) -> Logits:
-        logits, self._cache = self._family.step(
-            self._model,
-            input_ids=paddle.to_tensor(ids),
-            attention_mask=paddle.to_tensor(self._seen),
-            position_ids=paddle.to_tensor(positions),
-            cache=cache,
-        )
-        return Logits(logits)
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+        wanted = dict(zip(slots, tokens, strict=True))
+        named = [row for row, slot in enumerate(self._rows.slots) if slot in wanted]
+        others = [row for row, slot in enumerate(self._rows.slots) if slot not in wanted]
+        rows = self._rows.take(named) if others else self._rows
+        rest = self._rows.take(others) if others else _Rows([], self._rows.keys[:0], None)
+        positions = [self._texts[slot].append(wanted[slot]) for slot in rows.slots]
+        hidden = self._forward(rows, positions, [len(wanted[slot]) for slot in rows.slots])
+        self._rows = rest.join(rows)
+        places = [range(len(wanted[slot])) if slot in wanted else () for slot in rows.slots]
+        order = [rows.slots.index(slot) for slot in slots]
+        return self._logits(hidden, places, order)
+
+    def rewind(self, slot: int, count: int) -> None:
+        text, row = self._texts[slot], self._rows.slots.index(slot)
+        text.truncate(len(text.ids) - count)
+        keys = self._rows.keys[row]
+        keys[keys >= len(text.ids)] = NOWHERE
+        self._rows = self._rows.without_gaps()
+
+    @paddle.no_grad()
+    def fork(self, slot: int) -> int:
+        (new,) = self._unused(1)
+        self._texts[new] = self._texts[slot].copy()
+        copied = self._rows.take([self._rows.slots.index(slot)])
+        copied.slots = [new]
+        self._rows = self._rows.join(copied)
+        return new
+
+    def free(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            del self._texts[slot]
+        kept = [row for row, slot in enumerate(self._rows.slots) if slot in self._texts]
+        if len(kept) < len(self._rows.slots):
+            self._rows = self._rows.take(kept).without_gaps()
+
+    def _unused(self, number: int) -> list[int]:
+        free = (slot for slot in count() if slot not in self._texts)
+        return [next(free) for _ in range(number)]
+
+    def _forward(self, rows: _Rows, positions: Sequence[Ints], counts: Sequence[int]) -> paddle.Tensor:
+        """Hidden states [rows, length, hidden] of new tokens (the last `counts` of each text); fills `rows`."""
+        texts = [self._texts[slot] for slot in rows.slots]
+        batch, length = len(texts), max(counts)
+        ids = np.zeros((batch, length), dtype=np.int64)
+        placed = np.zeros((positions[0].shape[0], batch, length), dtype=np.int64)
+        order = np.full((batch, length), NOWHERE, dtype=np.int64)
+        for row, (text, number) in enumerate(zip(texts, counts, strict=True)):
+            ids[row, :number] = text.ids[-number:]
+            placed[:, row, :number] = positions[row]
+            order[row, :number] = np.arange(len(text.ids) - number, len(text.ids))
+        keys = np.concatenate([rows.keys, order], axis=1)
+        context = np.array([text.context for text in texts], dtype=np.int64)
+        stretch = np.array([text.stretch for text in texts], dtype=np.float32)
+        # a padding query sees what comes first, not nothing: softmax over nothing is not a number
+        known = places(placed, np.where(order == NOWHERE, 0, order), keys, context, stretch, self._window)
+        hidden, rows.cache = self._family.decode(self._model, paddle.to_tensor(ids), known, rows.cache)
+        rows.keys = keys
+        return hidden
+
+    def _logits(
+        self, hidden: paddle.Tensor, places: Sequence[Iterable[int]], order: Sequence[int] | None = None
+    ) -> Logits:
+        """Logits at places of each row, the rows in `order` (theirs by default)."""
+        batch, length, width = hidden.shape
+        chosen = [row * length + place for row in order or range(batch) for place in places[row]]
+        states = hidden.reshape([batch * length, width]).index_select(paddle.to_tensor(chosen, dtype="int64"))
+        return Logits(self._family.logits(self._model, states))

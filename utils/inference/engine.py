@@ -10,6 +10,8 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from utils.families import Layers
+
 
 class Logits:
     """Logits [rows, vocabulary] that stay on the device until they are asked for.
@@ -36,8 +38,8 @@ class Prefix(Protocol):
 
     length: int
 
-    def flat(self) -> paddle.Tensor:
-        """Keys of all layers, then values: [prefix, 2 * layers, kv_heads, head_dim]."""
+    def cache(self, batch: int) -> Layers:
+        """Its (key, value) of every layer, each [batch, length, kv_heads, head_dim]."""
 
 
 class Engine(ABC):

@@ -108,7 +108,7 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     started = time.perf_counter()
     runtime.use_device(device)
     from utils.checkpoints.load import load_model
-    from utils.inference.engine import EagerEngine
+    from utils.inference.eager import EagerEngine
     from utils.inference.generator import Generator, Speed
 
     checkpoint = prepared.checkpoint
@@ -126,7 +126,7 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
 
         prefix = load_prefix(model, family, prepared.prefix, checkpoint)
         prefix.eval()
-    engine = EagerEngine(family, model, pad_id=prepared.tokenizer.pad_id, prefix=prefix)
+    engine = EagerEngine(family, model, checkpoint.config, prefix=prefix)
     generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
     seconds = time.perf_counter() - started
     if warm_up:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from utils.data.encode import encode_source
 from utils.data.rows import Row
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
-from utils.inference.engine import EagerEngine
+from utils.inference.eager import EagerEngine
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.training.metrics import text_metrics
@@ -26,6 +27,7 @@ class GenerationEvaluation:
     """Answers rows with the model as it is now and measures the answers.
 
     Args:
+        config: the config.json of the model's checkpoint.
         rows: each with a question and its answer (of a conversation, the last one).
         options: how to generate; greedy unless the user said otherwise.
         output_dir: where `generated_output.json` goes, or None to keep no outputs. The outputs of
@@ -35,6 +37,7 @@ class GenerationEvaluation:
     def __init__(
         self,
         model: TrainingModel,
+        config: Mapping[str, Any],
         tokenizer: Tokenizer,
         template: ChatTemplate,
         rows: Sequence[Row],
@@ -45,7 +48,7 @@ class GenerationEvaluation:
         output_dir: Path | None,
         show_progress: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.model, self.config, self.tokenizer, self.rows = model, config, tokenizer, rows
         self.stop_ids = template.stop_ids(tokenizer)
         self.options, self.batch_size, self.output_dir = options, batch_size, output_dir
         self.show_progress = show_progress
@@ -54,7 +57,7 @@ class GenerationEvaluation:
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
-        engine = EagerEngine(self.model.family, self.model.base, pad_id=self.tokenizer.pad_id, prefix=self.model.prefix)
+        engine = EagerEngine(self.model.family, self.model.base, self.config, prefix=self.model.prefix)
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
             total=len(self.rows), unit="row", desc="answering", leave=False, disable=not self.show_progress

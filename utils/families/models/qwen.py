@@ -35,23 +35,6 @@ class Positions:
     segment_ends: Tensor | None = None
 
 
-def ntk_factors(lengths: Tensor, trained: int) -> Tensor:
-    """Factors of the rotary base for prompts longer than the training length ("dynamic NTK").
-
-    2^ceil(log2(length / trained) + 1) - 1, at least 1, as in the published code: 1 up to `trained`, 3 up
-    to twice, 7 up to four times that length.
-
-    Args:
-        lengths: [batch] int64, real tokens of each prompt.
-        trained: `seq_length` of the configuration.
-
-    Returns:
-        [batch] float32.
-    """
-    doublings = paddle.log2(lengths.astype("float32") / trained)
-    return paddle.clip(2.0 ** paddle.ceil(doublings + 1.0) - 1.0, min=1.0)
-
-
 def positions_of(
     config: Any,
     position_ids: Tensor,
@@ -65,7 +48,7 @@ def positions_of(
     Args:
         config: of the model.
         position_ids: [batch, length] int64.
-        factors: [batch] of `ntk_factors`; None is 1.
+        factors: [batch] float32 of the rotary base (dynamic NTK); None is 1.
         logn: scale the queries behind the training length by log(position + 1) / log(trained).
     """
     head_dim = config.hidden_size // config.num_attention_heads
