@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
+    from utils.families.architecture import Architecture
     from utils.families.tokenizers import Tokenizer
 
 
@@ -157,6 +158,10 @@ class FamilySpec(ABC):
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
         return getattr(model, self.head)(hidden)
+
+    @abstractmethod
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        """What the model computes, for the generic decoder of `utils.inference`."""
 
     # --- generation ------------------------------------------------------------------------------
 

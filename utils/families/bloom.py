@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils.families.architecture import Architecture, LayerNames, alibi_slopes
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily
 
@@ -87,10 +88,40 @@ class Bloom(DecoderFamily):
             tied=bool(config.get("tie_word_embeddings", True)),
         )
 
-    def slopes(self, model: Any) -> Any:
-        from utils.families.models.bloom import alibi_slopes
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        def layer(number: int) -> LayerNames:
+            place = f"bloom.h.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.input_layernorm",
+                query_key_value=(f"{place}.self_attention.query_key_value",),
+                by_head=True,
+                attention_out=f"{place}.self_attention.dense",
+                mlp_norm=f"{place}.post_attention_layernorm",
+                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
+                mlp_out=f"{place}.mlp.dense_4h_to_h",
+            )
 
-        return alibi_slopes(model.config.n_head)
+        shape = self.shape(config)
+        return Architecture(
+            shape,
+            layer,
+            embedding="bloom.word_embeddings",
+            embedding_norm="bloom.word_embeddings_layernorm",
+            norm="layer",
+            epsilon=config.get("layer_norm_epsilon", 1e-5),
+            activation="gelu_new",
+            gated=False,
+            final_norm="bloom.ln_f",
+            head=None if shape.tied else "lm_head.decoder_weight",
+            head_is_table=True,
+            slopes=alibi_slopes(shape.heads),
+            residual="normed" if config.get("apply_residual_connection_post_layernorm") else "hidden",
+        )
+
+    def slopes(self, model: Any) -> Any:
+        import paddle
+
+        return paddle.to_tensor(alibi_slopes(model.config.n_head))
 
     def logits(self, model: Any, hidden: Any) -> Any:
         return model.lm_head(hidden, True)

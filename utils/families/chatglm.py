@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
@@ -128,6 +132,42 @@ class ChatGLM(DecoderFamily):
             tied=True,
         )
 
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        known, shape = _known(config), self.shape(config)
+        parts = 2 if known["position_encoding_2d"] else 1
+        width = shape.head_dim // parts
+        half = rotary_frequencies(width)
+        inverse = np.zeros((parts, parts, width // 2), dtype=np.float32)
+        for part in range(parts):
+            inverse[part, part] = half  # each part of a head turns by one of the positions
+        places = np.arange(shape.head_dim, dtype=np.int64).reshape(parts, 2, width // 2)
+
+        def layer(number: int) -> LayerNames:
+            place = f"chatglm.transformer.layers.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.input_layernorm",
+                query_key_value=(f"{place}.attention.query_key_value",),
+                by_head=True,
+                attention_out=f"{place}.attention.dense",
+                mlp_norm=f"{place}.post_attention_layernorm",
+                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
+                mlp_out=f"{place}.mlp.dense_4h_to_h",
+            )
+
+        return Architecture(
+            shape,
+            layer,
+            embedding="chatglm.transformer.word_embeddings",
+            norm="layer",
+            epsilon=known["layernorm_epsilon"],
+            activation="gelu_new",
+            gated=False,
+            final_norm="chatglm.transformer.final_layernorm",
+            rotary=Rotary(inverse.reshape(parts, -1), places.transpose(1, 0, 2).reshape(-1)),
+            residual="normed",
+            residual_factor=(2 * residual_layers(config)) ** 0.5,
+        )
+
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
         from utils.families.tokenizers_chatglm import ICE_TEXT, IceTokenizer
 
@@ -182,6 +222,12 @@ def residual_layers(config: Mapping[str, Any]) -> int:
     number. Ours say it themselves.
     """
     return config.get("residual_layers", PUBLISHED_LAYERS if "num_layers" in config else layers(config))
+
+
+def rotary_frequencies(width: int) -> NDArray[np.float32]:
+    """Radians per position, [width / 2], rounded to float16 as the published code keeps them."""
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    return (1.0 / np.float32(10000.0) ** exponents).astype(np.float16).astype(np.float32)
 
 
 CHATGLM = ChatGLM()

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from utils.errors import UserError, notice
+from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.families.base import ModelShape, Weight
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
@@ -150,6 +153,39 @@ class ChatGLM2(DecoderFamily):
             vocabulary=_vocabulary(config),
             positions=_positions(config),
             tied=False,
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        known, shape = _known(config), self.shape(config)
+        turned = shape.head_dim // 2  # neighbours in the first half of a head turn, the second half does not
+        inverse = np.zeros(shape.head_dim // 2, dtype=np.float64)
+        inverse[: turned // 2] = 10000.0 ** (-np.arange(0, turned, 2) / turned) / known["rope_ratio"]
+        still = turned + turned // 2
+        order = np.r_[0:turned:2, turned:still, 1:turned:2, still : shape.head_dim].astype(np.int64)
+
+        def layer(number: int) -> LayerNames:
+            place = f"chatglm_v2.encoder.layers.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.input_layernorm",
+                query_key_value=(f"{place}.self_attention.query_key_value",),
+                attention_out=f"{place}.self_attention.dense",
+                mlp_norm=f"{place}.post_attention_layernorm",
+                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
+                mlp_out=f"{place}.mlp.dense_4h_to_h",
+            )
+
+        return Architecture(
+            shape,
+            layer,
+            embedding="chatglm_v2.embedding.word_embeddings",
+            norm="rms",
+            epsilon=known["layernorm_epsilon"],
+            activation="silu",
+            gated=True,
+            final_norm="chatglm_v2.encoder.final_layernorm",
+            head=f"{HEAD}.weight",
+            rotary=Rotary(inverse[None].astype(np.float32), order),
+            residual="normed" if known["apply_residual_connection_post_layernorm"] else "hidden",
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import FamilySpec, Layers, ModelShape, Weight
 from utils.families.text import Places, Text
 
@@ -142,6 +143,34 @@ class Glm(FamilySpec):
             vocabulary=config["vocab_size"],
             positions=config.get("max_sequence_length", 512),
             tied=True,
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        def layer(number: int) -> LayerNames:
+            place = f"glm.transformer.layers.{number}"
+            query_key_value, dense, mlp_in, mlp_out = (f"{place}.{name}" for name in LINEARS)
+            return LayerNames(
+                attention_norm=f"{place}.input_layernorm",
+                query_key_value=(query_key_value,),
+                attention_out=dense,
+                mlp_norm=f"{place}.post_attention_layernorm",
+                mlp_in=(mlp_in,),
+                mlp_out=mlp_out,
+            )
+
+        return Architecture(
+            self.shape(config),
+            layer,
+            embedding="glm.word_embeddings",
+            tables=(
+                PositionTable("glm.transformer.position_embeddings", part=0),
+                PositionTable("glm.transformer.block_position_embeddings", part=1),
+            ),
+            norm="layer",
+            epsilon=config.get("layernorm_epsilon", 1e-5),
+            activation="gelu_new",
+            gated=False,
+            final_norm="glm.transformer.final_layernorm",
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
@@ -125,6 +126,37 @@ class Gpt(DecoderFamily):
             vocabulary=config["vocab_size"],
             positions=self._get(config, "n_positions"),
             tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        shape = self.shape(config)
+        scale = shape.head_dim**-0.5 if self._get(config, "scale_attn_weights") else 1.0
+        by_layer = self._get(config, "scale_attn_by_inverse_layer_idx")
+
+        def layer(number: int) -> LayerNames:
+            place = f"gpt.decoder.layers.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.norm1",
+                query_key_value=tuple(f"{place}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+                attention_out=f"{place}.self_attn.out_proj",
+                mlp_norm=f"{place}.norm2",
+                mlp_in=(f"{place}.linear1",),
+                mlp_out=f"{place}.linear2",
+                score_scale=scale / (number + 1) if by_layer else scale,
+            )
+
+        return Architecture(
+            shape,
+            layer,
+            embedding="gpt.embeddings.word_embeddings",
+            tables=(PositionTable("gpt.embeddings.position_embeddings"),),
+            norm="layer",
+            epsilon=self._get(config, "layer_norm_epsilon"),
+            activation=activation_name(config, "gelu"),
+            gated=False,
+            final_norm="gpt.decoder.norm",
+            head=None if shape.tied else "lm_head.weight",
+            head_is_table=True,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.errors import UserError, raise_if
+from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.families.base import FamilySpec, Layers, ModelShape, Weight
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
@@ -118,6 +119,35 @@ class Llama(FamilySpec):
             vocabulary=config["vocab_size"],
             positions=config.get("max_position_embeddings"),
             tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        known = self.paddle_config(config)
+        shape, found = self.shape(known), frequencies(known, self.shape(known).head_dim)
+
+        def layer(number: int) -> LayerNames:
+            place = f"{self.backbone}.layers.{number}"
+            query, key, value, out, gate, up, down = self.lora_targets
+            return LayerNames(
+                attention_norm=f"{place}.input_layernorm",
+                query_key_value=tuple(f"{place}.self_attn.{name}" for name in (query, key, value)),
+                attention_out=f"{place}.self_attn.{out}",
+                mlp_norm=f"{place}.post_attention_layernorm",
+                mlp_in=(f"{place}.mlp.{gate}", f"{place}.mlp.{up}"),
+                mlp_out=f"{place}.mlp.{down}",
+            )
+
+        return Architecture(
+            shape,
+            layer,
+            embedding=f"{self.backbone}.embed_tokens",
+            norm="rms",
+            epsilon=known.get("rms_norm_eps", 1e-6),
+            activation="silu",
+            gated=True,
+            final_norm=f"{self.backbone}.norm",
+            head=None if shape.tied else "lm_head.weight",
+            rotary=Rotary(found.inverse[None], magnitude=found.magnitude),
         )
 
     # --- the model -------------------------------------------------------------------------------

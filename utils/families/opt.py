@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
@@ -126,6 +127,39 @@ class Opt(DecoderFamily):
             vocabulary=config["vocab_size"],
             positions=config.get("max_position_embeddings"),
             tied=bool(config.get("tie_word_embeddings", True)),
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        def layer(number: int) -> LayerNames:
+            place = f"opt.decoder.layers.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.norm1",
+                query_key_value=tuple(f"{place}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+                attention_out=f"{place}.self_attn.out_proj",
+                mlp_norm=f"{place}.norm2",
+                mlp_in=(f"{place}.linear1",),
+                mlp_out=f"{place}.linear2",
+            )
+
+        shape, norm_first = self.shape(config), bool(self._get(config, "do_layer_norm_before"))
+        projected = self._width(config) != shape.hidden
+        return Architecture(
+            shape,
+            layer,
+            embedding="opt.embeddings.word_embeddings",
+            embedding_projection="opt.embeddings.project_in" if projected else None,
+            tables=(PositionTable("opt.embeddings.position_embeddings", offset=2),),
+            norm="layer",
+            epsilon=1e-5,
+            activation=activation_name(config, "relu"),
+            gated=False,
+            norm_first=norm_first,
+            final_norm="opt.decoder.final_layer_norm"
+            if norm_first and not config.get("_remove_final_layer_norm")
+            else None,
+            output_projection="opt.decoder.project_out" if projected else None,
+            head=None if shape.tied else "lm_head.decoder_weight",
+            head_is_table=True,
         )
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from utils.errors import UserError
+from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
 from utils.families.base import FamilySpec, Layers, ModelShape, Weight
 from utils.families.text import Places, Text
 
@@ -144,6 +147,45 @@ class Qwen(FamilySpec):
             vocabulary=known["vocab_size"],
             positions=known["max_position_embeddings"],
             tied=False,
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        known, shape = self.paddle_config(config), self.shape(config)
+        rotated = int(shape.head_dim * known.get("rotary_pct", 1.0))
+        exponents = np.zeros(shape.head_dim // 2, dtype=np.float64)
+        exponents[: rotated // 2] = np.arange(0, rotated, 2) / rotated
+        inverse = float(known.get("rotary_emb_base", 10000)) ** -exponents
+        inverse[rotated // 2 :] = 0.0
+
+        def layer(number: int) -> LayerNames:
+            place = f"qwen.h.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.ln_1",
+                query_key_value=(f"{place}.attn.c_attn",),
+                attention_out=f"{place}.attn.c_proj",
+                mlp_norm=f"{place}.ln_2",
+                mlp_in=(f"{place}.mlp.w2", f"{place}.mlp.w1"),
+                mlp_out=f"{place}.mlp.c_proj",
+            )
+
+        return Architecture(
+            shape,
+            layer,
+            embedding="qwen.wte",
+            norm="rms",
+            epsilon=known.get("layer_norm_epsilon", 1e-6),
+            activation="silu",
+            gated=True,
+            final_norm="qwen.ln_f",
+            head="lm_head.weight",
+            rotary=Rotary(
+                inverse[None].astype(np.float32),
+                partial_order(shape.head_dim, rotated),
+                stretch_power=(-exponents * rotated / (rotated - 2)).astype(np.float32)
+                if known["use_dynamic_ntk"]
+                else None,
+                logn_length=known["seq_length"] if known["use_logn_attn"] else None,
+            ),
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

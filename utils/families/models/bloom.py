@@ -6,7 +6,6 @@ has a bias to zero, from where nothing can be trained.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -17,19 +16,6 @@ from paddlenlp.transformers.bloom import modeling as library
 
 from utils.families.models.decoder import Cache, extended, run_layers
 from utils.kernels.masks import Attend
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of linear position biases (Press et al. 2021, arXiv:2108.12409), [heads] float32.
-
-    Heads beyond the largest power of two take every other slope of twice that many.
-    """
-
-    def powers(count: int) -> list[float]:
-        return [2.0 ** (-8.0 * (number + 1) / count) for number in range(count)]
-
-    whole = 2 ** int(math.log2(heads))
-    return paddle.to_tensor(powers(whole) + powers(2 * whole)[::2][: heads - whole], dtype="float32")
 
 
 class BloomForCausalLM(library.BloomForCausalLM):

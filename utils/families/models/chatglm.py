@@ -13,15 +13,10 @@ import paddle
 from paddle import Tensor
 from paddlenlp.transformers.chatglm import modeling as library
 
+from utils.families.chatglm import rotary_frequencies
 from utils.families.models.decoder import Cache, extended, run_layers
 from utils.kernels.masks import Attend
 from utils.kernels.rotary import apply_rotary_pos_emb
-
-
-def frequencies(width: int) -> Tensor:
-    """Radians per position, [width / 2] float32, rounded to float16 as the published code keeps them."""
-    exponents = paddle.arange(0, width, 2, dtype="float32") / width
-    return (1.0 / 10000.0**exponents).astype("float16").astype("float32")
 
 
 def angles(positions: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +30,9 @@ def angles(positions: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor
     """
     batch, parts, length = positions.shape
     width = head_dim // parts
-    turned = positions.transpose([0, 2, 1]).astype("float32").unsqueeze(-1) * frequencies(width)
+    turned = positions.transpose([0, 2, 1]).astype("float32").unsqueeze(-1) * paddle.to_tensor(
+        rotary_frequencies(width)
+    )
     turned = paddle.concat([turned, turned], axis=-1).unsqueeze(2).tile([1, 1, heads, 1, 1])
     turned = turned.reshape([batch, length * heads * parts, 1, width])
     return paddle.cos(turned), paddle.sin(turned)

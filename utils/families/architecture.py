@@ -1,0 +1,135 @@
+"""What a decoder computes, as facts: enough for one generic decoder to stand in for every family's model.
+
+No Paddle. Names are those of the Paddle model's parameters (see `Weight.parameter`) without ".weight" and ".bias".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.families.base import ModelShape
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How positions turn queries and keys (Su et al. 2021, arXiv:2104.09864).
+
+    The generic decoder turns the pairs (i, i + head_dim / 2). Models that pair otherwise, or turn a part
+    of each head only, are brought into this form by `order`: products of queries and keys do not
+    change when both are permuted alike, and what does not turn has the frequency 0.
+
+    Attributes:
+        inverse: float32 [parts, head_dim / 2], radians per position, of each part of the positions; the
+            angles of the parts add up.
+        order: int64 [head_dim], the published place of each dimension; None is as published.
+        magnitude: factor of cos and sin (YaRN).
+        stretch_power: float32 [head_dim / 2]; a text's frequencies are inverse * stretch ** power
+            (dynamic NTK, see `Text.stretch`); None where nothing is stretched.
+        logn_length: queries behind this many positions are scaled by log(position + 1) / log(this);
+            None scales none.
+    """
+
+    inverse: Floats
+    order: NDArray[np.int64] | None = None
+    magnitude: float = 1.0
+    stretch_power: Floats | None = None
+    logn_length: int | None = None
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """Learned positions: row `position + offset` of a table, for one part of the positions."""
+
+    name: str
+    part: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """The parts of one layer.
+
+    Attributes:
+        query_key_value: one Linear with all three behind each other, or three Linears.
+        by_head: in the one Linear each head's query, key and value stand together.
+        mlp_in: the Linears into the MLP; of a gated one the gate comes first (both in one Linear, or two).
+        score_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
+    """
+
+    attention_norm: str
+    query_key_value: tuple[str, ...]
+    attention_out: str
+    mlp_norm: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    by_head: bool = False
+    score_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder.
+
+    Attributes:
+        shape: its sizes.
+        layer: the names of a layer's parts, by its number.
+        norm: root mean square (without bias) or LayerNorm, everywhere.
+        activation: of the MLP, by its published name (see `utils.kernels.inference`).
+        gated: activation(gate) * up instead of activation(x).
+        head: the parameter of the logits, a table [vocabulary, width] or a matrix [width, vocabulary], by its
+            whole name; None is the embedding.
+        head_is_table: which of the two.
+        norm_first: norms stand before attention and MLP, else after the sums.
+        residual: what the outputs of attention and MLP are added to: the hidden states, or their norm.
+        residual_factor: what that is multiplied with.
+        slopes: float32 [heads] of linear biases by position (ALiBi, arXiv:2108.12409), or None.
+    """
+
+    shape: ModelShape
+    layer: Callable[[int], LayerNames]
+    embedding: str
+    norm: Literal["rms", "layer"]
+    epsilon: float
+    activation: str
+    gated: bool
+    final_norm: str | None
+    head: str | None = None
+    head_is_table: bool = False
+    embedding_norm: str | None = None
+    embedding_projection: str | None = None
+    output_projection: str | None = None
+    tables: tuple[PositionTable, ...] = ()
+    rotary: Rotary | None = None
+    slopes: Floats | None = None
+    norm_first: bool = True
+    residual: Literal["hidden", "normed"] = "hidden"
+    residual_factor: float = 1.0
+
+
+def partial_order(head_dim: int, rotated: int) -> NDArray[np.int64] | None:
+    """`Rotary.order` of heads whose first `rotated` dimensions turn in halves and whose others do not."""
+    if rotated == head_dim:
+        return None
+    half, rest = rotated // 2, (head_dim - rotated) // 2
+    still = rotated + rest
+    return np.r_[0:half, rotated:still, half:rotated, still:head_dim].astype(np.int64)
+
+
+def alibi_slopes(heads: int) -> Floats:
+    """Slopes of linear position biases (Press et al. 2021, arXiv:2108.12409), [heads].
+
+    Heads beyond the largest power of two take every other slope of twice that many.
+    """
+
+    def powers(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (number + 1) / count) for number in range(count)]
+
+    whole = 1 << (heads.bit_length() - 1)
+    return np.array(powers(whole) + powers(2 * whole)[::2][: heads - whole], dtype=np.float32)

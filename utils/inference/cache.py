@@ -1,0 +1,146 @@
+"""Keys and values of all rows, allocated ahead and written in place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from numpy.typing import NDArray
+
+_STEP = 64  # positions; room is added in steps of this, or of an eighth where that is more
+
+
+class Cache(ABC):
+    """Keys and values of rows 0, 1, 2, ...; a row's tokens stand at its places 0, 1, 2, ...
+
+    Attributes:
+        rows, room: what is allocated: rows, and places of each.
+    """
+
+    rows: int
+    room: int
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
+        self._shape = (kv_heads, head_dim)
+        self._layers, self._dtype = layers, dtype
+        self.rows = self.room = 0
+
+    def reserve(self, rows: int, places: int) -> None:
+        """Makes room; what is there stays."""
+        more_rows = max(rows, self.rows)
+        more_room = self.room
+        if places > self.room:
+            more_room = max(places, self.room + self.room // 8)
+            more_room = -(-more_room // _STEP) * _STEP
+        if (more_rows, more_room) != (self.rows, self.room):
+            self._resize(more_rows, more_room)
+            self.rows, self.room = more_rows, more_room
+
+    def clear(self) -> None:
+        """Gives all memory back."""
+        self._resize(0, 0)
+        self.rows = self.room = 0
+
+    @abstractmethod
+    def _resize(self, rows: int, room: int) -> None:
+        """Allocates anew and copies."""
+
+    @abstractmethod
+    def tensors(self, rows: int) -> list[paddle.Tensor]:
+        """Keys and values of every layer in turn, of the first rows, [rows, kv_heads, room, head_dim]."""
+
+    @abstractmethod
+    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+        """Stores keys and values of rows `first`, first + 1, ...
+
+        Args:
+            new: [2 * layers, rows, kv_heads, length, head_dim]; of each row the first `counts` are real.
+            starts: the place of each row's first one.
+        """
+
+    @abstractmethod
+    def copy_row(self, source: int, target: int) -> None:
+        """Makes a row the same as another."""
+
+
+class HostCache(Cache):
+    """In memory that NumPy and Paddle share, so that writing one token costs no operator."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
+        super().__init__(layers, kv_heads, head_dim, dtype)
+        self._memory: list[NDArray[np.float32]] = []  # of each layer [2, rows, kv_heads, room, head_dim]
+        self._views: list[paddle.Tensor] = []
+        self._viewed = -1
+        self._resize(0, 0)
+
+    def _resize(self, rows: int, room: int) -> None:
+        kv_heads, head_dim = self._shape
+        self._views, self._viewed = [], -1
+        old, self._memory = self._memory, []
+        for number in range(self._layers):  # one by one, so that both are there of one layer only
+            new = np.zeros((2, rows, kv_heads, room, head_dim), dtype=self._dtype)
+            if old:
+                before = old[0]
+                kept = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, new.shape, strict=True))
+                new[kept] = before[kept]
+                del old[0], before
+            self._memory.append(new)
+            del number
+
+    def tensors(self, rows: int) -> list[paddle.Tensor]:
+        if rows != self._viewed:
+            parts = [memory[kind, :rows] for memory in self._memory for kind in (0, 1)]
+            self._views = [paddle.utils.dlpack.from_dlpack(part) for part in parts]
+            self._viewed = rows
+        return self._views
+
+    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+        values = np.from_dlpack(new)
+        if all(count == 1 for count in counts):
+            rows = np.arange(first, first + len(starts))
+            for number, memory in enumerate(self._memory):
+                memory[:, rows, :, starts] = values[2 * number : 2 * number + 2, :, :, 0].transpose(1, 0, 2, 3)
+            return
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            for number, memory in enumerate(self._memory):
+                memory[:, first + row, :, start : start + count] = values[2 * number : 2 * number + 2, row, :, :count]
+
+    def copy_row(self, source: int, target: int) -> None:
+        for memory in self._memory:
+            memory[:, target] = memory[:, source]
+
+
+class DeviceCache(Cache):
+    """In the memory of the device that Paddle computes on."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
+        super().__init__(layers, kv_heads, head_dim, dtype)
+        self._memory: list[paddle.Tensor] = []  # keys and values of each layer in turn
+        self._resize(0, 0)
+
+    def _resize(self, rows: int, room: int) -> None:
+        kv_heads, head_dim = self._shape
+        for number in range(2 * self._layers):
+            new = paddle.zeros([rows, kv_heads, room, head_dim], dtype=self._dtype)
+            if number >= len(self._memory):
+                self._memory.append(new)
+                continue
+            before = self._memory[number]
+            held, places = min(rows, before.shape[0]), min(room, before.shape[2])
+            if held and places:
+                new[:held, :, :places] = before[:held, :, :places]
+            self._memory[number] = new
+
+    def tensors(self, rows: int) -> list[paddle.Tensor]:
+        return [memory if rows == self.rows else memory[:rows] for memory in self._memory]
+
+    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+        for number, memory in enumerate(self._memory):
+            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                memory[first + row, :, start : start + count] = new[number, row, :, :count]
+
+    def copy_row(self, source: int, target: int) -> None:
+        for memory in self._memory:
+            memory[target] = memory[source]

@@ -1,0 +1,231 @@
+"""The engine above the inference model and above exported programs: rows of one cache, steps over new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import paddle
+from numpy.typing import NDArray
+from paddle import Tensor
+
+from utils.families import FamilySpec
+from utils.families.text import NOWHERE, Ints, Places, Text, places
+from utils.inference.cache import Cache, DeviceCache, HostCache
+from utils.inference.engine import Engine, Logits
+
+CHUNK = 1024  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
+_ALIKE = 0.75  # prompts are read together where padding fills less than a quarter
+
+
+class Program(Protocol):
+    """One step of a model; see `utils.inference.decoder.Decoder.forward`."""
+
+    def __call__(self, ids: Tensor, where: Places, chosen: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class _Row:
+    """A text and the row of the cache that holds it."""
+
+    slot: int
+    text: Text
+    length: int = 0  # tokens that are in the cache
+
+
+class CachedEngine(Engine):
+    """Slots over one cache whose rows are packed: those in use come first."""
+
+    def __init__(
+        self,
+        family: FamilySpec,
+        config: Mapping[str, Any],
+        program: Program,
+        *,
+        dtype: str,
+        prefix: NDArray[np.float32] | None = None,
+    ) -> None:
+        """
+        Args:
+            family, config: of the model.
+            prefix: keys and values of prefix tuning in the program's layout, [2 * layers, kv_heads,
+                length, head_dim]; every text sees them.
+        """
+        shape = family.shape(config)
+        self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
+        self.shares_heads = family.shares_heads(config)
+        self._family, self._config, self._program = family, config, program
+        self._window = family.window(config)
+        self._prefix = prefix
+        self._before = 0 if prefix is None else prefix.shape[2]
+        on_host = paddle.get_device() == "cpu" and dtype == "float32"
+        kind: Callable[..., Cache] = HostCache if on_host else DeviceCache
+        self.cache = kind(shape.layers, shape.kv_heads, shape.head_dim, dtype)
+        self._rows: list[_Row] = []
+
+    # --- slots --------------------------------------------------------------------------------------
+
+    @paddle.no_grad()
+    def open(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Logits]:
+        used = {row.slot for row in self._rows}
+        free = (slot for slot in count() if slot not in used)
+        new = [_Row(next(free), self._family.text(self._config, prompt)) for prompt in prompts]
+        found: dict[int, Tensor] = {}
+        for group in _alike([len(prompt) for prompt in prompts]):
+            rows = [new[number] for number in group]
+            found.update(zip(group, self._read(rows), strict=True))
+        return [row.slot for row in new], Logits(paddle.concat([found[number] for number in range(len(new))]))
+
+    def _read(self, rows: list[_Row]) -> list[Tensor]:
+        """Reads the prompts of new rows, which are added; the last logits [1, vocabulary] of each."""
+        first = len(self._rows)
+        longest = max(len(row.text.ids) for row in rows)
+        self.cache.reserve(first + len(rows), self._before + longest)
+        self._rows += rows
+        if self._prefix is not None:
+            stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
+            for number in range(first, first + len(rows)):
+                self.cache.write(stored, [0], [self._before], number)
+        logits = []
+        last = [None] * len(rows)
+        step = longest if any(row.text.context for row in rows) else CHUNK
+        for start in range(0, longest, step):
+            parts = [row.text.ids[start : start + step] for row in rows]
+            width = max(map(len, parts))
+            ends = [len(part) - 1 for part in parts]
+            del width
+            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=start == 0)
+            for number, end in enumerate(ends):
+                if end >= 0:
+                    last[number] = logits[number : number + 1]
+        return last  # type: ignore[return-value]
+
+    @paddle.no_grad()
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+        wanted = dict(zip(slots, tokens, strict=True))
+        # the rows that advance must be the first ones: the others change places with them
+        place = 0
+        for number, row in enumerate(self._rows):
+            if row.slot in wanted:
+                if number != place:
+                    self._swap(number, place)
+                place += 1
+        rows = self._rows[:place]
+        for row in rows:
+            row.text.append(wanted[row.slot])
+        parts = [list(wanted[row.slot]) for row in rows]
+        longest = max(row.length + len(part) for row, part in zip(rows, parts, strict=True))
+        self.cache.reserve(len(self._rows), self._before + longest)
+        values = self._step(rows, 0, parts, [range(len(part)) for part in parts])
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        at = {row.slot: range(starts[n], starts[n + 1]) for n, row in enumerate(rows)}
+        order = [number for slot in slots for number in at[slot]]
+        if order != list(range(len(order))):
+            values = values.index_select(paddle.to_tensor(order, dtype="int64"))
+        return Logits(values)
+
+    def rewind(self, slot: int, count: int) -> None:
+        row = next(row for row in self._rows if row.slot == slot)
+        row.text.truncate(len(row.text.ids) - count)
+        row.length = len(row.text.ids)
+
+    def fork(self, slot: int) -> int:
+        used = {row.slot for row in self._rows}
+        new = next(number for number in count() if number not in used)
+        source = next(number for number, row in enumerate(self._rows) if row.slot == slot)
+        row = self._rows[source]
+        self.cache.reserve(len(self._rows) + 1, self._before + row.length)
+        self.cache.copy_row(source, len(self._rows))
+        self._rows.append(_Row(new, row.text.copy(), row.length))
+        return new
+
+    def free(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            number = next(number for number, row in enumerate(self._rows) if row.slot == slot)
+            if number < len(self._rows) - 1:  # the last row takes its place
+                self.cache.copy_row(len(self._rows) - 1, number)
+                self._rows[number] = self._rows[-1]
+            self._rows.pop()
+        if not self._rows:
+            self.cache.clear()
+
+    def _swap(self, one: int, other: int) -> None:
+        """Exchanges two rows of the cache, by way of a row behind the last."""
+        spare = len(self._rows)
+        self.cache.reserve(spare + 1, 0)
+        for source, target in ((one, spare), (other, one), (spare, other)):
+            self.cache.copy_row(source, target)
+        self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+
+    # --- a step -------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        rows: Sequence[_Row],
+        first: int,
+        parts: Sequence[Sequence[int]],
+        wanted: Sequence[Sequence[int] | range],
+        *,
+        is_first: bool = False,
+    ) -> Tensor:
+        """Computes new tokens of consecutive rows and stores what the model keeps of them.
+
+        Args:
+            first: the place of the first of them in the cache.
+            parts: the new tokens of each row; they are in its text already.
+            wanted: the tokens of each part whose logits are returned, one after another.
+            is_first: nothing but the prefix is in the cache of these rows.
+        """
+        batch, length = len(rows), max(map(len, parts))
+        counts = [len(part) for part in parts]
+        ids = np.zeros((batch, length), dtype=np.int64)
+        order = np.full((batch, length), NOWHERE, dtype=np.int64)
+        positions = np.zeros((rows[0].text.positions(len(rows[0].text.ids)).shape[0], batch, length), dtype=np.int64)
+        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
+            end = row.length + len(part)
+            ids[number, : len(part)] = part
+            order[number, : len(part)] = np.arange(row.length, end)
+            positions[:, number, : len(part)] = row.text.positions(row.length)[:, : len(part)]
+        past = [] if is_first and not self._before else self._past(first, batch)
+        keys = order if not past else np.concatenate([self._places(rows), order], axis=1)
+        where = places(
+            positions,
+            np.where(order == NOWHERE, 0, order),
+            keys,
+            np.array([row.text.context for row in rows], dtype=np.int64),
+            np.array([row.text.stretch for row in rows], dtype=np.float32),
+            self._window,
+        )
+        chosen = [number * length + place for number, places_ in enumerate(wanted) for place in places_]
+        logits, new = self._program(paddle.to_tensor(ids), where, paddle.to_tensor(chosen, dtype="int64"), past)
+        self.cache.write(new, [self._before + row.length for row in rows], counts, first)
+        for row, number in zip(rows, counts, strict=True):
+            row.length += number
+        return logits
+
+    def _past(self, first: int, batch: int) -> list[Tensor]:
+        """The cache of consecutive rows."""
+        if first == 0:
+            return self.cache.tensors(batch)
+        return [tensor[first : first + batch] for tensor in self.cache.tensors(first + batch)]
+
+    def _places(self, rows: Sequence[_Row]) -> Ints:
+        """[rows, room]: the place in its text of each place of the cache, see `Places.keys`."""
+        lengths = np.array([row.length for row in rows], dtype=np.int64)[:, None]
+        place = np.arange(self.cache.room, dtype=np.int64)[None] - self._before
+        return np.where(place < lengths, place, NOWHERE)
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Groups of prompts that are read together: of similar lengths, no more than `CHUNK` tokens in all."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        group = groups[-1] if groups else []
+        if group and lengths[number] >= _ALIKE * lengths[group[0]] and (len(group) + 1) * lengths[group[0]] <= CHUNK:
+            group.append(number)
+        else:
+            groups.append([number])
+    return groups
