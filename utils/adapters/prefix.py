@@ -121,7 +121,12 @@ def restore_prefix(prefix: PrefixTuning, folder: Path) -> None:
 
 
 def load_prefix(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint) -> PrefixTuning:
-    """The prefix of an adapter folder, ready to run or train on `model`.
+    """As `read_prefix`, in the type of `model`."""
+    return read_prefix(family, path, base, model.config.dtype)
+
+
+def read_prefix(family: FamilySpec, path: str | Path, base: Checkpoint, dtype: str) -> PrefixTuning:
+    """The prefix of an adapter folder, ready to run or train.
 
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
@@ -133,7 +138,7 @@ def load_prefix(model: Any, family: FamilySpec, path: str | Path, base: Checkpoi
         saved["num_prefix_tokens"],
         projection=bool(saved.get("prefix_projection")),
         projection_hidden=saved.get("prefix_projection_hidden_size"),
-        dtype=model.config.dtype,
+        dtype=dtype,
     )
     restore_prefix(prefix, Path(path))
     return prefix

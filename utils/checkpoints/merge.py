@@ -15,7 +15,6 @@ from utils.checkpoints.match import match, stored_shape
 from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
 from utils.checkpoints.tensors import LazyTensor, cast
 from utils.errors import UserError
-from utils.families import Weight
 
 MERGE_RECORD = "merge_lora.json"  # what was merged; also marks a folder that another merge may replace
 
@@ -46,21 +45,36 @@ def merge_lora(
             that holds anything but an earlier merge.
     """
     _check_target(target, base, adapter)
-    config = check_adapter(adapter, LORA_CONFIG, base)
-    pairs = read_pairs(adapter, config)
-    sources = match(base)
-    check_fit(adapter, pairs, sources, base, int(config["r"]))
-    scale = scaling(config)
-    tensors = []
-    for weight in base.family.weights(base.config):
-        tensor, transpose = sources[weight.parameter]
-        pair = pairs.get(weight.parameter.removesuffix(".weight"))
-        tensors.append((weight, _merged(weight, tensor, transpose, pair, scale, dtype or tensor.dtype)))
+    merged = parameters(base, adapter, dtype)
+    tensors = [(weight, merged[weight.parameter]) for weight in base.family.weights(base.config)]
+    scale = scaling(check_adapter(adapter, LORA_CONFIG, base))
     with atomic_directory(target) as staging:
         write_companions(base, adapter, staging)
         write_json(staging / MERGE_RECORD, {"base": base.name, "adapter": str(adapter), "scaling": scale})
         files = write_model(staging, tensors, base.family, base.config, export_format, max_shard_bytes)
     return [target / file.name for file in files]
+
+
+def parameters(base: Checkpoint, adapter: Path | None = None, dtype: str | None = None) -> dict[str, LazyTensor]:
+    """Every parameter of a model in the Paddle layout, with an adapter merged into it; read when asked for.
+
+    Args:
+        dtype: of the values; None is as stored.
+
+    Raises:
+        UserError: as `merge_lora`, for the base and the adapter.
+    """
+    sources = match(base)
+    pairs: dict[str, Pair] = {}
+    scale = 1.0
+    if adapter is not None:
+        config = check_adapter(adapter, LORA_CONFIG, base)
+        pairs, scale = read_pairs(adapter, config), scaling(config)
+        check_fit(adapter, pairs, sources, base, int(config["r"]))
+    return {
+        name: _merged(name, tensor, transpose, pairs.get(name.removesuffix(".weight")), scale, dtype or tensor.dtype)
+        for name, (tensor, transpose) in sources.items()
+    }
 
 
 def _check_target(target: Path, base: Checkpoint, adapter: Path) -> None:
@@ -74,7 +88,7 @@ def _check_target(target: Path, base: Checkpoint, adapter: Path) -> None:
 
 
 def _merged(
-    weight: Weight,
+    name: str,
     tensor: LazyTensor,
     transpose: bool,
     pair: Pair | None,
@@ -94,4 +108,4 @@ def _merged(
         change += cast(values, "float32")
         return cast(change, dtype)
 
-    return LazyTensor(weight.parameter, dtype, stored_shape(tensor, transpose), read)
+    return LazyTensor(name, dtype, stored_shape(tensor, transpose), read)

@@ -112,6 +112,12 @@ class Architecture:
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0
 
+    @property
+    def position_parts(self) -> int:
+        """Number of positions of each token."""
+        learned = max((table.part + 1 for table in self.tables), default=1)
+        return learned if self.rotary is None else self.rotary.inverse.shape[0]
+
 
 def partial_order(head_dim: int, rotated: int) -> NDArray[np.int64] | None:
     """`Rotary.order` of heads whose first `rotated` dimensions turn in halves and whose others do not."""

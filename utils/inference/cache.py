@@ -97,7 +97,7 @@ class HostCache(Cache):
         return self._views
 
     def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        values = np.from_dlpack(new)
+        values = np.from_dlpack(new.detach())
         if all(count == 1 for count in counts):
             rows = np.arange(first, first + len(starts))
             for number, memory in enumerate(self._memory):

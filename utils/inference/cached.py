@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from paddle import Tensor
 
 from utils.families import FamilySpec
-from utils.families.text import NOWHERE, Ints, Places, Text, places
+from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Logits
 
@@ -22,9 +22,15 @@ _ALIKE = 0.75  # prompts are read together where padding fills less than a quart
 
 
 class Program(Protocol):
-    """One step of a model; see `utils.inference.decoder.Decoder.forward`."""
+    """One step of a model over new tokens."""
 
-    def __call__(self, ids: Tensor, where: Places, chosen: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `utils.inference.decoder.Decoder.forward`.
+
+        Args:
+            inputs: all that a model may need, by name.
+            past: the cache; nothing where none is.
+        """
 
 
 @dataclass
@@ -200,7 +206,15 @@ class CachedEngine(Engine):
             self._window,
         )
         chosen = [number * length + place for number, places_ in enumerate(wanted) for place in places_]
-        logits, new = self._program(paddle.to_tensor(ids), where, paddle.to_tensor(chosen, dtype="int64"), past)
+        inputs = {
+            "ids": paddle.to_tensor(ids),
+            "positions": where.positions,
+            "keys": where.keys,
+            "visible": where.visible,
+            "stretch": where.stretch,
+            "chosen": paddle.to_tensor(chosen, dtype="int64"),
+        }
+        logits, new = self._program(inputs, past)
         self.cache.write(new, [self._before + row.length for row in rows], counts, first)
         for row, number in zip(rows, counts, strict=True):
             row.length += number

@@ -9,17 +9,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from utils import runtime
 from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message
+from utils.errors import UserError, raise_if
 from utils.families.tokenizers import Tokenizer, load_tokenizer
+from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
 
 if TYPE_CHECKING:
+    from utils.adapters.prefix import PrefixTuning
+    from utils.inference.engine import Engine
     from utils.inference.generator import Generator
 
 
@@ -32,6 +39,8 @@ class Prepared:
         tokenizer, template: of the checkpoint (or the user's template).
         dtype: the type to compute in.
         lora, prefix: folders of adapters of this model, or None.
+        inference_model: whether the generic decoder computes instead of the library's model.
+        manifest: of an exported model, which runs as a static program; None for weights.
     """
 
     checkpoint: Checkpoint
@@ -40,6 +49,8 @@ class Prepared:
     dtype: str
     lora: Path | None = None
     prefix: Path | None = None
+    inference_model: bool = False
+    manifest: Manifest | None = None
 
     @property
     def positions(self) -> int | None:
@@ -59,6 +70,8 @@ def prepare(
     chat_template: str | None = None,
     lora_path: str | None = None,
     prefix_path: str | None = None,
+    mode: str = "dynamic",
+    inference_model: bool = False,
 ) -> Prepared:
     """Finds and checks a model and its adapter; reads no weights and loads no Paddle.
 
@@ -69,11 +82,28 @@ def prepare(
         device: "cpu" or "gpu", already checked.
         dtype: None takes the checkpoint's own.
         chat_template: a template file of the user's.
+        mode: "static" expects the folder of an exported model as `name`.
+        inference_model: whether the generic decoder computes instead of the library's model.
 
     Raises:
         UserError: no such model, no tokenizer, an adapter of another model, and so on.
     """
-    checkpoint = locate(name)
+    manifest = None
+    if mode == "static":
+        checkpoint, manifest = read_export(name)
+        check_same_kind(checkpoint, manifest, inference_model)
+        adapters = {"lora_path": lora_path, "prefix_path": prefix_path}
+        raise_if(
+            [
+                f"--{option}: an exported model has its adapter inside; export it with python export_model.py --{option}"
+                for option, given in adapters.items()
+                if given
+            ]
+        )
+    else:
+        if is_export(Path(name).expanduser()):
+            raise UserError(f"{name}: holds an exported model; add --mode static")
+        checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     for path, config_name in ((lora_path, LORA_CONFIG), (prefix_path, PREFIX_CONFIG)):
         if path is not None:
@@ -86,18 +116,26 @@ def prepare(
     if adapter is not None and chat_template is None:
         trained_with = ChatTemplate.load(Path(adapter), default=None)
         template = template if trained_with.source == "plain" else trained_with
+    stored = checkpoint.dtype if manifest is None else manifest.dtype
+    computed = runtime.resolve_dtype(dtype or stored, device)
+    if manifest is not None and computed != manifest.dtype:
+        raise UserError(
+            f"{name}: was exported in {manifest.dtype}; leave --dtype out, or export it again in {computed}"
+        )
     return Prepared(
         checkpoint,
         tokenizer,
         template,
-        runtime.resolve_dtype(dtype or checkpoint.dtype, device),
+        computed,
         Path(lora_path) if lora_path else None,
         Path(prefix_path) if prefix_path else None,
+        inference_model,
+        manifest,
     )
 
 
 def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator:
-    """Reads the weights and returns a generator over the eager engine.
+    """Reads the weights and returns a generator over the engine that was asked for.
 
     Args:
         warm_up: generate a few tokens first, so that figures of speed hold no one-time costs.
@@ -107,29 +145,82 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     """
     started = time.perf_counter()
     runtime.use_device(device)
-    from utils.checkpoints.load import load_model
-    from utils.inference.eager import EagerEngine
     from utils.inference.generator import Generator, Speed
 
-    checkpoint = prepared.checkpoint
-    family = checkpoint.family
-    model = load_model(checkpoint, prepared.dtype)
-    prefix = None
-    if prepared.lora is not None:
-        from utils.adapters.lora import load_lora
-
-        adapted = load_lora(model, family, prepared.lora, checkpoint)
-        adapted.eval()
-        model = adapted.model
-    if prepared.prefix is not None:
-        from utils.adapters.prefix import load_prefix
-
-        prefix = load_prefix(model, family, prepared.prefix, checkpoint)
-        prefix.eval()
-    engine = EagerEngine(family, model, checkpoint.config, prefix=prefix)
+    engine = _engine(prepared, device)
     generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
     seconds = time.perf_counter() - started
     if warm_up:
         generator.generate([[prepared.tokenizer.eos_id] * 8] * 2, SamplingOptions(max_new_tokens=4))
     generator.speed = Speed(load_seconds=seconds)
     return generator
+
+
+def _engine(prepared: Prepared, device: str) -> Engine:
+    checkpoint, manifest = prepared.checkpoint, prepared.manifest
+    family, config = checkpoint.family, checkpoint.config
+    if manifest is None and not prepared.inference_model:
+        from utils.inference.eager import EagerEngine
+
+        model, prefix_tuning = _library_model(prepared)
+        return EagerEngine(family, model, config, prefix=prefix_tuning)
+    from utils.inference.cached import CachedEngine
+    from utils.inference.programs import DynamicProgram, StaticProgram
+
+    if manifest is not None:
+        program = StaticProgram(checkpoint.folder, manifest, family.shape(config), device)
+        prefix = prefix_cache(checkpoint.folder, manifest)
+        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix)
+    decoder, prefix = load_program(prepared, device, inference_model=True)
+    return CachedEngine(family, config, DynamicProgram(decoder), dtype=prepared.dtype, prefix=prefix)
+
+
+def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
+    """The library's model with the adapter in it, and the prefix."""
+    from utils.checkpoints.load import load_model
+
+    checkpoint = prepared.checkpoint
+    model, prefix = load_model(checkpoint, prepared.dtype), None
+    if prepared.lora is not None:
+        from utils.adapters.lora import load_lora
+
+        adapted = load_lora(model, checkpoint.family, prepared.lora, checkpoint)
+        adapted.eval()
+        model = adapted.model
+    if prepared.prefix is not None:
+        from utils.adapters.prefix import read_prefix
+
+        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, prepared.dtype)
+        prefix.eval()
+    return model, prefix
+
+
+def load_program(prepared: Prepared, device: str, *, inference_model: bool) -> tuple[Any, NDArray[np.float32] | None]:
+    """One step of a model as a layer like `utils.inference.decoder.Decoder`, and the keys and values of its
+    prefix (see `CachedEngine`), or None.
+
+    Args:
+        inference_model: the generic decoder, with LoRA merged into its weights; else the library's model.
+
+    Raises:
+        UserError: weights that do not fit the model or the adapter.
+    """
+    runtime.use_device(device)
+    checkpoint = prepared.checkpoint
+    architecture = checkpoint.family.architecture(checkpoint.config)
+    from utils.checkpoints.merge import parameters
+    from utils.inference.decoder import Decoder
+
+    known = parameters(checkpoint, prepared.lora, "float32")
+    layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+    prefix = None
+    if prepared.prefix is not None:
+        from utils.adapters.prefix import read_prefix
+
+        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32").flat().numpy()[0]
+        prefix = prefix.transpose(1, 2, 0, 3)  # keys of all layers, then values -> of each layer in turn
+        keys, values = np.split(prefix, 2)
+        if architecture.rotary is not None and architecture.rotary.order is not None:
+            keys = keys[..., architecture.rotary.order]
+        prefix = np.stack([keys, values], axis=1).reshape(prefix.shape)
+    return layer, prefix

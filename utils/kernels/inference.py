@@ -8,12 +8,11 @@ the operator itself, so what every layer needs is spread once, by `spread`, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import paddle
 import paddle.nn.functional as F
-from paddle import Tensor
+from paddle import Tensor, nn
 
 from utils.errors import UserError
 
@@ -41,89 +40,90 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A matrix [in, out] and perhaps a bias [out]."""
+def fixed(tensor: Tensor) -> Tensor:
+    """A tensor as a parameter that is not trained: the tracer of static programs takes no other for a constant."""
+    return paddle.base.framework.EagerParamBase.from_tensor(tensor, trainable=False)
 
-    weight: Tensor
-    bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+class Operator(nn.Layer):
+    """A layer without hooks. Its tensors are its parameters and are read by `self.`: so the tracer finds them."""
+
+    def __call__(self, x: Tensor) -> Tensor:  # the library's costs as much as a small operator
+        return self.forward(x)
+
+
+class Linear(Operator):
+    """x @ weight [in, out] + bias [out], if there is one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = fixed(weight)
+        self.has_bias = bias is not None
+        if bias is not None:
+            self.bias = fixed(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         y = paddle.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y + self.bias if self.has_bias else y
 
 
-@dataclass(frozen=True)
-class RMSNorm:
-    """x / sqrt(mean(x²) + epsilon) * weight (Zhang & Sennrich 2019, arXiv:1910.07467), means in float32.
+class RMSNorm(Operator):
+    """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
 
-    Attributes:
-        weight: [width].
-        mean: [width, 1] float32, 1 / width everywhere: a product with it is the fastest mean on CPUs.
-    """
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = fixed(weight)
+        self.epsilon = epsilon
+        self.half = weight.dtype != paddle.float32
+        # a product with a column of 1 / width is the fastest mean on CPUs
+        self.mean = fixed(paddle.full([weight.shape[0], 1], 1.0 / weight.shape[0], dtype="float32"))
 
-    weight: Tensor
-    mean: Tensor
-    epsilon: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        wide = x.astype("float32")
-        scale = paddle.rsqrt(paddle.matmul(wide * wide, self.mean) + self.epsilon)
-        return (wide * scale).astype(x.dtype) * self.weight
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.astype("float32") if self.half else x
+        normal = wide * paddle.rsqrt(paddle.matmul(wide * wide, self.mean) + self.epsilon)
+        return (normal.astype(x.dtype) if self.half else normal) * self.weight
 
 
-@dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(Operator):
     """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis; both [width]."""
 
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
+    def __init__(self, weight: Tensor, bias: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = fixed(weight), fixed(bias), epsilon
+        self.width = list(weight.shape)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-Norm = RMSNorm | LayerNorm
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.width, self.weight, self.bias, self.epsilon)
 
 
-@dataclass(frozen=True)
-class Mask:
-    """What is added to attention scores, spread over heads: every layer's is the same.
-
-    Attributes:
-        scores: [batch, kv_heads, group * length, cached + length] float32.
-    """
-
-    scores: Tensor
-
-
-def mask_of(visible: Tensor, keys: Tensor, slopes: Tensor | None, kv_heads: int, group: int) -> Mask:
-    """The mask of a batch.
+def mask_of(visible: Tensor, keys: Tensor | None, slopes: Tensor | None, kv_heads: int, group: int) -> Tensor:
+    """What is added to the scores of a batch, spread over heads once: every layer's is the same.
 
     Args:
         visible: [batch, 1, length, cached + length] bool.
         keys: [batch, cached + length] int64, the key's place in its text.
-        slopes: [heads] float32 of linear biases (ALiBi); they count the key's place alone, since the
-            query's adds the same to a whole row, which softmax removes.
+        slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
+            alone, since the query's adds the same to a whole row, which softmax removes.
+
+    Returns:
+        [batch, kv_heads, group * length, cached + length] float32.
     """
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
-    scores = paddle.tile(scores, [1, kv_heads * group, 1, 1])
-    if slopes is not None:
+    scores = paddle.tile(scores, [1, kv_heads, group, 1])  # queries of one key head behind each other
+    if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
-    if group > 1:  # [batch, heads, length, keys] -> queries of one key head behind each other
-        scores = paddle.reshape(scores, [scores.shape[0], kv_heads, -1, scores.shape[3]])
-    return Mask(scores)
+    return scores
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, mask: Mask) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
     """Attention over the cache and the new tokens in one softmax; nothing is joined, so no cache is copied.
 
     Args:
         query: [batch, kv_heads, group * length, head_dim], already scaled.
         key, value: [batch, kv_heads, length, head_dim] of the new tokens.
         past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
+        mask: of `mask_of`.
 
     Returns:
         As `query`.
@@ -131,31 +131,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor
     scores = paddle.matmul(query, key, transpose_y=True)
     if past is not None:
         scores = paddle.concat([paddle.matmul(query, past[0], transpose_y=True), scores], axis=-1)
-    weights = F.softmax(scores.astype("float32") + mask.scores, axis=-1).astype(value.dtype)
+    if value.dtype == paddle.float32:
+        weights = F.softmax(scores + mask, axis=-1)
+    else:
+        weights = F.softmax(scores.astype("float32") + mask, axis=-1).astype(value.dtype)
     if past is None:
         return paddle.matmul(weights, value)
-    cached, new = paddle.split(weights, [past[0].shape[2], -1], axis=-1)
-    return paddle.matmul(cached, past[1]) + paddle.matmul(new, value)
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Rotary angles of new tokens, spread over heads.
-
-    Attributes:
-        cos, sin: [batch, heads, length, head_dim].
-        swap: [head_dim, head_dim], x @ swap = (-second half, first half); a product is faster than
-            cutting and joining.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    swap: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * self.cos + paddle.matmul(x, self.swap) * self.sin
+    cached = past[0].shape[2]
+    if cached < 0:  # left open in a static program
+        cached = paddle.shape(past[0])[2]
+    of_cache = paddle.matmul(weights[..., :cached], past[1])
+    return of_cache + paddle.matmul(weights[..., cached:], value)
 
 
 def logits(x: Tensor, table: Tensor) -> Tensor:
-    """[rows, width] times the table [vocabulary, width] -> [rows, vocabulary]."""
-    return paddle.matmul(x, table, transpose_y=True)
+    """[rows, width] times the table [vocabulary, width] -> [rows, vocabulary].
+
+    In two halves at once: the product of one row with one table runs on one core only.
+    """
+    vocabulary, width = table.shape
+    if vocabulary % 2:
+        return paddle.matmul(x, table, transpose_y=True)
+    halves = table.reshape([2, vocabulary // 2, width])
+    both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), halves, transpose_y=True)
+    return both.transpose([1, 0, 2]).reshape([-1, vocabulary])

@@ -1,0 +1,203 @@
+"""Exported models: one static program with the cache as its input, in a folder that needs nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.checkpoints.companions import GENERATION_CONFIG
+from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
+from utils.checkpoints.locate import Checkpoint, read_json
+from utils.checkpoints.tensors import open_tensors, write_safetensors
+from utils.errors import UserError, raise_if
+from utils.families import family_of
+
+if TYPE_CHECKING:
+    from utils.inference.loading import Prepared
+
+MANIFEST = "export.json"
+STEM = "model"
+PROGRAM, WEIGHTS = f"{STEM}.json", f"{STEM}.pdiparams"
+PREFIX_CACHE = "prefix_cache.safetensors"
+FORMAT = 1
+_HASHED_BELOW = 64 * 2**20  # bytes; larger files are compared by size when a model is loaded
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an exported folder is.
+
+    Attributes:
+        format: of the folder.
+        paddle: the version of Paddle that wrote the program, which must run it too.
+        inference_model: whether the program is the inference model or the library's.
+        dtype: of weights and cache.
+        inputs: names of the program's inputs before the cache, in order.
+        prefix: length of the prefix in the folder; 0 without one.
+        source: what was exported, in words.
+        files: size and SHA-256 of every file.
+    """
+
+    format: int
+    paddle: str
+    inference_model: bool
+    dtype: str
+    inputs: tuple[str, ...]
+    prefix: int
+    source: str
+    files: dict[str, dict[str, Any]]
+
+
+def paddle_version() -> str:
+    """The installed version of Paddle; asks no Paddle."""
+    for name in ("paddlepaddle", "paddlepaddle-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "none"
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def read_export(name: str) -> tuple[Checkpoint, Manifest]:
+    """An exported folder that is known to be whole.
+
+    Raises:
+        UserError: no export, files missing or changed, or written by another version of Paddle.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--model_name_or_path {name}: no such folder; export the model first: {_command(name)}")
+    if not is_export(folder):
+        raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {_command(name)}")
+    known = read_json(folder / MANIFEST)
+    again = f"export it again: {_command(name)}"
+    if known.get("format") != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: format {known.get('format')!r} is not known here; {again}")
+    try:
+        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder / MANIFEST}: is damaged ({error}); {again}") from error
+    faults = []
+    if manifest.paddle != paddle_version():
+        faults.append(
+            f"{folder}: was exported by Paddle {manifest.paddle}, this is Paddle {paddle_version()}; "
+            f"programs run in the version that wrote them: {again}"
+        )
+    for file, facts in manifest.files.items():
+        path = folder / file
+        if not path.is_file():
+            faults.append(f"{folder}: {file} is missing; {again}")
+        elif path.stat().st_size != facts["size"]:
+            faults.append(f"{path}: has {path.stat().st_size} bytes, exported were {facts['size']}; {again}")
+        elif facts["size"] < _HASHED_BELOW and _sha256(path) != facts["sha256"]:
+            faults.append(f"{path}: has changed since the export; {again}")
+    raise_if(faults)
+    config = read_json(folder / "config.json")
+    family = family_of(config)
+    if family is None:
+        raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; {again}")
+    return Checkpoint(name, folder, config, family, "paddle", (folder / PROGRAM, folder / WEIGHTS)), manifest
+
+
+def prefix_cache(folder: Path, manifest: Manifest) -> NDArray[np.float32] | None:
+    """The keys and values of the prefix in the folder, see `CachedEngine`; None without one."""
+    return open_tensors(folder / PREFIX_CACHE)["prefix"].read().copy() if manifest.prefix else None
+
+
+def export(prepared: Prepared, output: Path, *, device: str, inference_model: bool) -> None:
+    """Writes the program, its weights, config, tokenizer, template, generation settings and manifest.
+
+    `output` appears whole or not at all; only an earlier export is ever replaced.
+
+    Raises:
+        UserError: weights that do not fit, or an `output` that holds anything else.
+    """
+    check_target(output)
+    from utils.inference.loading import load_program
+
+    with atomic_directory(output) as staging:
+        layer, prefix = load_program(prepared, device, inference_model=inference_model)
+        save_program(layer, staging, prepared)
+        if prefix is not None:
+            write_safetensors(staging / PREFIX_CACHE, [("prefix", prefix)], {"format": "np"})
+        checkpoint = prepared.checkpoint
+        write_json(staging / "config.json", checkpoint.config)
+        prepared.tokenizer.save(staging)
+        prepared.template.save(staging)
+        if (checkpoint.folder / GENERATION_CONFIG).is_file():
+            settings = read_json(checkpoint.folder / GENERATION_CONFIG)
+            write_json(staging / GENERATION_CONFIG, settings)
+        adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
+        source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
+        manifest = Manifest(
+            FORMAT,
+            paddle_version(),
+            inference_model,
+            prepared.dtype,
+            layer.inputs,
+            0 if prefix is None else prefix.shape[2],
+            source,
+            {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},
+        )
+        write_json(staging / MANIFEST, asdict(manifest))
+
+
+def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
+    """Traces a layer like `utils.inference.decoder.Decoder` and saves it; batch, lengths and cache stay open."""
+    import paddle
+    from paddle.static import InputSpec
+
+    checkpoint = prepared.checkpoint
+    shape = checkpoint.family.shape(checkpoint.config)
+    architecture = checkpoint.family.architecture(checkpoint.config)
+    parts = architecture.position_parts
+    specs = {
+        "ids": InputSpec([-1, -1], "int64", "ids"),
+        "positions": InputSpec([parts, -1, -1], "int64", "positions"),
+        "keys": InputSpec([-1, -1], "int64", "keys"),
+        "visible": InputSpec([-1, 1, -1, -1], "bool", "visible"),
+        "stretch": InputSpec([-1], "float32", "stretch"),
+        "chosen": InputSpec([-1], "int64", "chosen"),
+    }
+    past = [
+        InputSpec([-1, shape.kv_heads, -1, shape.head_dim], prepared.dtype, f"past_{number}")
+        for number in range(2 * shape.layers)
+    ]
+    inputs = [specs[name] for name in layer.inputs]
+    traced = paddle.jit.to_static(layer.forward, input_spec=[inputs, past], full_graph=True)
+    paddle.jit.save(traced, str(folder / STEM))
+
+
+def check_target(output: Path) -> None:
+    """Raises `UserError` unless `output` is free, or an earlier export that may be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not is_export(output) or not holds_nothing_else(output):
+        raise UserError(f"{output}: is there already and holds more than an earlier export; name a new folder")
+
+
+def check_same_kind(checkpoint: Checkpoint, manifest: Manifest, inference_model: bool) -> None:
+    """Raises `UserError` where --inference_model says otherwise than the export."""
+    if manifest.inference_model != inference_model:
+        advice = "add --inference_model" if manifest.inference_model else "leave --inference_model out"
+        kind = "with" if manifest.inference_model else "without"
+        raise UserError(f"{checkpoint.folder}: was exported {kind} --inference_model; {advice}, or export it again")
+
+
+def _command(name: str) -> str:
+    return f"python export_model.py --model_name_or_path MODEL --output_path {name}"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

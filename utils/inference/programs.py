@@ -1,0 +1,74 @@
+"""What a `CachedEngine` runs: the inference model itself, or a program that was exported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import paddle
+from paddle import Tensor
+
+from utils.families import ModelShape
+from utils.inference.decoder import Decoder
+from utils.inference.export import PROGRAM, WEIGHTS, Manifest
+
+
+class DynamicProgram:
+    """The inference model, operator by operator."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._decoder([inputs[name] for name in self._decoder.inputs], past)
+
+
+class StaticProgram:
+    """An exported program, run by Paddle's own inference library.
+
+    Its one program always takes a cache: where there is none, it gets one place that nothing sees.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shape: ModelShape, device: str) -> None:
+        from paddle import inference
+
+        config = inference.Config(str(folder / PROGRAM), str(folder / WEIGHTS))
+        if device.startswith("gpu"):
+            config.enable_use_gpu(256, int(device.partition(":")[2] or 0))
+        else:
+            config.disable_gpu()
+            config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+            config.disable_mkldnn()  # slower for these shapes
+        config.enable_new_ir(True)
+        config.enable_new_executor(True)
+        config.disable_glog_info()
+        self._predictor = inference.create_predictor(config)
+        self._inputs = {name: self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()}
+        self._outputs = [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
+        self._names = manifest.inputs
+        self._shape, self._dtype = shape, manifest.dtype
+        self._held: list[Tensor] = []  # what the program reads must outlive its run
+
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        given = {name: inputs[name] for name in self._names}
+        if not past:
+            given, past = self._without_cache(given)
+        for name, tensor in given.items():
+            self._inputs[name].share_external_data(tensor)
+        if past is not self._held:
+            for number, tensor in enumerate(past):
+                self._inputs[f"past_{number}"].share_external_data(tensor)
+        self._held = past  # type: ignore[assignment]
+        self._predictor.run()
+        logits, new = (paddle.to_tensor(output.copy_to_cpu()) for output in self._outputs)
+        return logits, new
+
+    def _without_cache(self, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        batch, length = given["ids"].shape
+        shape = self._shape
+        given["visible"] = paddle.concat([paddle.zeros([batch, 1, length, 1], dtype="bool"), given["visible"]], axis=-1)
+        if "keys" in given:
+            given["keys"] = paddle.concat([paddle.zeros([batch, 1], dtype="int64"), given["keys"]], axis=-1)
+        empty = paddle.zeros([batch, shape.kv_heads, 1, shape.head_dim], dtype=self._dtype)
+        return given, [empty] * (2 * shape.layers)
