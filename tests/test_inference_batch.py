@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from reference_engine import ReferenceEngine
 from tiny_models import write_tiny_llama
 
 from utils.adapters.lora import add_lora, save_lora
@@ -20,7 +21,7 @@ from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.inference.batch import answer_file
 from utils.inference.chat import Chat
-from utils.inference.engine import EagerEngine
+from utils.inference.eager import EagerEngine
 from utils.inference.generator import Completion, Generator
 from utils.inference.journal import Journal
 from utils.inference.loading import Prepared, load, prepare
@@ -42,7 +43,10 @@ def prepared(folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def generator(prepared: Prepared) -> Generator:
-    return load(prepared, "cpu")
+    checkpoint = prepared.checkpoint
+    model = load_model(checkpoint, "float32")
+    engine = ReferenceEngine(checkpoint.family, model)
+    return Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
