@@ -96,10 +96,7 @@ def random_logits(vocabulary: int, seed: int, spread: float = 2.0) -> Callable[[
 
 
 class ReferenceEngine(TextEngine):
-    """A family's model by its inference step on one whole text at a time: no cache, no padding.
-
-    Any causal or prefix language model is right here, as every text ends where its logits are taken.
-    """
+    """A causal family's model as training computes it, one whole text at a time: no cache, no padding."""
 
     def __init__(self, family: Any, model: Any, max_positions: int | None = None, shares_heads: bool = True) -> None:
         limit = max_positions or getattr(model.config, "max_position_embeddings", None)
@@ -113,9 +110,8 @@ class ReferenceEngine(TextEngine):
     def _after(self, text: tuple[int, ...]) -> np.ndarray:
         """float32 [vocabulary]; the same text gives the same numbers, so they are computed once."""
         if text not in self._known:
-            ids = paddle.to_tensor([list(text)])
             with paddle.no_grad():
-                places = paddle.arange(len(text)).unsqueeze(0)
-                found, _ = self._family.step(self._model, ids, paddle.ones_like(ids), places, None)
+                hidden = self._family.forward_hidden(self._model, {"input_ids": paddle.to_tensor([list(text)])})
+                found = self._family.logits(self._model, hidden[:, -1])
             self._known[text] = found.astype("float32").numpy()[0]
         return self._known[text]
