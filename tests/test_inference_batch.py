@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from reference_engine import ReferenceEngine
 from tiny_models import write_tiny_llama
 
 from utils.adapters.lora import add_lora, save_lora
@@ -43,10 +42,7 @@ def prepared(folder: Path) -> Prepared:
 
 @pytest.fixture(scope="module")
 def generator(prepared: Prepared) -> Generator:
-    checkpoint = prepared.checkpoint
-    model = load_model(checkpoint, "float32")
-    engine = ReferenceEngine(checkpoint.family, model)
-    return Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
+    return load(prepared, "cpu")
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
