@@ -99,7 +99,7 @@ def sampling_options(run: PredictArguments) -> SamplingOptions:
         max_new_tokens=run.max_new_tokens or run.max_length - run.src_length,
         min_new_tokens=run.min_length,
         temperature=run.temperature,
-        top_k=1 if run.decode_strategy == "greedy_search" else run.top_k,
+        top_k=run.top_k if run.decode_strategy == "sampling" else 1,
         top_p=run.top_p,
         min_p=run.min_p,
         repetition_penalty=run.repetition_penalty,
@@ -108,6 +108,10 @@ def sampling_options(run: PredictArguments) -> SamplingOptions:
         no_repeat_ngram_size=run.no_repeat_ngram_size,
         seed=run.seed,
         stop=tuple(run.stop),
+        num_beams=run.num_beams,
+        length_penalty=run.length_penalty,
+        early_stopping=run.early_stopping,
+        prompt_lookup_num_tokens=run.prompt_lookup_num_tokens,
     )
 
 

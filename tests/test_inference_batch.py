@@ -20,7 +20,7 @@ from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.inference.batch import answer_file
 from utils.inference.chat import Chat
-from utils.inference.engine import EagerEngine
+from utils.inference.eager import EagerEngine
 from utils.inference.generator import Completion, Generator
 from utils.inference.journal import Journal
 from utils.inference.loading import Prepared, load, prepare

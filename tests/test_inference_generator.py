@@ -1,4 +1,4 @@
-"""The eager engine on a tiny random LLaMA, and the generator's rules for when an answer ends."""
+"""The generator above the reference engine on a tiny random LLaMA, and its rules for when an answer ends."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from reference_engine import FunctionEngine, ReferenceEngine
 
 from utils.families import FAMILIES
-from utils.inference.engine import EagerEngine, Engine, Logits
 from utils.inference.generator import Completion, Generator, Speed
 from utils.inference.sampling import SamplingOptions
 
@@ -44,39 +44,6 @@ class ToyTokenizer:
         return b"".join(self._pieces[i] for i in ids).decode(errors="replace")
 
 
-class ScriptedEngine(Engine):
-    """Always gives row r the tokens of its script, which the first token of the prompt chooses."""
-
-    def __init__(self, scripts: dict[int, list[int]], max_positions: int | None = None) -> None:
-        self.vocabulary = VOCABULARY
-        self.max_positions = max_positions
-        self.sizes: list[int] = []
-        self._scripts = scripts
-        self._rows: list[list[Any]] = []
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        self._rows = [[iter(self._scripts[prompt[0]]), None] for prompt in prompts]
-        return self._logits()
-
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        assert [row[1] for row in self._rows] == list(tokens)
-        return self._logits()
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self._rows = [self._rows[row] for row in rows]
-
-    def reset(self) -> None:
-        self._rows = []
-
-    def _logits(self) -> Logits:
-        self.sizes.append(len(self._rows))
-        values = np.zeros((len(self._rows), VOCABULARY), dtype=np.float32)
-        for place, row in enumerate(self._rows):
-            row[1] = next(row[0])
-            values[place, row[1]] = 5.0
-        return Logits(paddle.to_tensor(values))
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     paddle.seed(7)
@@ -87,7 +54,7 @@ def model() -> Any:
 
 @pytest.fixture
 def generator(model: Any) -> Generator:
-    return Generator(EagerEngine(FAMILY, model, pad_id=0), ToyTokenizer())
+    return Generator(ReferenceEngine(FAMILY, model), ToyTokenizer())
 
 
 def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
@@ -99,77 +66,6 @@ def full_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
     """Logits of every position by one forward without cache, mask or padding."""
     with paddle.no_grad():
         return model(paddle.to_tensor([list(ids)]), return_dict=True).logits[0].numpy()
-
-
-def test_cached_decoding_equals_full_forward(model: Any) -> None:
-    prompts = prompts_of([5, 17, 9])
-    engine = EagerEngine(FAMILY, model, pad_id=0)
-    steps = [engine.prefill(prompts).numpy()]
-    tokens = np.random.default_rng(5).integers(2, VOCABULARY, (6, 3))
-    for step in tokens:
-        steps.append(engine.decode(step).numpy())
-    for row, prompt in enumerate(prompts):
-        whole = full_logits(model, prompt + tokens[:, row].tolist())[len(prompt) - 1 :]
-        np.testing.assert_allclose(np.stack([step[row] for step in steps]), whole, atol=1e-5)
-
-
-def test_kept_rows_go_on_as_before(model: Any) -> None:
-    prompts = prompts_of([4, 11, 7, 2])
-    engine = EagerEngine(FAMILY, model, pad_id=0)
-    engine.prefill(prompts)
-    engine.keep([1, 3])
-    found = engine.decode([20, 30]).numpy()
-    np.testing.assert_allclose(found[0], full_logits(model, [*prompts[1], 20])[-1], atol=1e-5)
-    np.testing.assert_allclose(found[1], full_logits(model, [*prompts[3], 30])[-1], atol=1e-5)
-
-
-def test_padding_id_is_never_seen(model: Any) -> None:
-    prompts = prompts_of([3, 12])
-    logits = [EagerEngine(FAMILY, model, pad_id=pad).prefill(prompts).numpy() for pad in (0, 99)]
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
-
-
-def test_prefix_is_seen_and_takes_no_positions(model: Any) -> None:
-    """A prefix made of the cache of other tokens: all rows see it, positions start at 0 behind it."""
-    length, layers, heads, dim = 5, 2, 2, 16
-    flat = paddle.randn([1, length, 2 * layers, heads, dim])
-
-    class Fixed:
-        def __init__(self) -> None:
-            self.length = length
-
-        def cache(self, batch_size: int) -> Any:
-            return FAMILY.prefix_cache(flat.tile([batch_size, 1, 1, 1, 1]))
-
-    prompts = prompts_of([6, 9])
-    engine = EagerEngine(FAMILY, model, pad_id=0, prefix=Fixed())
-    first, second = engine.prefill(prompts).numpy(), engine.decode([40, 41]).numpy()
-    assert np.abs(first[0] - full_logits(model, prompts[0])[-1]).max() > 0.1
-    for row, (prompt, token) in enumerate(zip(prompts, (40, 41), strict=True)):
-        ids = [*prompt, token]
-        with paddle.no_grad():
-            hidden = model.llama(
-                paddle.to_tensor([ids]),
-                position_ids=paddle.arange(len(ids)).unsqueeze(0),
-                past_key_values=FAMILY.prefix_cache(flat),
-                return_dict=True,
-            )[0]
-            whole = model.lm_head(hidden)[0].numpy()
-        np.testing.assert_allclose(np.stack([first[row], second[row]]), whole[-2:], atol=1e-5)
-
-
-def test_engine_refuses_misuse(model: Any) -> None:
-    engine = EagerEngine(FAMILY, model, pad_id=0)
-    engine.prefill([[5, 6]])
-    with pytest.raises(RuntimeError, match="running batch"):
-        engine.prefill([[5, 6]])
-    engine.reset()
-    model.train()
-    try:
-        with pytest.raises(RuntimeError, match="training mode"):
-            engine.prefill([[5, 6]])
-    finally:
-        model.eval()
 
 
 @pytest.mark.parametrize(
@@ -243,7 +139,7 @@ def test_broken_weights_are_reported() -> None:
     with paddle.no_grad():
         # only rows that contain token 9 meet the bad number
         broken.llama.embed_tokens.weight[9] = float("nan")
-    broken_generator = Generator(EagerEngine(FAMILY, broken, pad_id=0), ToyTokenizer())
+    broken_generator = Generator(ReferenceEngine(FAMILY, broken, POSITIONS), ToyTokenizer())
     bad, good = broken_generator.generate([[5, 9], [5, 6]], SamplingOptions(max_new_tokens=1))
     assert bad.finish_reason == "error" and "not finite at token 1" in (bad.error or "")
     assert good.finish_reason == "length"
@@ -255,8 +151,20 @@ def test_broken_weights_are_reported() -> None:
 def scripted(
     scripts: dict[int, str], *, eos_ids: tuple[int, ...] = (0,), pieces: dict[int, bytes] | None = None
 ) -> Generator:
-    tokens = {key: [ord(character) for character in text] for key, text in scripts.items()}
-    return Generator(ScriptedEngine(tokens), ToyTokenizer(eos_ids, pieces))
+    """A generator whose answer to the prompt [key] is the text of that key."""
+
+    def logits(text: list[int]) -> np.ndarray:
+        values = np.zeros(VOCABULARY)
+        values[ord(scripts[text[0]][len(text) - 1])] = 5.0
+        return values
+
+    return Generator(FunctionEngine(logits, VOCABULARY), ToyTokenizer(eos_ids, pieces))
+
+
+def free(generator: Generator) -> bool:
+    """Whether no slot is open."""
+    assert isinstance(generator.engine, FunctionEngine | ReferenceEngine)
+    return not generator.engine.texts
 
 
 def test_several_end_tokens_and_leaving_rows() -> None:
@@ -268,18 +176,19 @@ def test_several_end_tokens_and_leaving_rows() -> None:
     assert [a.finish_reason for a in answers] == ["stop", "stop", "stop", "length"]
     assert [len(a.tokens) for a in answers] == [3, 7, 2, 9]
     assert finished == [2, 0, 1, 3]
-    assert isinstance(generator.engine, ScriptedEngine)
-    assert generator.engine.sizes == [4, 4, 3, 2, 2, 2, 2, 1, 1]
+    assert isinstance(generator.engine, FunctionEngine) and free(generator)
+    sizes = [len(tokens) for _, tokens in generator.engine.calls]
+    assert sizes == [4, 4, 3, 2, 2, 2, 2, 1, 1]
     assert generator.speed.prompt_tokens == 4
-    assert generator.speed.decode_tokens == sum(generator.engine.sizes[1:])
+    assert generator.speed.decode_tokens == sum(sizes[1:])
 
 
 def test_min_new_tokens_bans_end_tokens(model: Any) -> None:
     (prompt,) = prompts_of([10])
-    plain = Generator(EagerEngine(FAMILY, model, pad_id=0), ToyTokenizer())
+    plain = Generator(ReferenceEngine(FAMILY, model), ToyTokenizer())
     free = plain.generate([prompt], SamplingOptions(max_new_tokens=8))[0].tokens
     tokenizer = ToyTokenizer(eos_ids=(free[0], free[2]))
-    ending = Generator(EagerEngine(FAMILY, model, pad_id=0), tokenizer)
+    ending = Generator(ReferenceEngine(FAMILY, model), tokenizer)
     assert len(ending.generate([prompt], SamplingOptions(max_new_tokens=8))[0].tokens) == 1
     answer = ending.generate([prompt], SamplingOptions(max_new_tokens=8, min_new_tokens=5))[0]
     assert len(answer.tokens) >= 5 and not set(answer.tokens[:5]) & {free[0], free[2]}
@@ -338,7 +247,8 @@ def test_stream_equals_generate(generator: Generator) -> None:
     (prompt,) = prompts_of([10])
     stream = generator.stream(prompt, options)
     next(stream)
-    stream.close()  # the engine must be free again
+    stream.close()
+    assert free(generator)
     assert "".join(generator.stream(prompt, options)) == generator.generate([prompt], options)[0].text
     assert list(generator.stream([], options)) == []
 
@@ -352,7 +262,7 @@ def test_engine_is_free_after_an_error_in_on_row(generator: Generator) -> None:
 
     with pytest.raises(ArithmeticError) as kept:
         generator.generate(prompts, options, on_row=stumble)
-    assert len(generator.generate(prompts, options)) == 2
+    assert free(generator) and len(generator.generate(prompts, options)) == 2
     assert kept.traceback  # still held here, with everything that it refers to
 
 

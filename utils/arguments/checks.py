@@ -303,6 +303,33 @@ def new_tokens(run: Any) -> Iterator[str]:
         yield f"{run.where('min_length')} is more than {run.where('max_new_tokens')}"
 
 
+def strategy(run: Any) -> Iterator[str]:
+    """Greedy search, sampling and beam search have options of their own that exclude each other."""
+    chosen = run.decode_strategy
+    samples = {
+        "top_k": run.top_k != 1,
+        "top_p": run.top_p != 1,
+        "min_p": run.min_p != 0,
+        "temperature": run.temperature not in (0, 1),
+    }
+    if chosen == "beam_search":
+        if run.num_beams == 1:
+            yield f"{run.where('decode_strategy')} needs num_beams above 1; add --num_beams 4"
+        for name in [name for name, given in samples.items() if given]:
+            yield f"{run.where(name)} is of sampling and has no place in beam search; leave out one of them"
+        if run.prompt_lookup_num_tokens:
+            yield f"{run.where('prompt_lookup_num_tokens')} does not work with beam search; leave one out"
+        return
+    if run.num_beams > 1:
+        yield f"{run.where('num_beams')} needs decode_strategy beam_search, and it is {run.where('decode_strategy')}"
+    elif run.length_penalty != 1:
+        yield f"{run.where('length_penalty')} has no effect without num_beams above 1"
+    if run.num_beams == 1 and run.early_stopping:
+        yield f"{run.where('early_stopping')} has no effect without num_beams above 1"
+    if chosen == "greedy_search" and samples["top_k"]:
+        yield f"{run.where('top_k')} is of sampling; leave it out, or set decode_strategy sampling"
+
+
 def prediction_files(run: Any) -> Iterator[str]:
     if os.path.isdir(run.output_file):
         yield f"{run.where('output_file')} is a folder; expected the name of a file"

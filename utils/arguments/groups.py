@@ -285,8 +285,8 @@ class SamplingArguments(Arguments):
 
     decode_strategy: str | None = arg(
         None,
-        "greedy_search when top_k is 1, else sampling, by default",
-        choices=("greedy_search", "sampling"),
+        "beam_search with num_beams, greedy_search when top_k is 1, else sampling, by default",
+        choices=("greedy_search", "sampling", "beam_search"),
     )
     top_k: int = arg(1, "sample from the k likeliest tokens; 1 is greedy, 0 is all", minimum=0)
     top_p: float = arg(1.0, "sample from the likeliest tokens of this total", above=0, maximum=1)
@@ -296,6 +296,17 @@ class SamplingArguments(Arguments):
     presence_penalty: float = arg(0.0, "subtracted from the logits of tokens of the answer so far")
     frequency_penalty: float = arg(0.0, "the same, per occurrence")
     no_repeat_ngram_size: int = arg(0, "no n-gram of this size occurs twice; 0 is off", minimum=0)
+    num_beams: int = arg(
+        1, "texts that grow together in beam search; each takes a place of batch_size", minimum=1, unit="beams"
+    )
+    length_penalty: float = arg(1.0, "beam search: a score is the sum of log-probabilities / length ** this")
+    early_stopping: bool = arg(False, "beam search: end as soon as num_beams answers are complete")
+    prompt_lookup_num_tokens: int = arg(
+        0,
+        "guess up to that many tokens from earlier text and verify them at once: faster, same answers; 0 is off",
+        minimum=0,
+        unit="tokens",
+    )
     min_length: int = arg(0, "shortest answer", minimum=0, unit="tokens")
     max_new_tokens: int | None = arg(
         None, "longest answer; max_length - src_length by default", minimum=1, unit="tokens"

@@ -90,6 +90,7 @@ class PredictArguments(SamplingArguments, PredictorArguments):
         checks.one_adapter,
         checks.lengths,
         checks.new_tokens,
+        checks.strategy,
         checks.prediction_files,
         checks.named_files,
     )
@@ -103,7 +104,20 @@ class PredictArguments(SamplingArguments, PredictorArguments):
         if self.max_new_tokens is None:
             self.max_new_tokens = max(1, self.max_length - self.src_length)
         if self.decode_strategy is None:
-            self.decode_strategy = "greedy_search" if self.top_k == 1 else "sampling"
+            greedy = "greedy_search" if self.top_k == 1 else "sampling"
+            self.decode_strategy = "beam_search" if self.num_beams > 1 else greedy
+        if self.top_k == 1 and self.decode_strategy != "beam_search":
+            sampling = {
+                "decode_strategy": self.decode_strategy == "sampling",
+                "top_p": self.top_p != 1,
+                "min_p": self.min_p != 0,
+                "temperature": self.temperature not in (0, 1),
+            }
+            for name in [name for name, wanted in sampling.items() if wanted]:
+                said.append(
+                    f"{self.where(name)} has no effect while top_k is 1, which is greedy; "
+                    "--top_k 0 samples from all tokens"
+                )
         return said
 
 

@@ -33,6 +33,7 @@ class Question:
         ids: the prompt, unless the row is broken.
         was_cut: whether the prompt was longer than src_length.
         error: what is wrong with the row.
+        note: what the user should know about the prompt.
     """
 
     src: Any
@@ -41,6 +42,7 @@ class Question:
     ids: list[int] | None = None
     was_cut: bool = False
     error: str | None = None
+    note: str | None = None
 
 
 def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Question]:
@@ -74,7 +76,7 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
 
 
 def run_key(prepared: Prepared, questions: Sequence[Question], options: SamplingOptions) -> str:
-    """Identity of a run: whatever decides its answers. The batch size does not."""
+    """Identity of a run: whatever decides its answers. The batch size and guesses do not."""
     adapters = [folder for folder in (prepared.lora, prepared.prefix) if folder is not None]
     files = [*prepared.checkpoint.files, *(path for folder in adapters for path in sorted(folder.iterdir()))]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -83,7 +85,7 @@ def run_key(prepared: Prepared, questions: Sequence[Question], options: Sampling
         prepared.dtype,
         prepared.tokenizer.fingerprint(),
         prepared.template.fingerprint(),
-        repr(options),
+        repr(replace(options, prompt_lookup_num_tokens=0)),
         [(question.ids, question.src, question.tgt) for question in questions],
     ]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()
@@ -103,8 +105,9 @@ def answer_file(
     """Answers every row of `data_file` and writes them to `output_file` in the same order, at once.
 
     Output rows are {"src", "tgt", "output"}; for a row that could not be answered output is null and
-    "error" says why. While the run lasts, answers are kept in `output_file` + ".partial"; an
-    interrupted run of the same inputs and arguments continues from there.
+    "error" says why; "note" says that a prompt or an answer was cut. While the run lasts, answers are
+    kept in `output_file` + ".partial"; an interrupted run of the same inputs and arguments continues
+    from there.
 
     Args:
         load: gives the generator; called only if there is anything left to answer.
@@ -116,9 +119,15 @@ def answer_file(
         UserError: no row can be answered, or another run is writing `output_file`.
     """
     questions = read_questions(data_file, prepared, src_length)
+    for question in questions:
+        if question.was_cut:
+            question.note = f"the prompt was cut to src_length {src_length} tokens"
     cut = [question.place for question in questions if question.was_cut]
     if cut:
-        notice(f"{len(cut)} of {len(questions)} prompts were cut to src_length {src_length} tokens, first {cut[0]}")
+        notice(
+            f"{len(cut)} of {len(questions)} prompts were cut to src_length {src_length} tokens (the head stays), "
+            f"first {cut[0]}; their rows have a note in {output_file}"
+        )
     drawn = {"seed": secrets.randbits(32) if options.seed is None else options.seed}
     journal = Journal(output_file, run_key(prepared, questions, options), drawn, resume=resume)
     finished = False
@@ -132,6 +141,9 @@ def answer_file(
             for number, question in enumerate(questions):
                 answer = journal.answers.get(number, {"output": None, "error": question.error})
                 row = {"src": question.src, "tgt": question.tgt, **answer}
+                remarks = [remark for remark in (question.note, answer.get("note")) if remark]
+                if remarks:
+                    row["note"] = "; ".join(remarks)
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         finished = True
     finally:
@@ -164,6 +176,7 @@ def _answer_missing(
             if completion.error is not None:
                 answer = {"output": None, "error": f"{questions[missing[index]].place}: {completion.error}"}
             if completion.note is not None:
+                answer["note"] = completion.note
                 notes.append(f"{questions[missing[index]].place}: {completion.note}")
             journal.record(missing[index], answer)
             bar.update()

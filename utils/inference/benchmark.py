@@ -33,6 +33,7 @@ def answer_examples(prepared: Prepared, generator: Generator, options: SamplingO
         for number in range(2 * batch_size)
     ]
     fixed = replace(options, min_new_tokens=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, stop=())
+    generator.share_heads = False  # the questions come several times; each is to be read as a new one
     generator.generate(prompts, fixed, batch_size)
     return generator.speed
 
@@ -50,13 +51,19 @@ def table(speed: Speed | None, device: str) -> str:
     """The figures of a run as lines of text."""
     if speed is None or not speed.first_token_seconds:
         return "nothing was generated, so there is nothing to measure"
-    prefill = speed.prompt_tokens / max(speed.prefill_seconds, 1e-9)
+    read = speed.prompt_tokens - speed.shared_tokens
+    prefill = read / max(speed.prefill_seconds, 1e-9)
     decode = speed.decode_tokens / max(speed.decode_seconds, 1e-9)
     rows = [
         ("load time", f"{speed.load_seconds:.2f} s"),
-        ("time to first token", f"{fmean(speed.first_token_seconds) * 1000:.0f} ms (mean over batches)"),
-        ("prefill", f"{prefill:.1f} tokens/s ({speed.prompt_tokens} tokens)"),
+        ("time to first token", f"{fmean(speed.first_token_seconds) * 1000:.0f} ms (mean)"),
+        ("prefill", f"{prefill:.1f} tokens/s ({read} tokens)"),
         ("decode", f"{decode:.1f} tokens/s ({speed.decode_tokens} tokens)"),
         ("peak memory", f"{peak_memory(device) / 2**20:.0f} MiB"),
     ]
+    if speed.shared_tokens:
+        rows.insert(3, ("read once for all", f"{speed.shared_tokens} of {speed.prompt_tokens} tokens of prompts"))
+    if speed.drafted_tokens:
+        share = speed.accepted_tokens / speed.drafted_tokens
+        rows.insert(-1, ("guesses", f"{speed.accepted_tokens} of {speed.drafted_tokens} tokens right ({share:.0%})"))
     return "\n".join(f"{name:<20} {value}" for name, value in rows)

@@ -32,6 +32,12 @@ class Logits:
         """All logits, float32 [rows, vocabulary]."""
         return self._values.astype("float32").numpy()
 
+    def take(self, rows: Sequence[int]) -> Logits:
+        """Some of the rows, in the order given; nothing leaves the device."""
+        if len(rows) == self._values.shape[0] and list(rows) == list(range(len(rows))):
+            return self
+        return Logits(self._values.index_select(paddle.to_tensor(list(rows), dtype="int64")))
+
 
 class Prefix(Protocol):
     """A trained prefix that every text sees before its first token."""

@@ -7,6 +7,7 @@ frequency penalty, repeated n-grams, minimum length, temperature, top-k, top-p, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,10 @@ from utils.errors import raise_if
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
-# top-p looks at this many of the likeliest tokens before it sorts the whole vocabulary.
+# top-p looks at this many of the likeliest tokens, then at 8 times as many, and so on, before it sorts
+# the whole vocabulary.
 TOP_P_HEAD = 1024
+MOST_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class SamplingOptions:
         seed: of the random numbers; None draws a fresh one. Row number and seed together decide.
         stop: texts that end the answer; they are not part of it.
         logprobs: also return the log-probability of each token under the model's own softmax.
+        top_logprobs: also return that many of the likeliest tokens at each place, as OpenAI's API does.
+        num_beams: above 1 searches for the likeliest answer with that many texts at a time; see `beams`.
+        length_penalty: a beam's score is its summed log-probability / length ** length_penalty.
+        early_stopping: end the search as soon as num_beams answers are complete.
+        prompt_lookup_num_tokens: most tokens guessed from earlier text and verified in one forward; see
+            `lookup`. It changes the speed, never the text; 0 is off.
 
     Raises:
         UserError: values out of range, all named together.
@@ -57,8 +66,15 @@ class SamplingOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    prompt_lookup_num_tokens: int = 0
 
     def __post_init__(self) -> None:
+        texts = not isinstance(self.stop, str) and all(isinstance(word, str) and word for word in self.stop)
+        ranks = 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "from 0 to max_new_tokens"),
@@ -69,9 +85,20 @@ class SamplingOptions:
             (self.repetition_penalty > 0, "repetition_penalty", "above 0 (1 is off)"),
             (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 (off) or more"),
             (self.seed is None or 0 <= self.seed < 2**64, "seed", "from 0 to 2**64 - 1"),
-            (all(self.stop), "stop", "texts that are not empty"),
+            (texts, "stop", "a list of texts that are not empty"),
+            (ranks, "top_logprobs", f"from 0 to {MOST_TOP_LOGPROBS}"),
+            (self.logprobs or not self.top_logprobs, "top_logprobs", "0 without logprobs"),
+            (self.num_beams >= 1, "num_beams", "at least 1"),
+            (np.isfinite(self.length_penalty), "length_penalty", "a finite number"),
+            (self.prompt_lookup_num_tokens >= 0, "prompt_lookup_num_tokens", "0 (off) or more"),
+            (
+                self.num_beams == 1 or (self.greedy and not self.prompt_lookup_num_tokens),
+                "num_beams",
+                "1 together with sampling or prompt_lookup_num_tokens",
+            ),
         ]
         raise_if([f"{name} is {getattr(self, name)!r}: expected {text}" for ok, name, text in rules if not ok])
+        object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
     def greedy(self) -> bool:
@@ -128,12 +155,12 @@ def top_k_threshold(scores: Floats, k: int) -> float:
 def top_p_threshold(probabilities: Floats, p: float) -> float:
     """The smallest probability in the smallest set of likeliest tokens whose sum reaches `p`."""
     size = min(TOP_P_HEAD, probabilities.size)
-    head = np.sort(np.partition(probabilities, -size)[-size:])[::-1]
-    mass = np.cumsum(head)
-    if mass[-1] < p and size < probabilities.size:
-        head = np.sort(probabilities)[::-1]
+    while True:
+        head = np.sort(np.partition(probabilities, -size)[-size:])[::-1]
         mass = np.cumsum(head)
-    return float(head[min(int(np.searchsorted(mass, p)), head.size - 1)])
+        if mass[-1] >= p or size == probabilities.size:
+            return float(head[min(int(np.searchsorted(mass, p)), size - 1)])
+        size = min(8 * size, probabilities.size)
 
 
 def softmax(scores: Floats) -> Floats:
@@ -177,11 +204,88 @@ def draw(ids: Ids, probabilities: Floats, uniform: float) -> int:
     return int(ids[min(place, ids.size - 1)])
 
 
-def log_probability(logits: NDArray[np.float32], token: int) -> float:
-    """log softmax(logits)[token] of one row [vocabulary]."""
+def log_softmax(logits: NDArray[np.float32]) -> Floats:
+    """log softmax(logits) of one row [vocabulary]."""
     scores = logits.astype(np.float64)
-    highest = scores.max()
-    return float(scores[token] - highest - np.log(np.exp(scores - highest).sum()))
+    scores -= scores.max()
+    return scores - np.log(np.exp(scores).sum())
+
+
+def likeliest(scores: Floats, count: int) -> list[tuple[int, float]]:
+    """The `count` best tokens of a row and their scores, best first; of equal ones the lower id."""
+    count = min(count, scores.size)
+    if count < 1:
+        return []
+    ids = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    order = np.lexsort((ids, -scores[ids]))[:count]
+    return [(int(token), float(scores[token])) for token in ids[order]]
+
+
+class History:
+    """A text as penalties see it: which tokens occurred, how often the answer has each, and n-grams."""
+
+    def __init__(self, options: SamplingOptions, prompt: Sequence[int], end_ids: Collection[int]) -> None:
+        """
+        Args:
+            options: which penalties are on.
+            prompt: ids before the answer; they count for repetition penalty and n-grams.
+            end_ids: tokens that end an answer.
+        """
+        self.length = 0
+        self._options = options
+        self._end_ids = np.array(sorted(end_ids), dtype=np.int64)
+        self._counts: dict[int, int] = {}
+        self._seen = dict.fromkeys(prompt)
+        self._ngrams: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._recent: tuple[int, ...] = ()
+        for token in prompt if options.no_repeat_ngram_size else ():
+            self._note_ngram(token)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether `penalised` may change anything now."""
+        return self._options.changes_logits or self.length < self._options.min_new_tokens
+
+    def copy(self) -> History:
+        """A history that goes on from here on its own."""
+        other = copy.copy(self)
+        other._counts, other._seen, other._ngrams = dict(self._counts), dict(self._seen), dict(self._ngrams)
+        return other
+
+    def accept(self, token: int) -> None:
+        """Adds a token of the answer."""
+        self.length += 1
+        if self._options.changes_logits:
+            self._seen[token] = None
+            self._counts[token] = self._counts.get(token, 0) + 1
+            if self._options.no_repeat_ngram_size:
+                self._note_ngram(token)
+
+    def penalised(self, scores: Floats) -> Floats:
+        """Scores [vocabulary] after all penalties; the argument stays as it is.
+
+        When penalties leave no token at all (every one would repeat an n-gram), they are put aside.
+        """
+        before, scores, options = scores, scores.copy(), self._options
+        if options.repetition_penalty != 1:
+            seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
+            penalise_repetition(scores, seen, options.repetition_penalty)
+        if self._counts and (options.presence_penalty or options.frequency_penalty):
+            ids = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
+            counts = np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts))
+            penalise_presence(scores, ids, counts, options.presence_penalty, options.frequency_penalty)
+        if options.no_repeat_ngram_size:
+            scores[list(self._ngrams.get(self._recent, ()))] = -np.inf
+        if self.length < options.min_new_tokens:
+            scores[self._end_ids] = -np.inf
+        return scores if np.isfinite(scores.max()) else before
+
+    def _note_ngram(self, token: int) -> None:
+        """Remembers that `token` followed the n - 1 tokens before it."""
+        before = self._options.no_repeat_ngram_size - 1
+        if len(self._recent) == before:
+            self._ngrams[self._recent] = (*self._ngrams.get(self._recent, ()), token)
+        self._recent = (*self._recent, token)[-before:] if before else ()
 
 
 class RowSampler:
@@ -193,68 +297,29 @@ class RowSampler:
         """
         Args:
             options: how to choose.
-            prompt: ids before the answer; they count for repetition penalty and n-grams.
-            end_ids: tokens that end an answer.
+            prompt, end_ids: see `History`.
             seed, row: together the key of the row's random numbers (Philox, Salmon et al. 2011).
         """
         self.options = options
-        self._end_ids = np.array(sorted(end_ids), dtype=np.int64)
+        self._history = History(options, prompt, end_ids)
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, row], dtype=np.uint64)))
-        self._length = 0
-        self._counts: dict[int, int] = {}
-        self._seen = dict.fromkeys(prompt)
-        self._ngrams: dict[tuple[int, ...], list[int]] = {}
-        self._recent: tuple[int, ...] = ()
-        for token in prompt if options.no_repeat_ngram_size else ():
-            self._note_ngram(token)
 
     @property
     def takes_argmax(self) -> bool:
-        """Whether the next token is simply the likeliest one."""
-        options = self.options
-        return options.greedy and not options.changes_logits and self._length >= options.min_new_tokens
+        """Whether the next token, and every one after it, is simply the likeliest one."""
+        return self.options.greedy and not self._history.changes_logits
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from the model's logits [vocabulary], which stay as they are.
-
-        When penalties leave no token at all (every one would repeat an n-gram), they are put aside.
-        """
+        """The next token from the model's logits [vocabulary], which stay as they are."""
         if self.takes_argmax:
             return int(logits.argmax())
-        scores = self._penalised(logits.astype(np.float64))
-        if not np.isfinite(scores.max()):
-            scores = logits.astype(np.float64)
+        scores = logits.astype(np.float64)
+        if self._history.changes_logits:
+            scores = self._history.penalised(scores)
         if self.options.greedy:
             return int(scores.argmax())
         return draw(*filtered_probabilities(scores, self.options), self._random.random())
 
     def accept(self, token: int) -> None:
         """Adds a token to the history."""
-        self._length += 1
-        if self.options.changes_logits:
-            self._seen[token] = None
-            self._counts[token] = self._counts.get(token, 0) + 1
-            if self.options.no_repeat_ngram_size:
-                self._note_ngram(token)
-
-    def _penalised(self, scores: Floats) -> Floats:
-        options = self.options
-        if options.repetition_penalty != 1:
-            seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
-            penalise_repetition(scores, seen, options.repetition_penalty)
-        if self._counts and (options.presence_penalty or options.frequency_penalty):
-            ids = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
-            counts = np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts))
-            penalise_presence(scores, ids, counts, options.presence_penalty, options.frequency_penalty)
-        if options.no_repeat_ngram_size:
-            scores[self._ngrams.get(self._recent, [])] = -np.inf
-        if self._length < options.min_new_tokens:
-            scores[self._end_ids] = -np.inf
-        return scores
-
-    def _note_ngram(self, token: int) -> None:
-        """Remembers that `token` followed the n - 1 tokens before it."""
-        before = self.options.no_repeat_ngram_size - 1
-        if len(self._recent) == before:
-            self._ngrams.setdefault(self._recent, []).append(token)
-        self._recent = (*self._recent, token)[-before:] if before else ()
+        self._history.accept(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 # What a decoder writes for bytes that are no complete character (yet).
@@ -36,6 +37,12 @@ class TextStream:
         self._start = 0
         self._done = 0
         self._held = ""
+
+    def copy(self) -> TextStream:
+        """A stream that goes on from here on its own."""
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def push(self, token: int) -> str:
         """Adds one token; returns the text that is now certain, which may be empty."""

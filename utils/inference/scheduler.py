@@ -1,0 +1,321 @@
+"""The one loop behind all answers: requests come and go while others run, each step moves all on."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from utils.inference.beams import BeamSearch
+from utils.inference.engine import Engine, Logits
+from utils.inference.heads import WINDOW, Heads
+from utils.inference.request import Answer, Completion, PlainAnswer, Request, views
+from utils.inference.sampling import SamplingOptions
+from utils.inference.slots import Slots
+from utils.inference.text import TextStream
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    eos_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass
+class Speed:
+    """Time and real tokens (no padding) of everything generated so far. Times in seconds.
+
+    Attributes:
+        load_seconds: until the generator was ready, if it was loaded from files.
+        prompt_tokens, prefill_seconds: of the forwards that read prompts.
+        shared_tokens: those of `prompt_tokens` that were copied from another prompt instead of read.
+        decode_tokens, decode_seconds: tokens of answers (of beams, of one) by all further forwards.
+        drafted_tokens, accepted_tokens: guessed by prompt lookup, and how many of them were right.
+        first_token_seconds: of each time that prompts were opened, until their first tokens.
+    """
+
+    load_seconds: float = 0.0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    first_token_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought to one request.
+
+    Attributes:
+        request: what `submit` returned.
+        text: new text: whole characters, and nothing that may turn out to be a stop word. Empty until
+            the end for beams and for requests that do not stream.
+        tokens: new tokens; of beams, all of them at the end.
+        completion: the whole answer, once it is complete; the last event of the request.
+    """
+
+    request: Request
+    text: str
+    tokens: tuple[int, ...]
+    completion: Completion | None
+
+
+class Scheduler:
+    """Runs requests on an engine: `submit` any time, `step` until `busy` is false, `close` in the end.
+
+    At most `batch_size` slots work at a time; when an answer is complete, the next prompt that waits
+    takes its place. Requests are answered in the order in which they came, and the answers do not
+    depend on what runs beside them. Not for use by several threads at once.
+
+    Attributes:
+        speed: figures, counted on by every step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Decoder,
+        end_ids: Collection[int] | None = None,
+        batch_size: int = 8,
+        *,
+        speed: Speed | None = None,
+        share_heads: bool = True,
+    ) -> None:
+        """
+        Args:
+            engine: whose slots may also be in use by others.
+            tokenizer: of the engine's model.
+            end_ids: tokens that end an answer; None takes the tokenizer's.
+            batch_size: most slots that work at a time. A search with more beams runs alone.
+            speed: where to count; None starts anew.
+            share_heads: read what prompts have in common once, if the engine can copy it.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        self.speed = Speed() if speed is None else speed
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._end_ids = tokenizer.eos_ids if end_ids is None else tuple(end_ids)
+        self._batch_size = batch_size
+        self._slots = Slots(engine)
+        self._heads = Heads(self._slots) if share_heads and engine.shares_heads else None
+        self._waiting: deque[Request] = deque()
+        self._refused: list[Request] = []
+        self._live: list[Answer] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unanswered."""
+        return bool(self._waiting or self._live or self._refused)
+
+    def submit(
+        self, prompt: Sequence[int], options: SamplingOptions, *, number: int = 0, stream: bool = False
+    ) -> Request:
+        """Adds a request. One that cannot be answered gets a completion with an error from the next step.
+
+        Args:
+            prompt: token ids.
+            options: how to answer.
+            number: what the random numbers depend on beside the seed.
+            stream: whether events should hold text before the answer is complete.
+
+        Returns:
+            The handle that events name and that `cancel` takes.
+        """
+        budget, note = options.max_new_tokens, None
+        limit = self._engine.max_positions
+        if limit is not None and limit - len(prompt) < budget:
+            budget = limit - len(prompt)
+            note = (
+                f"the answer was cut at {budget} tokens: the model has {limit} "
+                f"positions and the prompt takes {len(prompt)}"
+            )
+        # A stop word that is a special token never shows in the text; its id ends the answer.
+        words = [self._tokenizer.encode(word) for word in options.stop]
+        specials = [word[0] for word in words if len(word) == 1 and not self._tokenizer.decode(word)]
+        request = Request(
+            list(prompt),
+            options,
+            secrets.randbits(64) if options.seed is None else options.seed,
+            number,
+            budget,
+            frozenset([*self._end_ids, *specials]),
+            TextStream(self._tokenizer.decode, options.stop) if options.stop or stream else None,
+            note=note,
+        )
+        fault = self._fault(prompt)
+        if fault is None:
+            self._waiting.append(request)
+        else:
+            request.fail(fault)
+            self._refused.append(request)
+        return request
+
+    def step(self) -> list[Event]:
+        """Moves every answer on by one forward, then opens prompts in the places that are free."""
+        events = [self._event(request, "", 0) for request in self._refused]
+        self._refused = []
+        if self._live:
+            events += self._advance()
+        if self._waiting:
+            events += self._admit()
+        return events
+
+    def cancel(self, request: Request) -> None:
+        """Forgets a request and frees its slots; there are no more events of it. Any time, any number of times."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            self._release_heads()
+        self._refused = [one for one in self._refused if one is not request]
+        for answer in [answer for answer in self._live if answer.request is request]:
+            self._live.remove(answer)
+            self._slots.free(answer.slots())
+
+    def close(self) -> None:
+        """Forgets all requests and frees all slots."""
+        self._waiting.clear()
+        self._refused, self._live = [], []
+        if self._heads is not None:
+            self._heads.forget()
+        self._slots.close()
+
+    def _fault(self, prompt: Sequence[int]) -> str | None:
+        """What keeps a prompt from being answered."""
+        limit = self._engine.max_positions
+        if not len(prompt):
+            return "the prompt is empty"
+        if limit is not None and len(prompt) >= limit:
+            return (
+                f"the prompt has {len(prompt)} tokens and the model {limit} positions, which leaves no room "
+                "for an answer; shorten it or set a smaller src_length"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._engine.vocabulary:
+            return f"the prompt has token ids outside the model's vocabulary of {self._engine.vocabulary}"
+        return None
+
+    def _advance(self) -> list[Event]:
+        """One forward for all texts in the making."""
+        started, speed = time.perf_counter(), self.speed
+        answers, fed = self._live, [answer.feed() for answer in self._live]
+        flat = [text for texts in fed for text in texts]
+        logits = self._slots.advance([slot for slot, _ in flat], [tokens for _, tokens in flat])
+        events = self._give(answers, logits, [[len(tokens) for _, tokens in texts] for texts in fed])
+        speed.decode_tokens += sum(1 if answer.request.places > 1 else 0 for answer in answers)
+        speed.decode_tokens += sum(len(event.tokens) for event in events if event.request.places == 1)
+        speed.decode_seconds += time.perf_counter() - started
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Opens as many of the waiting prompts as there are places."""
+        free = self._batch_size - sum(answer.request.places for answer in self._live)
+        opening: list[Request] = []
+        while self._waiting and (self._waiting[0].places <= free or not (self._live or opening)):
+            opening.append(self._waiting.popleft())
+            free -= opening[-1].places
+        if not opening:
+            return []
+        started, speed = time.perf_counter(), self.speed
+        events = []
+        for requests, slots, logits in self._open(opening):
+            answers: list[Answer] = []
+            for request, slot in zip(requests, slots, strict=True):
+                kind = BeamSearch if request.places > 1 else PlainAnswer
+                answers.append(kind(request, slot, self._slots))
+            self._live += answers
+            events += self._give(answers, logits, [[1] for _ in answers])
+        spent = time.perf_counter() - started
+        speed.prompt_tokens += sum(len(request.prompt) for request in opening)
+        speed.prefill_seconds += spent
+        speed.first_token_seconds.append(spent)
+        self._release_heads()
+        return events
+
+    def _open(self, opening: Sequence[Request]) -> list[tuple[list[Request], list[int], Logits]]:
+        """Reads prompts; groups of (requests, slots, the logits after each prompt)."""
+        whole: list[Request] = []
+        copied: list[Request] = []
+        slots, rests = [], []
+        for request in opening:
+            head = None
+            if self._heads is not None:
+                others = [other.prompt for other in opening if other is not request]
+                others += [other.prompt for other in islice(self._waiting, WINDOW)]
+                before = self._heads.read
+                head = self._heads.find(request.prompt, others)
+                self.speed.shared_tokens -= self._heads.read - before
+            if head is None:
+                whole.append(request)
+                continue
+            copied.append(request)
+            slots.append(self._slots.fork(head.slot))
+            rests.append(request.prompt[len(head.tokens) :])
+            self.speed.shared_tokens += len(head.tokens)
+        groups = []
+        if whole:
+            opened, logits = self._slots.open([request.prompt for request in whole])
+            groups.append((whole, opened, logits))
+        for group, logits in self._slots.read(slots, rests):
+            groups.append(([copied[index] for index in group], [slots[index] for index in group], logits))
+        return groups
+
+    def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:
+        """Hands each answer the logits of its texts; `counts` are their tokens."""
+        flat = [count for texts in counts for count in texts]
+        whole = [answer.needs_values for answer, texts in zip(answers, counts, strict=True) for _ in texts]
+        found = iter(views(logits, flat, whole))
+        events = []
+        for answer, texts in zip(answers, counts, strict=True):
+            request = answer.request
+            said, known = request.text.text if request.text else "", len(request.tokens)
+            answer.take([next(found) for _ in texts])
+            if isinstance(answer, PlainAnswer):
+                self.speed.drafted_tokens += answer.drafted
+                self.speed.accepted_tokens += answer.accepted
+                answer.drafted = answer.accepted = 0
+            if request.finish_reason is not None:
+                self._slots.free(answer.slots())
+            events.append(self._event(request, said, known))
+        self._live = [answer for answer in self._live if answer.request.finish_reason is None]
+        return events
+
+    def _release_heads(self) -> None:
+        if self._heads is not None:
+            self._heads.release([request.prompt for request in self._waiting])
+
+    def _event(self, request: Request, said: str, known: int) -> Event:
+        """What is new since `said` was the text and `known` the number of tokens."""
+        completion = None
+        if request.finish_reason is not None:
+            if request.text is not None:
+                request.text.finish()
+            completion = self._completion(request)
+        text = request.text.text[len(said) :] if request.text is not None else ""
+        return Event(request, text, tuple(request.tokens[known:]), completion)
+
+    def _completion(self, request: Request) -> Completion:
+        if request.text is not None:
+            text = request.text.text
+        else:
+            text = self._tokenizer.decode(request.tokens[:-1] if request.ended else request.tokens)
+        asked = request.options
+        return Completion(
+            text=text,
+            tokens=tuple(request.tokens),
+            finish_reason=request.finish_reason or "length",
+            prompt_tokens=len(request.prompt),
+            logprobs=tuple(request.logprobs) if asked.logprobs else None,
+            top_logprobs=tuple(request.top_logprobs) if asked.top_logprobs else None,
+            error=request.error,
+            note=request.note if request.finish_reason == "length" else None,
+        )
