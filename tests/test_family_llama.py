@@ -12,6 +12,7 @@ import paddle
 import pytest
 from family_cases import ENGINES, FIXTURES, Maker, case, hidden_logits, random_prefix
 
+from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
@@ -196,3 +197,20 @@ def test_a_prefix_is_seen_beyond_the_window(make: Maker) -> None:
         logits = engine.advance(slots, [[int(ids[place])]])
         assert np.abs(logits.numpy()[0] - trained[place]).max() < 1e-4
     assert np.abs(trained[-1] - one.reference["logits"][0][-1]).max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2_window"])
+def test_a_prefix_started_from_text_has_read_it_through_the_window(name: str) -> None:
+    """The second layer's key and value at a place depend on one window of tokens before it, not on all."""
+    one = case(name)
+    family, window = one.checkpoint.family, one.checkpoint.config["sliding_window"]
+    text = one.rows[0].tolist()
+    length = len(text)
+    found = []
+    for first in (text[0], text[0] + 1):
+        prefix = PrefixTuning(family, family.shape(one.checkpoint.config), length)
+        prefix.start_from_text(one.model, [first, *text[1:]])
+        found.append([value.numpy()[0] for value in prefix.cache(1)[1]])
+    for one_value, other in zip(*found, strict=True):
+        assert np.abs(one_value[:window] - other[:window]).max() > 1e-3
+        assert np.array_equal(one_value[window:], other[window:])
