@@ -32,9 +32,11 @@ class _Rows:
     cache: Layers | None
 
     def take(self, rows: Sequence[int]) -> _Rows:
+        """Some rows. Their columns begin together again when others' tokens have torn them apart."""
         chosen = paddle.to_tensor(np.asarray(rows, dtype=np.int64))
         cache = [(key.index_select(chosen), value.index_select(chosen)) for key, value in self.cache or ()]
-        return _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
+        taken = _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
+        return taken.without_gaps()
 
     def join(self, other: _Rows) -> _Rows:
         """Both, the shorter cache filled up with places where no token is."""
@@ -138,7 +140,7 @@ class EagerEngine(Engine):
             del self._texts[slot]
         kept = [row for row, slot in enumerate(self._rows.slots) if slot in self._texts]
         if len(kept) < len(self._rows.slots):
-            self._rows = self._rows.take(kept).without_gaps()
+            self._rows = self._rows.take(kept)
 
     def _unused(self, number: int) -> list[int]:
         free = (slot for slot in count() if slot not in self._texts)
