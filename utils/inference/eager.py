@@ -93,16 +93,16 @@ class EagerEngine(Engine):
         if self._model.training:
             raise RuntimeError("the model is in training mode; call model.eval() before generating")
         slots = self._unused(len(prompts))
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self._texts[slot] = self._family.text(self._config, prompt)
+        texts = [self._family.text(self._config, prompt) for prompt in prompts]
         if self._prefix is None:
             rows = _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
         else:
             before = np.arange(-self._prefix.length, 0, dtype=np.int64)
             rows = _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
         counts = [len(prompt) for prompt in prompts]
-        hidden = self._forward(rows, [self._texts[slot].positions() for slot in slots], counts)
+        hidden = self._forward(rows, texts, [text.positions() for text in texts], counts)
         self._rows = self._rows.join(rows)
+        self._texts.update(zip(slots, texts, strict=True))
         return slots, self._logits(hidden, [[count - 1] for count in counts])
 
     @paddle.no_grad()
@@ -112,11 +112,13 @@ class EagerEngine(Engine):
         others = [row for row, slot in enumerate(self._rows.slots) if slot not in wanted]
         rows = self._rows.take(named) if others else self._rows
         rest = self._rows.take(others) if others else _Rows([], self._rows.keys[:0], None)
-        positions = [self._texts[slot].append(wanted[slot]) for slot in rows.slots]
-        hidden = self._forward(rows, positions, [len(wanted[slot]) for slot in rows.slots])
-        self._rows = rest.join(rows)
-        places = [range(len(wanted[slot])) if slot in wanted else () for slot in rows.slots]
         order = [rows.slots.index(slot) for slot in slots]
+        texts = [self._texts[slot].copy() for slot in rows.slots]  # an interrupted call leaves them as they were
+        positions = [text.append(wanted[slot]) for slot, text in zip(rows.slots, texts, strict=True)]
+        hidden = self._forward(rows, texts, positions, [len(wanted[slot]) for slot in rows.slots])
+        self._rows = rest.join(rows)
+        self._texts.update(zip(rows.slots, texts, strict=True))
+        places = [range(len(wanted[slot])) for slot in rows.slots]
         return self._logits(hidden, places, order)
 
     def rewind(self, slot: int, count: int) -> None:
@@ -146,9 +148,10 @@ class EagerEngine(Engine):
         free = (slot for slot in count() if slot not in self._texts)
         return [next(free) for _ in range(number)]
 
-    def _forward(self, rows: _Rows, positions: Sequence[Ints], counts: Sequence[int]) -> paddle.Tensor:
+    def _forward(
+        self, rows: _Rows, texts: Sequence[Text], positions: Sequence[Ints], counts: Sequence[int]
+    ) -> paddle.Tensor:
         """Hidden states [rows, length, hidden] of new tokens (the last `counts` of each text); fills `rows`."""
-        texts = [self._texts[slot] for slot in rows.slots]
         batch, length = len(texts), max(counts)
         ids = np.zeros((batch, length), dtype=np.int64)
         placed = np.zeros((positions[0].shape[0], batch, length), dtype=np.int64)
