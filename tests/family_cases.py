@@ -1,7 +1,8 @@
-"""The cases of the common suite: every folder of tests/fixtures with a reference.npz."""
+"""The cases of the common suite, every folder of tests/fixtures with a reference.npz, and all engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
+from utils.families import Layers
+from utils.families.text import places
+from utils.inference.eager import EagerEngine
+from utils.inference.engine import Engine, Prefix
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
@@ -60,25 +66,54 @@ def has_tokenizer(name: str) -> bool:
     return any(path for pattern in TOKENIZERS for path in (FIXTURES / name).glob(pattern))
 
 
-def hidden_logits(family: Any, model: Any, ids: np.ndarray) -> np.ndarray:
+def random_prefix(checkpoint: Checkpoint, length: int = 5) -> PrefixTuning:
+    """A prefix that moves every logit."""
+    import paddle
+
+    paddle.seed(3)
+    prefix = PrefixTuning(checkpoint.family, checkpoint.family.shape(checkpoint.config), length)
+    prefix.encoder[0].weight.set_value(paddle.normal(0.0, 0.5, prefix.encoder[0].weight.shape))
+    return prefix
+
+
+def hidden_logits(family: Any, model: Any, ids: np.ndarray, prefix: PrefixTuning | None = None) -> np.ndarray:
     """Logits [batch, length, vocabulary] of the training forward."""
     import paddle
 
+    batch = {"input_ids": paddle.to_tensor(np.asarray(ids, dtype=np.int64))}
     with paddle.no_grad():
-        hidden = family.forward_hidden(model, {"input_ids": paddle.to_tensor(np.asarray(ids, dtype=np.int64))})
+        hidden = family.forward_hidden(model, batch, None if prefix is None else prefix.cache(len(ids)))
         return family.logits(model, hidden).numpy()
 
 
-def step_logits(
-    family: Any, model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: Any = None
-) -> tuple[np.ndarray, Any]:
-    """(logits [batch, vocabulary], cache) of one inference forward."""
+def placed_logits(
+    family: Any, model: Any, ids: Sequence[int], positions: Sequence[int], cache: Layers | None = None
+) -> tuple[np.ndarray, Layers]:
+    """(logits [length, vocabulary], cache) of one causal text whose tokens stand at positions of one's choice.
+
+    They see all of the cache, which comes before them.
+    """
     import paddle
 
-    tensors = (paddle.to_tensor(np.ascontiguousarray(values, dtype=np.int64)) for values in (ids, mask, positions))
+    cached = 0 if cache is None else cache[0][0].shape[1]
+    keys = np.arange(cached + len(ids))[None]
+    standing = np.array(positions)[None, None]
+    known = places(standing, keys[:, cached:], keys, np.zeros(1, np.int64), np.ones(1, np.float32), None)
     with paddle.no_grad():
-        logits, cache = family.step(model, *tensors, cache)
-    return logits.numpy(), cache
+        hidden, cache = family.decode(model, paddle.to_tensor([list(ids)], dtype="int64"), known, cache)
+        return family.logits(model, hidden).numpy()[0], cache
+
+
+# --- engines ------------------------------------------------------------------------------------------
+
+
+def eager(case: Case, prefix: Prefix | None = None) -> Engine:
+    return EagerEngine(case.checkpoint.family, case.model, case.checkpoint.config, prefix=prefix)
+
+
+# Makes an engine in float32, behind a prefix if there is one: maker(case, prefix=None).
+Maker = Callable[..., Engine]
+ENGINES: dict[str, Maker] = {"eager": eager}
 
 
 def _one_per_family() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from family_cases import placed_logits
 from tiny_runs import Tiny, tensors, tiny  # noqa: F401
 
 from utils.adapters.lora import add_lora, load_lora, save_lora
@@ -145,9 +146,18 @@ def test_a_prefix_of_text_is_the_text_itself(base: Checkpoint) -> None:
     text, rest = list(range(10, 15)), list(range(20, 28))
     prefix = PrefixTuning(family, family.shape(base.config), 5)
     prefix.start_from_text(model, text)
-    places = paddle.arange(5, 13).unsqueeze(0)
-    ones = paddle.ones([1, 13], dtype="int64")
-    with paddle.no_grad():
-        behind, _ = family.step(model, paddle.to_tensor([rest]), ones, places, prefix.cache(1))
-        joined, _ = family.step(model, paddle.to_tensor([text + rest]), ones, paddle.arange(13).unsqueeze(0))
-    np.testing.assert_allclose(behind.numpy(), joined.numpy(), atol=1e-5)
+    behind, _ = placed_logits(family, model, rest, range(5, 13), prefix.cache(1))
+    joined, _ = placed_logits(family, model, text + rest, range(13))
+    np.testing.assert_allclose(behind, joined[5:], atol=1e-5)
+
+
+def test_a_prefix_is_stored_by_keys_and_values(base: Checkpoint) -> None:
+    """Files of earlier toolchains hold the keys of all layers, then the values; a cache is a pair per layer."""
+    shape = base.family.shape(base.config)
+    prefix = PrefixTuning(base.family, shape, 6)
+    flat, cache = prefix.flat().numpy()[0], prefix.cache(3)
+    assert len(cache) == shape.layers
+    for layer, (key, value) in enumerate(cache):
+        assert key.shape == value.shape == [3, 6, shape.kv_heads, shape.head_dim]
+        assert all(np.array_equal(row, flat[:, layer]) for row in key.numpy())
+        assert all(np.array_equal(row, flat[:, shape.layers + layer]) for row in value.numpy())

@@ -38,25 +38,21 @@ def test_logits_agree_with_transformers(model: Any) -> None:
 
 
 def test_greedy_answer_through_the_template(model: Any) -> None:
-    import paddle
-
     from utils.data.template import ChatTemplate
     from utils.families.tokenizers import load_tokenizer
+    from utils.inference.eager import EagerEngine
 
     checkpoint = locate(embedded.NAME)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     template = ChatTemplate.load(checkpoint.folder, default=None)
     ids = template.encode_prompt(tokenizer, QUESTION)
     assert ids == np.load(FIXTURES / "smollm2.npz")["ids"].tolist()
+    engine = EagerEngine(checkpoint.family, model, checkpoint.config)
+    slots, logits = engine.open([ids])
     answer: list[int] = []
-    with paddle.no_grad():
-        fed, cache, length = paddle.to_tensor([ids]), None, 0
-        while not answer or (answer[-1] not in tokenizer.eos_ids and len(answer) < 20):
-            places = paddle.arange(length, length + fed.shape[1]).unsqueeze(0)
-            length += fed.shape[1]
-            logits, cache = checkpoint.family.step(model, fed, paddle.ones([1, length], "int64"), places, cache)
-            answer.append(int(logits.argmax()))
-            fed = paddle.to_tensor([answer[-1:]])
+    while not answer or (answer[-1] not in tokenizer.eos_ids and len(answer) < 20):
+        answer.append(int(logits.argmax()[0][0]))
+        logits = engine.advance(slots, [answer[-1:]])
     assert "Paris" in tokenizer.decode(answer)
 
 

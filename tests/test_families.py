@@ -9,19 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from family_cases import NAMES, Case, case, hidden_logits, step_logits
+from engine_walk import TOLERANCE, Walk
+from family_cases import ENGINES, NAMES, Case, Maker, case, hidden_logits, random_prefix
 
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
 from utils.families import FAMILIES
 
-TOLERANCE = 1e-4
-
 
 @pytest.fixture(params=NAMES)
 def any_case(request: pytest.FixtureRequest) -> Case:
     return case(request.param)
+
+
+@pytest.fixture(params=[(name, engine) for engine in ENGINES for name in NAMES], ids="-".join)
+def any_engine(request: pytest.FixtureRequest) -> tuple[Case, Maker]:
+    """Every case in every engine."""
+    name, engine = request.param
+    return case(name), ENGINES[engine]
 
 
 def test_every_family_has_a_case() -> None:
@@ -41,38 +47,81 @@ def test_training_forward_agrees_with_the_reference(any_case: Case) -> None:
         assert np.abs(logits - wanted).max() < TOLERANCE
 
 
-def test_prefill_and_cached_step_agree_with_the_reference(any_case: Case) -> None:
-    """Both rows together, the shorter one padded on the left."""
-    found, family = any_case.reference, any_case.checkpoint.family
-    ids, mask = found["ids"], found["mask"]
-    assert (mask[1] == 0).any() and mask[1, -1] == 1
-    lengths = mask.sum(axis=1, keepdims=True)
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    first, cache = step_logits(family, any_case.model, ids, mask, positions)
-    assert np.abs(first - found["logits"][:, -1]).max() < TOLERANCE
-    mask = np.concatenate([mask, np.ones_like(lengths)], axis=1)
-    second, _ = step_logits(family, any_case.model, found["next_ids"][:, None], mask, lengths, cache)
-    assert np.abs(second - found["next_logits"]).max() < TOLERANCE
+def test_prefill_and_cached_step_agree_with_the_reference(any_engine: tuple[Case, Maker]) -> None:
+    """Both rows together, of unequal lengths."""
+    one, make = any_engine
+    engine, found = make(one), one.reference
+    assert len({len(row) for row in one.rows}) == 2
+    slots, first = engine.open([row.tolist() for row in one.rows])
+    assert np.abs(first.numpy() - found["logits"][:, -1]).max() < TOLERANCE
+    second = engine.advance(slots, found["next_ids"][:, None].tolist())
+    assert np.abs(second.numpy() - found["next_logits"]).max() < TOLERANCE
 
 
-def test_cached_steps_equal_one_prefill(any_case: Case) -> None:
-    """Six more tokens one by one, and the rows of the cache change their order on the way."""
-    import paddle
-
-    family, model = any_case.checkpoint.family, any_case.model
-    ids, mask = any_case.reference["ids"], any_case.reference["mask"]
-    added = np.random.default_rng(5).integers(3, 60, (2, 6))
-    lengths = mask.sum(axis=1, keepdims=True)
-    _, cache = step_logits(family, model, ids, mask, np.maximum(mask.cumsum(axis=1) - 1, 0))
-    for number in range(added.shape[1]):
+def test_cached_steps_equal_one_prefill(any_engine: tuple[Case, Maker]) -> None:
+    """Six more tokens one by one, from half-way on in the other order, then two at once."""
+    one, make = any_engine
+    engine, rows = make(one), [row.tolist() for row in one.rows]
+    added = np.random.default_rng(5).integers(3, 60, (2, 8)).tolist()
+    slots, _ = engine.open(rows)
+    for number in range(6):
         if number == 3:
-            cache = family.cache_select(cache, paddle.to_tensor([1, 0]))
-            mask, lengths, ids, added = (np.flip(values, axis=0) for values in (mask, lengths, ids, added))
-        mask = np.concatenate([mask, np.ones((2, 1), dtype=np.int64)], axis=1)
-        cached, cache = step_logits(family, model, added[:, number, None], mask, lengths + number, cache)
-    whole = np.concatenate([ids, added], axis=1)
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    assert np.abs(step_logits(family, model, whole, mask, positions)[0] - cached).max() < TOLERANCE
+            slots, rows, added = slots[::-1], rows[::-1], added[::-1]
+        cached = engine.advance(slots, [tokens[number : number + 1] for tokens in added]).numpy()
+    whole = make(one).open([row + tokens[:6] for row, tokens in zip(rows, added, strict=True)])[1].numpy()
+    assert np.abs(whole - cached).max() < TOLERANCE
+    together = engine.advance(slots, [tokens[6:] for tokens in added]).numpy()
+    for length in (7, 8):
+        whole = make(one).open([row + tokens[:length] for row, tokens in zip(rows, added, strict=True)])[1].numpy()
+        assert np.abs(whole - together[length - 7 :: 2]).max() < TOLERANCE
+
+
+def test_copies_of_a_beginning_go_on_alone(any_engine: tuple[Case, Maker]) -> None:
+    """A prompt read in pieces is the prompt; where the whole prompt decides, only answers branch off."""
+    one, make = any_engine
+    engine, row, other = make(one), one.rows[0].tolist(), [7, 50, 11]
+    split = len(row) // 2 if engine.shares_heads else len(row)
+    row += [30, 31, 32]
+    (kept,), _ = engine.open([row[:split]])
+    left, right = engine.fork(kept), engine.fork(kept)
+    found = engine.advance([right, left], [row[split:], other]).numpy()
+    alone = [hidden_logits(one.checkpoint.family, one.model, np.array([ids]))[0] for ids in (row, row[:split] + other)]
+    assert np.abs(found - np.concatenate([ids[split:] for ids in alone])).max() < TOLERANCE
+    engine.free([left])
+    engine.rewind(right, len(row) - split)  # the copy is again what it was copied from
+    found = engine.advance([kept, right], [other[:1], other]).numpy()
+    assert np.abs(found[0] - found[1]).max() < TOLERANCE
+    assert np.abs(found[1:] - alone[1][split:]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_slots_are_independent(any_engine: tuple[Case, Maker], with_prefix: bool) -> None:
+    one, make = any_engine
+    prefix = random_prefix(one.checkpoint) if with_prefix else None
+    Walk(one, make(one, prefix), seed=len(one.name), prefix=prefix).run(30)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("engine", ENGINES)
+def test_slots_are_independent_on_long_walks(engine: str, seed: int) -> None:
+    """The case has a window and grouped heads."""
+    one = case("mistral")
+    Walk(one, ENGINES[engine](one), seed, slots=9).run(120)
+
+
+def test_a_prefix_is_the_same_in_training_and_in_generation(any_engine: tuple[Case, Maker]) -> None:
+    """Its places are not counted, and texts of all lengths see it, however far they go."""
+    one, make = any_engine
+    family, prefix = one.checkpoint.family, random_prefix(one.checkpoint)
+    engine, rows = make(one, prefix), [[*row.tolist(), 30, 31, 32, 33] for row in one.rows]
+    trained = [hidden_logits(family, one.model, np.array([row]), prefix)[0] for row in rows]
+    slots, logits = engine.open([row[:-4] for row in rows])
+    assert np.abs(logits.numpy() - [row[-5] for row in trained]).max() < TOLERANCE
+    for place in (-4, -3, -2, -1):
+        logits = engine.advance(slots, [[row[place]] for row in rows])
+        assert np.abs(logits.numpy() - [row[place] for row in trained]).max() < TOLERANCE
+    bare = hidden_logits(family, one.model, np.array(rows[:1]))[0]
+    assert np.abs(trained[0] - bare)[-1].max() > 0.05  # the prefix does something
 
 
 # --- files ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
-from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, hidden_logits, step_logits
+from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, eager, hidden_logits
 from test_finetune_resume import interrupt, same_run
 from tiny_runs import Result, Tiny, write_rows
 
@@ -240,13 +240,13 @@ def test_cached_decoding_is_greedy(shop: Workshop) -> None:
     from utils.inference.loading import load
     from utils.inference.sampling import SamplingOptions
 
-    family, generator = shop.case.checkpoint.family, load(shop.prepared, "cpu")
+    generator = load(shop.prepared, "cpu")
     prompts = [shop.prepared.encode(row.question, 64)[0] for row in list(read_rows(shop.tiny.data / "dev.json"))[:3]]
     answers = generator.generate(prompts, SamplingOptions(max_new_tokens=8), 3)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.tokens
-        ids = np.array([[*prompt, *answer.tokens]])
-        for length in range(len(prompt), ids.shape[1]):
-            ones, places = np.ones((1, length)), np.arange(length)[None]
-            logits, _ = step_logits(family, shop.case.model, ids[:, :length], ones, places)
-            assert logits[0, ids[0, length]] > logits.max() - 1e-4
+        ids = [*prompt, *answer.tokens]
+        lengths = range(len(prompt), len(ids))
+        logits = eager(shop.case).open([ids[:length] for length in lengths])[1].numpy()
+        for row, length in zip(logits, lengths, strict=True):
+            assert row[ids[length]] > row.max() - 1e-4

@@ -18,9 +18,9 @@ from utils.data.collate import Collator
 from utils.data.template import ChatTemplate, Message
 from utils.errors import UserError
 from utils.families import FAMILIES, family_of
-from utils.families.chatglm_input import prefix_lm
+from utils.families.chatglm_input import PromptAndAnswer, prefix_lm
 from utils.families.tokenizers import Tokenizer, load_tokenizer
-from utils.inference.engine import EagerEngine
+from utils.inference.eager import EagerEngine
 from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -103,13 +103,39 @@ def test_positions_and_sight_of_a_packed_row(models: dict[str, Any]) -> None:
     gmask, sop = config.gmask_token_id, config.bos_token_id
     ids = np.array([[90, 91, gmask, sop, 92, 93, 94, gmask, sop, 95, 96, 97]])
     ends = np.array([[6, 6, 6, 6, 6, 6, 10, 10, 10, 10, 12, 12]], dtype=np.int32)
-    positions, seen = prefix_lm(ids, config, ends)
+    positions, seen = prefix_lm(ids, config.to_dict(), ends)
     assert positions[0].tolist() == [[0, 1, 2, 2, 2, 2, 0, 1, 1, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0, 0, 1, 2, 0, 0]]
     rows = ["111000", "111000", "111000", "111100", "111110", "111111"]
     rows = [row + "000000" for row in rows]
     rows += ["0" * 6 + row + "00" for row in ("1100", "1100", "1110", "1111")]
     rows += ["0" * 10 + row for row in ("10", "11")]  # without <sop>: plain causal
     assert ["".join(map(str, row.astype(int))) for row in seen[0, 0]] == rows
+
+
+def test_positions_of_a_text_while_it_is_written(models: dict[str, Any]) -> None:
+    """The same as of a training row, also of texts without <sop>, without a mask, or with [MASK]."""
+    config = models["chatglm_tiny"].config.to_dict()
+    gmask, mask, sop = config["gmask_token_id"], config["mask_token_id"], config["bos_token_id"]
+    prompts = {(90, 91, gmask, sop): 3, (mask, 90, sop): 2, (90, 91, sop): 2, (90, 91, 92): 0}
+    for two in (True, False):
+        known = {**config, "position_encoding_2d": two}
+        for prompt, context in prompts.items():
+            text = PromptAndAnswer(prompt, known)
+            assert text.context == context
+            wanted = prefix_lm(np.array([[*prompt, 93, 94, 95, 96]]), known)[0][0]
+            parts = [text.positions(), text.append([93]), text.append([94, 95, 99])]
+            text.truncate(len(prompt) + 3)
+            parts[-1] = parts[-1][:, :-1]
+            parts.append(text.append([96]))
+            assert np.concatenate(parts, axis=1).tolist() == wanted.tolist()
+            assert text.context == context and text.positions().tolist() == wanted.tolist()
+
+
+def test_beginnings_are_shared_only_where_prompts_are_read_from_left_to_right(
+    checkpoints: dict[str, Checkpoint],
+) -> None:
+    shared = {name: one.family.shares_heads(one.config) for name, one in checkpoints.items()}
+    assert shared == {"chatglm_tiny": False, "chatglm2_tiny": True, "chatglm2_wide": True}
 
 
 @paddle.no_grad()
@@ -186,9 +212,10 @@ def test_a_batch_of_prompts_is_as_each_alone(
     said = np.random.default_rng(1).integers(90, 150, (6, 3))
 
     def logits(rows: list[int]) -> np.ndarray:
-        engine = EagerEngine(checkpoint.family, models[name], pad_id=tokenizer.pad_id)
-        found = [engine.prefill([prompts[row] for row in rows]).numpy()]
-        found += [engine.decode(tokens[rows].tolist()).numpy() for tokens in said]
+        engine = EagerEngine(checkpoint.family, models[name], checkpoint.config)
+        slots, first = engine.open([prompts[row] for row in rows])
+        found = [first.numpy()]
+        found += [engine.advance(slots, tokens[rows, None].tolist()).numpy() for tokens in said]
         return np.stack(found, axis=1)
 
     together = logits([0, 1, 2])

@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
+from family_cases import random_prefix
 
-from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
@@ -21,7 +21,6 @@ from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = ["bloom_tiny", "bloom_prefixed", "opt_tiny", "opt_narrow", "gpt2_tiny", "gpt2_prefixed"]
-PREFIX = 5
 ROWS = [[5, 9, 11, 8, 30, 7], [40, 41, 42], [12, 13, 14, 15]]
 
 
@@ -29,13 +28,6 @@ ROWS = [[5, 9, 11, 8, 30, 7], [40, 41, 42], [12, 13, 14, 15]]
 def case(request: pytest.FixtureRequest) -> tuple[Checkpoint, Any]:
     checkpoint = locate(FIXTURES / request.param)
     return checkpoint, load_model(checkpoint, "float32")
-
-
-def random_prefix(checkpoint: Checkpoint) -> PrefixTuning:
-    paddle.seed(3)
-    prefix = PrefixTuning(checkpoint.family, checkpoint.family.shape(checkpoint.config), PREFIX)
-    prefix.encoder[0].weight.set_value(paddle.normal(0.0, 0.5, prefix.encoder[0].weight.shape))
-    return prefix
 
 
 def packed_row() -> dict[str, Any]:
@@ -58,32 +50,6 @@ def test_packed_rows_are_computed_as_if_alone(case: tuple[Checkpoint, Any], with
         packed = trained.hidden(packed_row())[0].numpy()
         alone = [trained.hidden({"input_ids": paddle.to_tensor([row], dtype="int64")})[0].numpy() for row in ROWS]
     assert np.abs(packed - np.concatenate(alone)).max() < 1e-5
-
-
-def test_a_prefix_is_the_same_in_training_and_in_generation(case: tuple[Checkpoint, Any]) -> None:
-    """Left padding stands between the prefix and a shorter prompt; neither is counted as a position."""
-    checkpoint, model = case
-    family, prefix = checkpoint.family, random_prefix(checkpoint)
-    model.eval()
-    width = max(map(len, ROWS))
-    ids = np.array([[0] * (width - len(row)) + row for row in ROWS])
-    seen = np.array([[1] * PREFIX + [0] * (width - len(row)) + [1] * len(row) for row in ROWS])
-    positions = np.maximum(seen[:, PREFIX:].cumsum(axis=1) - 1, 0)
-    with paddle.no_grad():
-        stepped, cache = family.step(
-            model, *(paddle.to_tensor(x) for x in (ids, seen, positions)), prefix.cache(len(ROWS))
-        )
-        flat = family.flatten_cache(prefix.cache(1))
-        alone = [
-            family.logits(model, family.forward_hidden(model, {"input_ids": paddle.to_tensor([row])}, prefix.cache(1)))
-            for row in ROWS
-        ]
-        bare = family.logits(model, family.forward_hidden(model, {"input_ids": paddle.to_tensor([ROWS[0]])}))
-    assert np.abs(stepped.numpy() - np.concatenate([row[:, -1].numpy() for row in alone])).max() < 1e-5
-    assert np.array_equal(flat.numpy(), prefix.flat().numpy())
-    assert np.abs(alone[0].numpy() - bare.numpy()).max() > 1e-2  # the prefix does something
-    kept = family.cache_select(cache, paddle.to_tensor([2, 0]))
-    assert kept[0][0].shape[:2] == [2, PREFIX + width]
 
 
 @pytest.mark.parametrize("with_prefix", [False, True])

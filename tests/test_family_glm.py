@@ -17,8 +17,9 @@ from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
 from utils.families import FAMILIES
-from utils.families.glm_layout import layout
+from utils.families.glm_layout import SpansText, layout
 from utils.families.tokenizers import load_tokenizer
+from utils.inference.eager import EagerEngine
 from utils.training.model import TrainingModel
 
 FIXTURE = Path(__file__).parent / "fixtures" / "glm_tiny"
@@ -98,21 +99,36 @@ def test_two_spans_as_the_authors_code_has_them(model: Any) -> None:
         np.testing.assert_allclose(GLM.logits(model, hidden).numpy(), stored["logits"], atol=1e-4)
 
 
-def test_spans_token_by_token(model: Any) -> None:
-    """The second <|startofpiece|> comes while decoding; the cache must know where it stands."""
+def test_spans_token_by_token(checkpoint: Checkpoint, model: Any) -> None:
+    """The second <|startofpiece|> comes while decoding; the text must know where it stands."""
     stored = np.load(FIXTURE / "spans.npz")
-    ids, cache = stored["ids"], None
+    ids = stored["ids"].tolist()
     begun = int(np.flatnonzero(stored["block"][0])[0]) + 1
-    with paddle.no_grad():
-        for first, end in [(0, begun), *((i, i + 1) for i in range(begun, ids.shape[1]))]:
-            logits, cache = GLM.step(
-                model,
-                paddle.to_tensor(ids[:, first:end]),
-                paddle.ones([1, end], dtype="int64"),
-                paddle.arange(first, end).unsqueeze(0),
-                cache,
-            )
-            np.testing.assert_allclose(logits.numpy(), stored["logits"][:, end - 1], atol=1e-4)
+    assert (
+        ids[0].count(checkpoint.config["sop_token_id"]) == 2 and ids[0].index(checkpoint.config["sop_token_id"]) < begun
+    )
+    engine = EagerEngine(GLM, model, checkpoint.config)
+    slots, logits = engine.open([row[:begun] for row in ids])
+    np.testing.assert_allclose(logits.numpy(), stored["logits"][:, begun - 1], atol=1e-4)
+    for place in range(begun, len(ids[0])):
+        logits = engine.advance(slots, [[row[place]] for row in ids])
+        np.testing.assert_allclose(logits.numpy(), stored["logits"][:, place], atol=1e-4)
+
+
+def test_positions_of_a_text_while_it_is_written() -> None:
+    """Those of the whole text, across a second span and after tokens were taken back."""
+    ids = [CLS, MASK, 5, MASK, END, SOP, 6, EOP, SOP, 7]
+    wanted = placed(ids)
+    text = SpansText(ids[:6], SOP, (MASK, GMASK))
+    assert text.context == 5
+    parts = [text.positions(), text.append(ids[6:7])]
+    text.append([SOP, 8])
+    text.truncate(7)
+    parts += [text.append(ids[7:9]), text.append(ids[9:])]
+    assert np.concatenate(parts, axis=1).tolist() == [wanted.position[0].tolist(), wanted.block[0].tolist()]
+    assert text.context == 5
+    assert SpansText([CLS, 5, 6], SOP, (MASK, GMASK)).context == 0  # read from left to right
+    assert not GLM.shares_heads({})
 
 
 def packed_pair(model: Any) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from family_cases import FIXTURES, case, hidden_logits, step_logits
+from family_cases import ENGINES, FIXTURES, Maker, case, hidden_logits, random_prefix
 
+from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families.rope import frequencies, rope_scaling
+from utils.inference.eager import EagerEngine
 from utils.kernels.rotary import RotaryTable
 from utils.kernels.window import window_mask
 
@@ -130,18 +132,20 @@ def test_one_table_for_all_layers_that_grows_on_demand() -> None:
     assert table(paddle.ones([1], dtype="bfloat16"), 5)[0].dtype == paddle.bfloat16
 
 
-def test_more_positions_than_the_first_table(tmp_path: Path) -> None:
-    """A prompt of 300 tokens, and a step after it, agree with the training forward."""
+def test_more_positions_than_the_first_table() -> None:
+    """A prompt of 300 tokens, and steps from before the table's end to behind it, agree with the training forward."""
     one = case("llama_tiny")
     model = load_model(one.checkpoint, "float32")
     ids = np.random.default_rng(0).integers(3, 264, (1, 301))
     whole = hidden_logits(one.checkpoint.family, model, ids)[0]
-    family, ones = one.checkpoint.family, np.ones((1, 301))
-    _, cache = step_logits(family, model, ids[:, :255], ones[:, :255], np.arange(255)[None])
-    last = None
+    engine = EagerEngine(one.checkpoint.family, model, one.checkpoint.config)
+    slots, logits = engine.open([ids[0, :255].tolist()])
     for place in range(255, 301):
-        last, cache = step_logits(family, model, ids[:, place, None], ones[:, : place + 1], np.array([[place]]), cache)
-    assert last is not None and np.abs(last[0] - whole[-1]).max() < 1e-4
+        assert np.abs(logits.numpy()[0] - whole[place - 1]).max() < 1e-4
+        logits = engine.advance(slots, [[int(ids[0, place])]])
+    assert np.abs(logits.numpy()[0] - whole[-1]).max() < 1e-4
+    at_once = EagerEngine(one.checkpoint.family, model, one.checkpoint.config).open([ids[0, :300].tolist()])[1]
+    assert np.abs(at_once.numpy()[0] - whole[-2]).max() < 1e-4
 
 
 # --- two end tokens -----------------------------------------------------------------------------------
@@ -181,21 +185,32 @@ def test_the_window_changes_the_answer(tmp_path: Path) -> None:
     assert np.abs(free[:5] - wanted[:5]).max() < 1e-4 and np.abs(free[5:] - wanted[5:]).max() > 0.1
 
 
-def test_a_prefix_is_seen_beyond_the_window() -> None:
+@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
+def test_a_prefix_is_seen_beyond_the_window(make: Maker) -> None:
     """Training with a prefix, and prefill and steps behind it, agree; far positions still see the prefix."""
-    one, family = case("mistral"), case("mistral").checkpoint.family
-    paddle.seed(3)
-    shape = family.shape(one.checkpoint.config)
-    flat = paddle.randn([1, 3, 2 * shape.layers, shape.kv_heads, shape.head_dim])
-    ids = one.rows[0][None]
-    with paddle.no_grad():
-        hidden = family.forward_hidden(one.model, {"input_ids": paddle.to_tensor(ids)}, family.prefix_cache(flat))
-        trained = family.logits(one.model, hidden).numpy()[0]
-    cache, length = family.prefix_cache(flat), ids.shape[1]
-    _, cache = step_logits(family, one.model, ids[:, :9], np.ones((1, 12)), np.arange(9)[None], cache)
-    for place in range(9, length):
-        mask = np.ones((1, place + 4))
-        logits, cache = step_logits(family, one.model, ids[:, place, None], mask, np.array([[place]]), cache)
-        cache = family.cache_select(cache, paddle.to_tensor([0]))
-        assert np.abs(logits[0] - trained[place]).max() < 1e-4
+    one = case("mistral")
+    prefix, ids = random_prefix(one.checkpoint, 3), one.rows[0]
+    trained = hidden_logits(one.checkpoint.family, one.model, ids[None], prefix)[0]
+    engine = make(one, prefix)
+    slots, _ = engine.open([ids[:9].tolist()])
+    for place in range(9, len(ids)):
+        logits = engine.advance(slots, [[int(ids[place])]])
+        assert np.abs(logits.numpy()[0] - trained[place]).max() < 1e-4
     assert np.abs(trained[-1] - one.reference["logits"][0][-1]).max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2_window"])
+def test_a_prefix_started_from_text_has_read_it_through_the_window(name: str) -> None:
+    """The second layer's key and value at a place depend on one window of tokens before it, not on all."""
+    one = case(name)
+    family, window = one.checkpoint.family, one.checkpoint.config["sliding_window"]
+    text = one.rows[0].tolist()
+    length = len(text)
+    found = []
+    for first in (text[0], text[0] + 1):
+        prefix = PrefixTuning(family, family.shape(one.checkpoint.config), length)
+        prefix.start_from_text(one.model, [first, *text[1:]])
+        found.append([value.numpy()[0] for value in prefix.cache(1)[1]])
+    for one_value, other in zip(*found, strict=True):
+        assert np.abs(one_value[:window] - other[:window]).max() > 1e-3
+        assert np.array_equal(one_value[window:], other[window:])

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from family_cases import placed_logits
 
 from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
 from utils.families import FAMILIES
+from utils.families.qwen import ntk_factor
 from utils.families.tokenizers import load_tokenizer
+from utils.inference.eager import EagerEngine
 
 FIXTURE = Path(__file__).parent / "fixtures" / "qwen_tiny"
 QWEN = FAMILIES["qwen"]
@@ -27,26 +30,24 @@ def checkpoint() -> Checkpoint:
     return locate(FIXTURE)
 
 
-def positions(mask: np.ndarray) -> Any:
-    return paddle.to_tensor(np.maximum(mask.cumsum(1) - 1, 0))
+def engine_of(checkpoint: Checkpoint, **changes: Any) -> EagerEngine:
+    """With settings changed."""
+    model = load_model(checkpoint, "float32", family_overrides=changes)
+    return EagerEngine(QWEN, model, {**checkpoint.config, **changes})
 
 
-@paddle.no_grad()
-def two_steps(model: Any, ids: np.ndarray, mask: np.ndarray, next_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Last logits of left-padded prompts, and those of one cached token more."""
-    first, cache = QWEN.step(model, paddle.to_tensor(ids), paddle.to_tensor(mask), positions(mask))
-    longer = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
-    places = paddle.to_tensor(mask.sum(1, keepdims=True))
-    second, _ = QWEN.step(model, paddle.to_tensor(next_ids[:, None]), paddle.to_tensor(longer), places, cache)
-    return first.numpy(), second.numpy()
+def two_steps(engine: EagerEngine, stored: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Last logits of the prompts in long.npz, together in one batch, and those of one cached token more."""
+    prompts = [ids[seen == 1].tolist() for ids, seen in zip(stored["ids"], stored["mask"], strict=True)]
+    slots, first = engine.open(prompts)
+    return first.numpy(), engine.advance(slots, stored["next_ids"][:, None].tolist()).numpy()
 
 
 @pytest.mark.parametrize(("case", "ntk", "logn"), [("ntk", True, False), ("logn", False, True), ("both", True, True)])
 def test_prompts_longer_than_the_training_length(checkpoint: Checkpoint, case: str, ntk: bool, logn: bool) -> None:
     stored = np.load(FIXTURE / "long.npz")
     changes = {"seq_length": int(stored["trained"]), "use_dynamic_ntk": ntk, "use_logn_attn": logn}
-    model = load_model(checkpoint, "float32", family_overrides=changes)
-    first, second = two_steps(model, stored["ids"], stored["mask"], stored["next_ids"])
+    first, second = two_steps(engine_of(checkpoint, **changes), stored)
     np.testing.assert_allclose(first, stored[f"{case}_last"], atol=1e-4)
     np.testing.assert_allclose(second, stored[f"{case}_next"], atol=1e-4)
 
@@ -54,9 +55,7 @@ def test_prompts_longer_than_the_training_length(checkpoint: Checkpoint, case: s
 def test_the_long_cases_differ_from_each_other(checkpoint: Checkpoint) -> None:
     stored = np.load(FIXTURE / "long.npz")
     off = {"seq_length": int(stored["trained"]), "use_dynamic_ntk": False, "use_logn_attn": False}
-    plain, _ = two_steps(
-        load_model(checkpoint, "float32", family_overrides=off), stored["ids"], stored["mask"], stored["next_ids"]
-    )
+    plain, _ = two_steps(engine_of(checkpoint, **off), stored)
     for case in ("ntk", "logn", "both"):
         assert np.abs(plain - stored[f"{case}_last"]).max() > 1e-2
 
@@ -67,29 +66,38 @@ def test_a_long_prompt_leaves_nothing_behind(checkpoint: Checkpoint) -> None:
     ids = paddle.to_tensor([[1, 2, 3, 4, 5]])
     with paddle.no_grad():
         before = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
-        long = np.ones((1, 30), np.int64)
-        QWEN.step(model, paddle.to_tensor(long), paddle.to_tensor(long), paddle.arange(30).unsqueeze(0))
+        EagerEngine(QWEN, model, {**checkpoint.config, "seq_length": 8}).open([[1] * 30])
         after = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
     np.testing.assert_array_equal(before, after)
 
 
-def test_rows_keep_their_own_factor(checkpoint: Checkpoint) -> None:
+def test_texts_keep_the_factor_of_their_prompt(checkpoint: Checkpoint) -> None:
+    """Also when they grow beyond it, alone, as a copy, or when another one leaves."""
     stored = np.load(FIXTURE / "long.npz")
-    model = load_model(checkpoint, "float32", family_overrides={"seq_length": int(stored["trained"])})
-    ids, mask = stored["ids"], stored["mask"]
-    with paddle.no_grad():
-        _, cache = QWEN.step(model, paddle.to_tensor(ids), paddle.to_tensor(mask), positions(mask))
-        assert cache.factors.tolist() == [7.0, 3.0]  # 21 and 9 tokens, trained on 8
-        kept = QWEN.cache_select(cache, paddle.to_tensor([1]))
-        longer = np.concatenate([mask[1:], [[1]]], axis=1)
-        logits, _ = QWEN.step(
-            model,
-            paddle.to_tensor(stored["next_ids"][1:, None]),
-            paddle.to_tensor(longer),
-            paddle.to_tensor(mask[1:].sum(1, keepdims=True)),
-            kept,
-        )
-    np.testing.assert_allclose(logits.numpy(), stored["both_next"][1:], atol=1e-4)
+    config = {**checkpoint.config, "seq_length": int(stored["trained"])}
+    prompts = [ids[seen == 1].tolist() for ids, seen in zip(stored["ids"], stored["mask"], strict=True)]
+    texts = [QWEN.text(config, prompt) for prompt in prompts]
+    assert [text.stretch for text in texts] == [7.0, 3.0]  # 21 and 9 tokens, trained on 8
+    texts[1].append([5] * 30)
+    assert texts[1].stretch == texts[1].copy().stretch == 3.0
+    assert QWEN.text({**config, "use_dynamic_ntk": False}, prompts[0]).stretch == 1.0
+    engine = engine_of(checkpoint, seq_length=int(stored["trained"]))
+    (gone, kept), _ = engine.open(prompts)
+    copied = engine.fork(kept)
+    engine.free([gone])
+    logits = engine.advance([kept, copied], [stored["next_ids"][1:].tolist()] * 2).numpy()
+    np.testing.assert_allclose(logits, np.repeat(stored["both_next"][1:], 2, axis=0), atol=1e-4)
+
+
+def test_factors_by_definition() -> None:
+    """1 up to the training length, 3 up to twice, 7 up to four times that length."""
+    lengths = {1: 1, 8: 1, 9: 3, 16: 3, 17: 7, 32: 7, 33: 15}
+    assert {length: ntk_factor(length, 8) for length in lengths} == lengths
+
+
+def test_beginnings_are_shared_only_where_no_prompt_decides_a_factor(checkpoint: Checkpoint) -> None:
+    assert not QWEN.shares_heads({**checkpoint.config, "use_dynamic_ntk": True})
+    assert QWEN.shares_heads({**checkpoint.config, "use_dynamic_ntk": False})
 
 
 def test_names_of_the_first_release(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -128,14 +136,11 @@ def test_biases_everywhere(checkpoint: Checkpoint) -> None:
 def test_rotary_on_a_part_of_the_head(checkpoint: Checkpoint) -> None:
     """The library's rotary embedding fails then; position must still matter, only through that part."""
     model = load_model(checkpoint, "float32", family_overrides={"rotary_pct": 0.5})
-    ids = paddle.to_tensor([[5, 6, 7, 8]])
-    ones = paddle.ones_like(ids)
-    with paddle.no_grad():
-        near, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0))
-        moved, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0) + 40)
-        spread, _ = QWEN.step(model, ids, ones, paddle.arange(4).unsqueeze(0) * 9)
-    np.testing.assert_allclose(near.numpy(), moved.numpy(), atol=1e-4)  # only distances count
-    assert np.abs(near.numpy() - spread.numpy()).max() > 1e-2
+    near, moved, spread = (
+        placed_logits(QWEN, model, [5, 6, 7, 8], list(where))[0] for where in (range(4), range(40, 44), range(0, 36, 9))
+    )
+    np.testing.assert_allclose(near, moved, atol=1e-4)  # only distances count
+    assert np.abs(near[-1] - spread[-1]).max() > 1e-2
 
 
 # --- tokenizer and template ------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 import pytest
+from family_cases import placed_logits
 from tiny_models import write_tiny_llama
 
 from utils.adapters.lora import add_lora, save_lora
@@ -73,10 +73,9 @@ def answer(prepared: Prepared, generator: Generator, tmp_path: Path) -> Callable
 
 
 def first_logits(engine: EagerEngine, prompt: list[int]) -> np.ndarray:
-    engine.reset()
-    found = engine.prefill([prompt]).numpy()[0]
-    engine.reset()
-    return found
+    slots, logits = engine.open([prompt])
+    engine.free(slots)
+    return logits.numpy()[0]
 
 
 def test_lora_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
@@ -95,11 +94,11 @@ def test_lora_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: P
         delta = parts[name].numpy() @ parts[name.replace("lora_A", "lora_B")].numpy() * 3.0
         target.set_value(target.numpy() + delta)
     prompt = list(range(5, 25))
-    wanted = first_logits(EagerEngine(checkpoint.family, merged, pad_id=0), prompt)
+    wanted = first_logits(EagerEngine(checkpoint.family, merged, checkpoint.config), prompt)
     loaded = load(prepare(str(folder), device="cpu", lora_path=str(tmp_path)), "cpu")
     assert isinstance(loaded.engine, EagerEngine)
     np.testing.assert_allclose(first_logits(loaded.engine, prompt), wanted, atol=1e-4)
-    plain = first_logits(EagerEngine(checkpoint.family, load_model(checkpoint, "float32"), pad_id=0), prompt)
+    plain = first_logits(EagerEngine(checkpoint.family, load_model(checkpoint, "float32"), checkpoint.config), prompt)
     assert np.abs(plain - wanted).max() > 0.1
 
 
@@ -113,13 +112,10 @@ def test_prefix_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path:
     prompt = list(range(5, 25))
     loaded = load(prepare(str(folder), device="cpu", prefix_path=str(tmp_path)), "cpu")
     assert isinstance(loaded.engine, EagerEngine)
-    engine = EagerEngine(checkpoint.family, model, pad_id=0, prefix=prefix)
+    engine = EagerEngine(checkpoint.family, model, checkpoint.config, prefix=prefix)
     np.testing.assert_allclose(first_logits(loaded.engine, prompt), first_logits(engine, prompt), atol=1e-5)
-    with paddle.no_grad():
-        positions = paddle.concat([paddle.arange(6), paddle.arange(20)]).unsqueeze(0)
-        ids = paddle.to_tensor([[11, 12, 13, 11, 12, 13, *prompt]])
-        by_hand, _ = checkpoint.family.step(model, ids, paddle.ones_like(ids), positions)
-    np.testing.assert_allclose(first_logits(loaded.engine, prompt), by_hand.numpy()[0], atol=1e-4)
+    by_hand, _ = placed_logits(checkpoint.family, model, [11, 12, 13, 11, 12, 13, *prompt], [*range(6), *range(20)])
+    np.testing.assert_allclose(first_logits(loaded.engine, prompt), by_hand[-1], atol=1e-4)
 
 
 def test_adapter_of_another_base_is_refused(prepared: Prepared, tmp_path: Path) -> None:

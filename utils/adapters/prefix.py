@@ -83,10 +83,10 @@ class PrefixTuning(nn.Layer):
             return
         repeated = (list(ids) * (self.length // len(ids) + 1))[: self.length]
         order = np.arange(self.length, dtype=np.int64)[None]
-        text = self.family.text(model.config.to_dict(), repeated)
-        known = places(
-            text.positions()[:, None], order, order, np.array([text.context]), np.array([text.stretch], "float32"), None
-        )
+        config = model.config.to_dict()
+        text, window = self.family.text(config, repeated), self.family.window(config)
+        context, stretch = np.array([text.context]), np.array([text.stretch], dtype=np.float32)
+        known = places(text.positions()[:, None], order, order, context, stretch, window)
         _, cache = self.family.decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
         flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
         weight = self.encoder[0].weight

@@ -32,9 +32,11 @@ class _Rows:
     cache: Layers | None
 
     def take(self, rows: Sequence[int]) -> _Rows:
+        """Some rows. Their columns begin together again when others' tokens have torn them apart."""
         chosen = paddle.to_tensor(np.asarray(rows, dtype=np.int64))
         cache = [(key.index_select(chosen), value.index_select(chosen)) for key, value in self.cache or ()]
-        return _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
+        taken = _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
+        return taken.without_gaps()
 
     def join(self, other: _Rows) -> _Rows:
         """Both, the shorter cache filled up with places where no token is."""
@@ -91,16 +93,16 @@ class EagerEngine(Engine):
         if self._model.training:
             raise RuntimeError("the model is in training mode; call model.eval() before generating")
         slots = self._unused(len(prompts))
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self._texts[slot] = self._family.text(self._config, prompt)
+        texts = [self._family.text(self._config, prompt) for prompt in prompts]
         if self._prefix is None:
             rows = _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
         else:
             before = np.arange(-self._prefix.length, 0, dtype=np.int64)
             rows = _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
         counts = [len(prompt) for prompt in prompts]
-        hidden = self._forward(rows, [self._texts[slot].positions() for slot in slots], counts)
+        hidden = self._forward(rows, texts, [text.positions() for text in texts], counts)
         self._rows = self._rows.join(rows)
+        self._texts.update(zip(slots, texts, strict=True))
         return slots, self._logits(hidden, [[count - 1] for count in counts])
 
     @paddle.no_grad()
@@ -110,11 +112,13 @@ class EagerEngine(Engine):
         others = [row for row, slot in enumerate(self._rows.slots) if slot not in wanted]
         rows = self._rows.take(named) if others else self._rows
         rest = self._rows.take(others) if others else _Rows([], self._rows.keys[:0], None)
-        positions = [self._texts[slot].append(wanted[slot]) for slot in rows.slots]
-        hidden = self._forward(rows, positions, [len(wanted[slot]) for slot in rows.slots])
-        self._rows = rest.join(rows)
-        places = [range(len(wanted[slot])) if slot in wanted else () for slot in rows.slots]
         order = [rows.slots.index(slot) for slot in slots]
+        texts = [self._texts[slot].copy() for slot in rows.slots]  # an interrupted call leaves them as they were
+        positions = [text.append(wanted[slot]) for slot, text in zip(rows.slots, texts, strict=True)]
+        hidden = self._forward(rows, texts, positions, [len(wanted[slot]) for slot in rows.slots])
+        self._rows = rest.join(rows)
+        self._texts.update(zip(rows.slots, texts, strict=True))
+        places = [range(len(wanted[slot])) for slot in rows.slots]
         return self._logits(hidden, places, order)
 
     def rewind(self, slot: int, count: int) -> None:
@@ -138,15 +142,16 @@ class EagerEngine(Engine):
             del self._texts[slot]
         kept = [row for row, slot in enumerate(self._rows.slots) if slot in self._texts]
         if len(kept) < len(self._rows.slots):
-            self._rows = self._rows.take(kept).without_gaps()
+            self._rows = self._rows.take(kept)
 
     def _unused(self, number: int) -> list[int]:
         free = (slot for slot in count() if slot not in self._texts)
         return [next(free) for _ in range(number)]
 
-    def _forward(self, rows: _Rows, positions: Sequence[Ints], counts: Sequence[int]) -> paddle.Tensor:
+    def _forward(
+        self, rows: _Rows, texts: Sequence[Text], positions: Sequence[Ints], counts: Sequence[int]
+    ) -> paddle.Tensor:
         """Hidden states [rows, length, hidden] of new tokens (the last `counts` of each text); fills `rows`."""
-        texts = [self._texts[slot] for slot in rows.slots]
         batch, length = len(texts), max(counts)
         ids = np.zeros((batch, length), dtype=np.int64)
         placed = np.zeros((positions[0].shape[0], batch, length), dtype=np.int64)

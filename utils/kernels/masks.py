@@ -23,18 +23,6 @@ def causal(length: int, cached: int) -> Tensor:
     return (key.unsqueeze(0) <= query.unsqueeze(1) + cached).unsqueeze([0, 1])
 
 
-def padded(seen: Tensor, length: int) -> Tensor:
-    """As `causal`, but nobody sees padding.
-
-    Args:
-        seen: [batch, cached + length], 1 for real tokens.
-
-    Returns:
-        [batch, 1, length, cached + length] bool.
-    """
-    return causal(length, seen.shape[1] - length) & seen.astype("bool").unsqueeze([1, 2])
-
-
 def packed(segment_ends: Tensor, cached: int) -> Tensor:
     """As `causal`, but among the new positions only those of the same segment see each other.
 
