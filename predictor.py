@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from utils import runtime
 from utils.arguments import PredictArguments, parse
-from utils.errors import UserError, notice, run_script
+from utils.errors import notice, run_script
 from utils.inference.batch import answer_file
-from utils.inference.benchmark import answer_examples, table
+from utils.inference.benchmark import QUESTIONS_FILE, answer_examples, table
 from utils.inference.chat import Chat, chat_in_terminal
-from utils.inference.loading import Prepared, load, prepare
+from utils.inference.loading import Prepared, check_model_type, load, prepare
 from utils.inference.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ def main() -> None:
     """Parses, checks, loads, answers."""
     runtime.prepare()
     run = parse(PredictArguments, script="predictor.py")
-    refuse_later_work(run)
     prepared = prepare(
         str(run.model_name_or_path),
         device=run.device,
@@ -35,8 +34,10 @@ def main() -> None:
         chat_template=run.chat_template,
         lora_path=run.lora_path,
         prefix_path=run.prefix_path,
+        mode=run.mode,
+        inference_model=run.inference_model,
     )
-    check_model_type(run, prepared)
+    check_model_type(run, prepared.checkpoint)
     src_length = fitting_src_length(run, prepared)
     options = sampling_options(run)
     load_now = partial(load, prepared, run.device, warm_up=run.benchmark)
@@ -44,11 +45,11 @@ def main() -> None:
         generator = load_now()
         chat_in_terminal(Chat(prepared, generator, options, src_length))
         speed: Speed | None = generator.speed
-    elif run.data_file is None:
+    elif run.data_file is None and run.benchmark:
         speed = answer_examples(prepared, load_now(), options, run.batch_size)
     else:
         speed = answer_file(
-            Path(run.data_file),
+            Path(run.data_file) if run.data_file else QUESTIONS_FILE,
             Path(run.output_file),
             prepared,
             load_now,
@@ -60,28 +61,6 @@ def main() -> None:
         print(f"answers are in {run.output_file}")
     if run.benchmark:
         print(table(speed, run.device))
-
-
-def refuse_later_work(run: PredictArguments) -> None:
-    """Says clearly which documented modes this version does not have yet."""
-    missing = {
-        "--mode static": run.mode == "static",
-        "--inference_model": run.inference_model,
-    }
-    asked = [name for name, wanted in missing.items() if wanted]
-    if asked:
-        raise UserError(f"{' '.join(asked)}: not in this version yet; --mode dynamic runs the model itself")
-
-
-def check_model_type(run: PredictArguments, prepared: Prepared) -> None:
-    """`model_type` may only confirm what the checkpoint says."""
-    family = prepared.checkpoint.family
-    known = {family.name, *family.model_types}
-    if run.model_type is not None and run.model_type not in known:
-        raise UserError(
-            f"{run.where('model_type')}: {prepared.checkpoint.folder} holds a {family.title} model; "
-            f"leave model_type out, or write {family.name}"
-        )
 
 
 def fitting_src_length(run: PredictArguments, prepared: Prepared) -> int:

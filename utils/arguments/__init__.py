@@ -4,6 +4,6 @@ Imports no Paddle, so that faults and --help answer at once.
 """
 
 from utils.arguments.parser import parse
-from utils.arguments.scripts import FinetuneArguments, MergeLoraArguments, PredictArguments
+from utils.arguments.scripts import ExportArguments, FinetuneArguments, MergeLoraArguments, PredictArguments
 
-__all__ = ["FinetuneArguments", "MergeLoraArguments", "PredictArguments", "parse"]
+__all__ = ["ExportArguments", "FinetuneArguments", "MergeLoraArguments", "PredictArguments", "parse"]

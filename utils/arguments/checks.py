@@ -205,6 +205,8 @@ def output_folder(run: Any) -> Iterator[str]:
 def named_files(run: Any) -> Iterator[str]:
     """What is named as a path must be there: model, tokenizer, chat template, adapters."""
     for name in ("model_name_or_path", "tokenizer_name_or_path"):
+        if getattr(run, "mode", "dynamic") == "static":
+            continue  # `static_folder` says more
         value = getattr(run, name, None)
         if value is not None and is_path(value) and not os.path.isdir(value):
             yield f"{run.where(name)}: no such folder"
@@ -288,10 +290,9 @@ def one_adapter(run: Any) -> Iterator[str]:
     if run.lora_path is not None and run.prefix_path is not None:
         yield f"{run.where('lora_path')} and {run.where('prefix_path')} exclude each other; leave one out"
     for name in ("lora_path", "prefix_path"):
-        if getattr(run, name) is not None and (run.inference_model or run.mode == "static"):
-            other = "inference_model" if run.inference_model else "mode"
-            step = "merge it first with merge_lora_params.py" if name == "lora_path" else "leave one out"
-            yield f"{run.where(name)} and {run.where(other)} exclude each other; {step}"
+        if getattr(run, name) is not None and getattr(run, "mode", "dynamic") == "static":
+            step = f"an exported model has its adapter inside: python export_model.py --{name} ..."
+            yield f"{run.where(name)} and {run.where('mode')} exclude each other; {step}"
 
 
 def new_tokens(run: Any) -> Iterator[str]:
@@ -341,6 +342,21 @@ def prediction_files(run: Any) -> Iterator[str]:
         yield f"{run.where('output_file')}: there is no folder {folder}"
     elif not _accepts_files(folder):
         yield f"{run.where('output_file')} cannot be written: no permission to write in {folder}"
+
+
+def static_folder(run: Any) -> Iterator[str]:
+    """A static program comes from a folder."""
+    if run.mode == "static" and run.model_name_or_path is not None and not os.path.isdir(run.model_name_or_path):
+        yield (
+            f"{run.where('model_name_or_path')}: no such folder; --mode static runs an exported model: python "
+            f"export_model.py --model_name_or_path MODEL --output_path {run.model_name_or_path}"
+        )
+
+
+def export_required(run: Any) -> Iterator[str]:
+    if run.model_name_or_path is None:
+        yield "model_name_or_path is missing; name the model to export"
+    yield from unwritable(run, "output_path")
 
 
 def merge_required(run: Any) -> Iterator[str]:

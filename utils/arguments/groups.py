@@ -318,6 +318,25 @@ class SamplingArguments(Arguments):
 
 
 @dataclass
+class ExportingArguments(Arguments):
+    """Exporting a static program."""
+
+    group: ClassVar[str] = "Export"
+
+    model_name_or_path: str | None = arg(
+        None, "model: a folder, a hub name, or smollm2-135m-instruct (comes with the installation)", path=True
+    )
+    output_path: str = arg("./inference", "folder for the exported model, which then needs nothing else", path=True)
+    inference_model: bool = arg(False, "export the fused inference model instead of the library's model")
+    lora_path: str | None = arg(None, "folder of a LoRA adapter, merged into the exported weights", path=True)
+    prefix_path: str | None = arg(None, "folder of a trained prefix, exported as a cache", path=True)
+    model_type: str | None = arg(None, "family of a checkpoint that does not say it, such as gpt-3")
+    chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
+    dtype: str | None = arg(None, "type of the weights; the checkpoint's own by default", choices=DTYPES)
+    device: str = arg("gpu", DEVICE_HELP)
+
+
+@dataclass
 class MergeArguments(Arguments):
     """Merging a LoRA adapter into its base."""
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from utils.arguments import checks
 from utils.arguments.groups import (
     DataArguments,
+    ExportingArguments,
     GenerateArguments,
     MergeArguments,
     ModelArguments,
@@ -87,6 +88,7 @@ class PredictArguments(SamplingArguments, PredictorArguments):
     renamed: ClassVar[dict[str, str]] = RENAMED_LENGTHS
     checks: ClassVar = (
         checks.predict_required,
+        checks.static_folder,
         checks.one_adapter,
         checks.lengths,
         checks.new_tokens,
@@ -119,6 +121,13 @@ class PredictArguments(SamplingArguments, PredictorArguments):
                     "--top_k 0 samples from all tokens"
                 )
         return said
+
+
+@dataclass
+class ExportArguments(ExportingArguments):
+    """Exports a model, with its adapter if wanted, as a static program with everything it needs."""
+
+    checks: ClassVar = (checks.export_required, checks.one_adapter, checks.named_files)
 
 
 @dataclass

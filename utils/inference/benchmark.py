@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -14,21 +16,17 @@ from utils.inference.sampling import SamplingOptions
 if TYPE_CHECKING:
     from utils.inference.generator import Generator, Speed
 
-# What is asked when the user gives no file; answers have the same length so that runs compare.
-QUESTIONS = (
-    "What is the capital of France?",
-    "Explain in a few sentences why the sky is blue and why sunsets are red.",
-    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
-    "List five things to pack for a week of hiking in the mountains, with a reason for each.",
-)
+# What is asked when the user gives no file.
+QUESTIONS_FILE = Path(__file__).with_name("questions.json")
 ANSWER_TOKENS = 64
 
 
 def answer_examples(prepared: Prepared, generator: Generator, options: SamplingOptions, batch_size: int) -> Speed:
-    """Answers two batches of built-in questions with 64 tokens each; the text is thrown away."""
+    """Answers two batches of built-in questions with 64 tokens each, so that runs compare; the text is thrown away."""
+    questions = [json.loads(line)["src"] for line in QUESTIONS_FILE.read_text("utf-8").splitlines()]
     prompts = [
         prepared.template.encode_prompt(
-            prepared.tokenizer, [{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
+            prepared.tokenizer, [{"role": "user", "content": questions[number % len(questions)]}]
         )
         for number in range(2 * batch_size)
     ]

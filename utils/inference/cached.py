@@ -95,19 +95,16 @@ class CachedEngine(Engine):
             stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
             for number in range(first, first + len(rows)):
                 self.cache.write(stored, [0], [self._before], number)
-        logits = []
-        last = [None] * len(rows)
+        last: list[Any] = [None] * len(rows)
         step = longest if any(row.text.context for row in rows) else CHUNK
         for start in range(0, longest, step):
             parts = [row.text.ids[start : start + step] for row in rows]
-            width = max(map(len, parts))
             ends = [len(part) - 1 for part in parts]
-            del width
             logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=start == 0)
             for number, end in enumerate(ends):
                 if end >= 0:
                     last[number] = logits[number : number + 1]
-        return last  # type: ignore[return-value]
+        return last
 
     @paddle.no_grad()
     def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:

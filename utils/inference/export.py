@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils.errors import UserError, raise_if
 from utils.families import family_of
 
 if TYPE_CHECKING:
+    from utils.inference.engine import Engine
     from utils.inference.loading import Prepared
 
 MANIFEST = "export.json"
@@ -114,19 +116,25 @@ def prefix_cache(folder: Path, manifest: Manifest) -> NDArray[np.float32] | None
     return open_tensors(folder / PREFIX_CACHE)["prefix"].read().copy() if manifest.prefix else None
 
 
-def export(prepared: Prepared, output: Path, *, device: str, inference_model: bool) -> None:
+def export(
+    prepared: Prepared, output: Path, *, device: str, verify: Callable[[Path, Engine, Prepared, str], None]
+) -> None:
     """Writes the program, its weights, config, tokenizer, template, generation settings and manifest.
 
     `output` appears whole or not at all; only an earlier export is ever replaced.
 
+    Args:
+        verify: called with the finished folder, before it becomes `output`, and an engine of what was
+            exported; raises if they differ.
+
     Raises:
-        UserError: weights that do not fit, or an `output` that holds anything else.
+        UserError: weights that do not fit, an `output` that holds anything else, or what `verify` finds.
     """
     check_target(output)
-    from utils.inference.loading import load_program
+    from utils.inference.loading import engine_of, load_program
 
     with atomic_directory(output) as staging:
-        layer, prefix = load_program(prepared, device, inference_model=inference_model)
+        layer, prefix = load_program(prepared, device)
         save_program(layer, staging, prepared)
         if prefix is not None:
             write_safetensors(staging / PREFIX_CACHE, [("prefix", prefix)], {"format": "np"})
@@ -142,7 +150,7 @@ def export(prepared: Prepared, output: Path, *, device: str, inference_model: bo
         manifest = Manifest(
             FORMAT,
             paddle_version(),
-            inference_model,
+            prepared.inference_model,
             prepared.dtype,
             layer.inputs,
             0 if prefix is None else prefix.shape[2],
@@ -150,6 +158,7 @@ def export(prepared: Prepared, output: Path, *, device: str, inference_model: bo
             {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},
         )
         write_json(staging / MANIFEST, asdict(manifest))
+        verify(staging, engine_of(prepared, layer, prefix), prepared, device)
 
 
 def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:

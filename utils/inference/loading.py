@@ -19,7 +19,7 @@ from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message
-from utils.errors import UserError, raise_if
+from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
@@ -92,14 +92,6 @@ def prepare(
     if mode == "static":
         checkpoint, manifest = read_export(name)
         check_same_kind(checkpoint, manifest, inference_model)
-        adapters = {"lora_path": lora_path, "prefix_path": prefix_path}
-        raise_if(
-            [
-                f"--{option}: an exported model has its adapter inside; export it with python export_model.py --{option}"
-                for option, given in adapters.items()
-                if given
-            ]
-        )
     else:
         if is_export(Path(name).expanduser()):
             raise UserError(f"{name}: holds an exported model; add --mode static")
@@ -134,6 +126,20 @@ def prepare(
     )
 
 
+def check_model_type(run: Any, checkpoint: Checkpoint) -> None:
+    """`model_type` among the arguments may only confirm what the checkpoint says.
+
+    Raises:
+        UserError: it says something else.
+    """
+    family = checkpoint.family
+    if run.model_type is not None and run.model_type not in {family.name, *family.model_types}:
+        raise UserError(
+            f"{run.where('model_type')}: {checkpoint.folder} holds a {family.title} model; "
+            f"leave model_type out, or write {family.name}"
+        )
+
+
 def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator:
     """Reads the weights and returns a generator over the engine that was asked for.
 
@@ -165,14 +171,24 @@ def _engine(prepared: Prepared, device: str) -> Engine:
         model, prefix_tuning = _library_model(prepared)
         return EagerEngine(family, model, config, prefix=prefix_tuning)
     from utils.inference.cached import CachedEngine
-    from utils.inference.programs import DynamicProgram, StaticProgram
+    from utils.inference.programs import StaticProgram
 
     if manifest is not None:
         program = StaticProgram(checkpoint.folder, manifest, family.shape(config), device)
         prefix = prefix_cache(checkpoint.folder, manifest)
         return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix)
-    decoder, prefix = load_program(prepared, device, inference_model=True)
-    return CachedEngine(family, config, DynamicProgram(decoder), dtype=prepared.dtype, prefix=prefix)
+    return engine_of(prepared, *load_program(prepared, device))
+
+
+def engine_of(prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> Engine:
+    """An engine that runs what `load_program` returned, operator by operator."""
+    from utils.inference.cached import CachedEngine
+    from utils.inference.programs import DynamicProgram
+
+    checkpoint = prepared.checkpoint
+    return CachedEngine(
+        checkpoint.family, checkpoint.config, DynamicProgram(layer), dtype=prepared.dtype, prefix=prefix
+    )
 
 
 def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
@@ -195,12 +211,9 @@ def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
     return model, prefix
 
 
-def load_program(prepared: Prepared, device: str, *, inference_model: bool) -> tuple[Any, NDArray[np.float32] | None]:
+def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float32] | None]:
     """One step of a model as a layer like `utils.inference.decoder.Decoder`, and the keys and values of its
-    prefix (see `CachedEngine`), or None.
-
-    Args:
-        inference_model: the generic decoder, with LoRA merged into its weights; else the library's model.
+    prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
 
     Raises:
         UserError: weights that do not fit the model or the adapter.

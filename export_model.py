@@ -1,0 +1,44 @@
+"""Exports a model as a static program: python export_model.py --model_name_or_path NAME --output_path ./inference
+
+The folder holds the program, its weights, config, tokenizer, chat template and generation settings: it alone is
+enough for `predictor.py --mode static`. `--help` lists the arguments. Before it says done, the exported model is
+loaded in a new process and compared with the one it was made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils import runtime
+from utils.arguments import ExportArguments, parse
+from utils.errors import run_script
+from utils.inference.export import check_target, export
+from utils.inference.loading import check_model_type, prepare
+from utils.inference.verify import verify_export
+
+
+def main() -> None:
+    """Parses, checks, exports, compares."""
+    runtime.prepare()
+    run = parse(ExportArguments, script="export_model.py")
+    output = Path(run.output_path)
+    check_target(output)
+    prepared = prepare(
+        str(run.model_name_or_path),
+        device=run.device,
+        dtype=run.dtype,
+        chat_template=run.chat_template,
+        lora_path=run.lora_path,
+        prefix_path=run.prefix_path,
+        inference_model=run.inference_model,
+    )
+    check_model_type(run, prepared.checkpoint)
+    export(prepared, output, device=run.device, verify=verify_export)
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    kind = " --inference_model" if run.inference_model else ""
+    print(f"exported to {output} ({size:,.1f} MB)")
+    print(f"run it: python predictor.py --model_name_or_path {output} --mode static{kind}")
+
+
+if __name__ == "__main__":
+    run_script(main)
