@@ -247,6 +247,50 @@ def test_predictor_defaults(predict: list[str]) -> None:
     assert options_of(PredictArguments)["output_file"].default == "output.json"
 
 
+@pytest.mark.parametrize(
+    "words, messages",
+    [
+        (
+            "--num_beams 4 --top_k 5 --top_p 0.5 --min_p 0.1 --temperature 0.7 --prompt_lookup_num_tokens 3",
+            [
+                "top_k 5 (--top_k) is of sampling and has no place in beam search",
+                "top_p 0.5 (--top_p) is of sampling and has no place in beam search",
+                "min_p 0.1 (--min_p) is of sampling and has no place in beam search",
+                "temperature 0.7 (--temperature) is of sampling and has no place in beam search",
+                "prompt_lookup_num_tokens 3 (--prompt_lookup_num_tokens) does not work with beam search",
+            ],
+        ),
+        ("--decode_strategy beam_search", ["needs num_beams above 1; add --num_beams 4"]),
+        ("--decode_strategy sampling --num_beams 2", ["num_beams 2 (--num_beams) needs decode_strategy beam_search"]),
+        (
+            "--length_penalty 2 --early_stopping",
+            ["length_penalty 2.0 (--length_penalty) has no effect", "early_stopping true (--early_stopping) has no"],
+        ),
+        ("--decode_strategy greedy_search --top_k 5", ["top_k 5 (--top_k) is of sampling; leave it out"]),
+        (
+            "--top_p 2 --top_k -1 --num_beams 0",
+            ["--top_p: expected a number above 0", "--top_k: expected", "--num_beams: expected a whole number"],
+        ),
+    ],
+)
+def test_strategies_exclude_each_other(predict: list[str], words: str, messages: list[str]) -> None:
+    found = faults([*predict, *words.split()], PredictArguments)
+    assert len(found) == len(messages)
+    for fault, message in zip(found, messages, strict=True):
+        assert message in fault
+
+
+def test_sampling_options_without_sampling_are_told(predict: list[str], capsys: Any) -> None:
+    parse(PredictArguments, [*predict, "--top_p", "0.9", "--temperature", "0.7"], "x.py")
+    said = capsys.readouterr().err
+    assert "top_p 0.9 (--top_p) has no effect while top_k is 1, which is greedy" in said
+    assert "temperature 0.7 (--temperature) has no effect" in said
+    words = ["--num_beams", "3", "--length_penalty", "0.5", "--early_stopping", "--temperature", "0"]
+    run = parse(PredictArguments, [*predict, *words], "x.py")
+    assert (run.decode_strategy, run.num_beams, run.early_stopping) == ("beam_search", 3, True)
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_a_defaulted_prompt_length_gives_way(predict: list[str], capsys: Any) -> None:
     run = parse(PredictArguments, [*predict, "--max_length", "1024"], "predictor.py")
     assert (run.src_length, run.max_new_tokens) == (512, 512)
