@@ -28,10 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parent
-ROOT = BENCHMARKS.parent
-sys.path.insert(0, str(BENCHMARKS))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference_report as report
 from inference_child import CORNERS
@@ -42,6 +39,8 @@ from utils.checkpoints.locate import locate
 from utils.errors import UserError, notice, run_script
 from utils.inference import loading
 
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
 MODEL = "smollm2-135m-instruct"
 PEER = report.PEER
 PEER_REQUIREMENTS = ("torch==2.13.0", "transformers==4.57.6", "safetensors==0.8.0", "numpy==2.4.6")

@@ -14,9 +14,9 @@ LABELS = {
     "dynamic_inference_model": "dynamic + inference model",
     "static": "static",
     "static_inference_model": "static + inference model",
-    PEER: "Hugging Face transformers",
+    PEER: "Hugging Face",
 }
-COLOURS = dict(zip(LABELS, ("#9ecae1", "#2171b5", "#a1d99b", "#238b45", "#d62728"), strict=True))
+COLOURS = dict(zip(LABELS, ("#c6dbef", "#6baed6", "#c7e9c0", "#41ab5d", "#fc9272"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,19 @@ def bytes_read_curve(seconds: float, weights: int, per_token: int, contexts: Seq
 def table(results: Mapping[str, Any]) -> list[str]:
     """The results as lines of text: medians, and in brackets how many times as good as the peer."""
     sides = [side for side in LABELS if side in results["figures"]]
-    lines = [f"{'':<34}" + "".join(f"{LABELS[side]:>28}" for side in sides)]
+    need = results["bytes"]["weights"] + results["bytes"]["cache"]
+    heads = [LABELS[side].partition(" + ") for side in sides]
+    rows = [("", [first for first, _, _ in heads]), ("", [f"+ {rest}" if rest else "" for _, _, rest in heads])]
     for name, figure in FIGURES.items():
         cells = []
         for side in sides:
             value = f"{results['figures'][side][name]['median'] * figure.factor:.{figure.digits}f}"
             against = results["ratios"].get(side)
             cells.append(f"{value} (x{against[name]['median']:.2f})" if against else value)
-        lines.append(f"{figure.title:<34}" + "".join(f"{cell:>28}" for cell in cells))
-    need = results["bytes"]["weights"] + results["bytes"]["cache"]
-    cells = [f"{results['figures'][side]['peak']['median'] / need:.2f}" for side in sides]
-    lines.append(f"{'peak memory / (weights + cache)':<34}" + "".join(f"{cell:>28}" for cell in cells))
+        rows.append((figure.title, cells))
+    shares = [f"{results['figures'][side]['peak']['median'] / need:.2f}" for side in sides]
+    rows.append(("peak memory / (weights + cache)", shares))
+    lines = [f"{title:<32}" + "".join(f"{cell:>18}" for cell in cells) for title, cells in rows]
     lines += ["", "(x...): how many times as good as the peer, above 1 is better; medians of the rounds"]
     for side, found in results["agreement"].items():
         said = ", ".join(f"{work}: {row['equal']} of {row['answers']}" for work, row in found.items())
@@ -144,7 +146,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure as Canvas
 
     grown = bool(results["growth"])
-    canvas = Canvas(figsize=(11, 7.6 if grown else 4.2), layout="constrained")
+    canvas = Canvas(figsize=(13, 8 if grown else 4.4), layout="constrained")
     grid = canvas.add_gridspec(2 if grown else 1, 3)
     for column, name in enumerate(("prefill", "decode_1", "decode_8")):
         _bars(canvas.add_subplot(grid[0, column]), name, results)
@@ -153,7 +155,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     machine = results["machine"]
     canvas.suptitle(
         f"{results['model']}, {results['dtype']}, {machine['processor']}, {machine['threads']} threads, "
-        f"{results['date'][:10]} (median of {results['settings']['rounds']} rounds, tick: best)",
+        f"{results['date'][:10]} (rounds: {results['settings']['rounds']}; bar: median, tick: best; "
+        "×: times as good as Hugging Face transformers)",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,31 +164,29 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, name: str, results: Mapping[str, Any]) -> None:
-    corners = [side for side in LABELS if side != PEER]
-    peer = results["figures"].get(PEER, {}).get(name)
-    tallest = peer["median"] if peer else 1.0
-    for place, side in enumerate(corners):
+    sides = list(LABELS)
+    tallest = max((found[name]["best"] for found in results["figures"].values()), default=1.0)
+    for place, side in enumerate(sides):
         found = results["figures"].get(side, {}).get(name)
         if found is None:
             axes.text(place, 0, "not\nmeasured", ha="center", va="bottom", color="grey", fontsize=8)
             continue
-        axes.bar(place, found["median"], color=COLOURS[side], width=0.7)
-        axes.plot(place, found["best"], marker="_", color="black", markersize=14)
+        axes.bar(place, found["median"], color=COLOURS[side], width=0.75)
+        axes.plot(place, found["best"], marker="_", color="black", markersize=16)
         ratio = results["ratios"].get(side)
-        text = f"{found['median']:.0f}" + (f"\n×{ratio[name]['median']:.2f}" if ratio else "")
-        axes.annotate(text, (place, found["best"]), (0, 4), textcoords="offset points", ha="center", fontsize=9)
-        tallest = max(tallest, found["best"])
-    if peer:
-        axes.axhline(peer["median"], color=COLOURS[PEER], linestyle="--", zorder=0)
+        number = f"{found['median']:.{0 if found['median'] >= 100 else 1}f}"
+        inside = found["median"] > 0.2 * tallest
         axes.annotate(
-            f"{LABELS[PEER]}: {peer['median']:.0f}",
-            *((3.45, peer["median"]), (0, 3)),
-            **{"textcoords": "offset points", "ha": "right", "color": COLOURS[PEER], "fontsize": 8},
+            number + (f"\n×{ratio[name]['median']:.2f}" if ratio else ""),
+            *((place, found["median"] if inside else found["best"]), (0, -6 if inside else 6)),
+            **{"textcoords": "offset points", "ha": "center", "va": "top" if inside else "bottom", "fontsize": 9},
         )
-    labels = [LABELS[side].replace(" + ", " +\n").replace("inference model", "inference\nmodel") for side in corners]
-    axes.set_xticks(range(len(corners)), labels, fontsize=8)
-    axes.set(title=FIGURES[name].title, ylim=(0, tallest * 1.25), xlim=(-0.5, 3.5))
-    axes.title.set_fontsize(10)
+    if PEER in results["figures"]:
+        axes.axhline(results["figures"][PEER][name]["median"], color=COLOURS[PEER], linestyle="--", zorder=0)
+    labels = [LABELS[side].replace(" + ", " +\n").replace(" ", "\n").replace("\n+", " +") for side in sides]
+    axes.set_xticks(range(len(sides)), labels, fontsize=8)
+    axes.set_title(f"{FIGURES[name].title}\n(higher is better)", fontsize=10)
+    axes.set(ylim=(0, tallest * 1.08), xlim=(-0.5, len(sides) - 0.5))
     axes.spines[["top", "right"]].set_visible(False)
 
 
