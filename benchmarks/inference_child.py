@@ -58,7 +58,7 @@ def generate(
     for row in done:
         if row.error or len(row.tokens) != new_tokens:
             raise RuntimeError(f"{len(row.tokens)} of {new_tokens} tokens came ({row.error or row.finish_reason})")
-    first = generator.speed.first_token_seconds[0] if new_tokens > 1 else spent
+    first = generator.speed.prefill_seconds if new_tokens > 1 else spent
     return [list(row.tokens) for row in done], first, spent - first
 
 
