@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import datetime
 import inspect
-import itertools
 import json
 import os
 import platform
@@ -213,16 +212,15 @@ def in_turn(
     """Every side once per round; every other round in reverse order, so that no side always goes first."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     threads = json.loads(work.read_text(encoding="utf-8"))["threads"]
-    spent: list[float] = []
-    total = rounds * len(sides)
-    for number, (turn, place) in enumerate(itertools.product(range(rounds), range(len(sides))), start=1):
-        side = sides[place if turn % 2 == 0 else -1 - place]
-        each = statistics.mean(spent) if spent else expected
-        left = each * (total - number + 1)
-        print(f"[{number}/{total}] {what}, {report.LABELS[side]} (about {left:.0f} s left)", flush=True)
+    order = [side for turn in range(rounds) for side in (sides if turn % 2 == 0 else reversed(sides))]
+    spent: dict[str, float] = {}
+    for number, side in enumerate(order):
+        usual = statistics.mean(spent.values()) if spent else expected
+        left = sum(spent.get(other, usual) for other in order[number:])
+        print(f"[{number + 1}/{len(order)}] {what}, {report.LABELS[side]} (about {left:.0f} s left)", flush=True)
         started = time.monotonic()
         found[side].append(measure(commands[side], side, work, threads))
-        spent.append(time.monotonic() - started)
+        spent[side] = time.monotonic() - started
     return found
 
 
