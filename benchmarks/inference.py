@@ -234,13 +234,13 @@ def commit() -> str | None:
 
 def assemble(
     chosen: argparse.Namespace,
+    facts: Mapping[str, Any],
     work: Mapping[str, Any],
     config: Mapping[str, Any],
-    weights: int,
     found: Mapping[str, Sequence[Mapping[str, Any]]],
     grown: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """The content of inference.json from what the processes said."""
+    """The content of inference.json: `facts` known before, and what the processes of each side said."""
     figures = {side: report.summarise(rounds) for side, rounds in found.items()}
     corners = [side for side in found if side != PEER]
     longest = max(map(len, work["batch"])) + work["new_tokens"]
@@ -260,13 +260,13 @@ def assemble(
             "prompt_tokens": [len(prompt) for prompt in work["batch"]],
             **{name: work[name] for name in ("new_tokens", "singles", "repeats", "growth_steps")},
         },
-        "machine": machine(work["threads"]),
+        "machine": facts["machine"],
         "versions": {
             "python": platform.python_version(),
             **{name: version for rounds in found.values() for name, version in rounds[0]["versions"].items()},
         },
         "bytes": {
-            "weights": weights,
+            "weights": facts["weights"],
             "cache": report.cache_bytes(config, max(len(work["batch"]) * longest, PREFILL + 1)),
             "cache_per_token": report.cache_bytes(config, 1),
         },
@@ -274,8 +274,23 @@ def assemble(
         "ratios": {side: report.ratios(figures[side], figures[PEER]) for side in corners},
         "agreement": {side: report.agreement(rounds, found[PEER][0]) for side, rounds in found.items()},
         "growth": growth,
-        "not_available": {},
+        "not_available": facts["not_available"],
     }
+
+
+def prepare_commands(corners: Sequence[str], peer: Path, checkpoint: Path, folder: Path) -> dict[str, list[str]]:
+    """The command of each side; static corners are exported into `folder`."""
+    child, commands = str(BENCHMARKS / "inference_child.py"), {}
+    for corner in corners:
+        model = export(corner, folder / corner) if corner.startswith("static") else MODEL
+        commands[corner] = [sys.executable, child, "--corner", corner, "--model", model]
+    commands[PEER] = [str(peer), str(BENCHMARKS / "peers" / "hf_generate.py"), "--model", str(checkpoint)]
+    return commands
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    write_json(folder / "inference.json", results)
+    report.draw(results, folder / "inference.png")
 
 
 def main() -> None:
@@ -288,34 +303,27 @@ def main() -> None:
     if not corners:
         raise UserError("none of the chosen corners is available")
     python = peer_python()
-    weights = read_weights(checkpoint.folder)
     work = make_work(chosen.quick)
-    before = machine(work["threads"])
-    if before["load_average_before"] > 0.5:
-        notice(f"other programs are running (load {before['load_average_before']}); figures will be too low")
+    facts: dict[str, Any] = {"machine": machine(work["threads"]), "not_available": refused}
+    facts["weights"] = read_weights(checkpoint.folder)
+    if facts["machine"]["load_average_before"] > 0.5:
+        notice(f"other programs are running (load {facts['machine']['load_average_before']}); figures will be too low")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        commands: dict[str, list[str]] = {}
-        for corner in corners:
-            model = export(corner, folder / corner) if corner.startswith("static") else MODEL
-            script = str(BENCHMARKS / "inference_child.py")
-            commands[corner] = [sys.executable, script, "--corner", corner, "--model", model]
-        script = str(BENCHMARKS / "peers" / "hf_generate.py")
-        commands[PEER] = [str(python), script, "--model", str(checkpoint.folder)]
-        write_json(folder / "work.json", work)
-        sides = [*corners, PEER]
-        found = in_turn(sides, chosen.rounds, commands, folder / "work.json", SECONDS[chosen.quick], "speed")
-        grown: dict[str, list[dict[str, Any]]] = {}
+        commands = prepare_commands(corners, python, checkpoint.folder, folder)
+        task = folder / "work.json"
+        write_json(task, work)
+        found = in_turn([*corners, PEER], chosen.rounds, commands, task, SECONDS[chosen.quick], "speed")
+        results = assemble(chosen, facts, work, checkpoint.config, found, {})
+        write(results, chosen.results)
         if chosen.long:
-            contexts = CONTEXTS[:2] if chosen.quick else CONTEXTS
-            write_json(folder / "long.json", {**work, "contexts": contexts})
             growing = [corner for corner in corners if corner.endswith("inference_model")] or corners
+            contexts = CONTEXTS[:2] if chosen.quick else CONTEXTS
+            write_json(task, {**work, "contexts": contexts})
             expected = GROWTH_SECONDS[chosen.quick]
-            grown = in_turn([*growing, PEER], chosen.rounds, commands, folder / "long.json", expected, "growth")
-    results = assemble(chosen, work, checkpoint.config, weights, found, grown)
-    results["machine"], results["not_available"] = before, refused
-    write_json(chosen.results / "inference.json", results)
-    report.draw(results, chosen.results / "inference.png")
+            grown = in_turn([*growing, PEER], chosen.rounds, commands, task, expected, "growth")
+            results = assemble(chosen, facts, work, checkpoint.config, found, grown)
+            write(results, chosen.results)
     print("", *report.table(results), "", sep="\n")
     print(f"results are in {chosen.results / 'inference.json'} and inference.png")
 

@@ -51,8 +51,8 @@ def results(benchmark: ModuleType) -> dict[str, Any]:
         "huggingface": [said(1.0, right), said(1.0, right)],
     }
     grown = {side: [said(1, right, {"512": 0.01, "1024": 0.02})] for side in ("dynamic_inference_model", "huggingface")}
-    results = benchmark.assemble(benchmark.options(["--rounds", "2"]), work, CONFIG, 1000, found, grown)
-    return {**results, "not_available": {"static_inference_model": "not there"}}
+    facts = {"machine": benchmark.machine(2), "weights": 1000, "not_available": {"static_inference_model": "not there"}}
+    return benchmark.assemble(benchmark.options(["--rounds", "2"]), facts, work, CONFIG, found, grown)
 
 
 def test_a_ratio_above_one_is_better_for_every_figure(report: ModuleType) -> None:
