@@ -18,6 +18,7 @@ import warnings
 from utils.errors import UserError, notice
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
 CPU_HALF_PRECISION_NOTICE = "this processor's Paddle build has no {asked} arithmetic; using float32 instead"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import paddle
@@ -85,8 +86,17 @@ class Decoder(nn.Layer):
         """
         return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
 
-    @paddle.jit.not_to_static  # traced as it runs: there is no control flow over tensors here
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow is one choice
     def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        length = given["ids"].shape[1]
+        if length >= 0:
+            return self._layers(given, past, one=length == 1 and bool(past))
+        is_one = paddle.shape(given["ids"])[1] == 1  # left open in a static program, which then has both
+        both = [partial(self._layers, given, past, one=one) for one in (True, False)]
+        return paddle.static.nn.cond(is_one, *both)
+
+    def _layers(self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool) -> tuple[Tensor, Tensor]:
+        """All of the model; `one` new token of each row behind a cache takes the way that copies least."""
         architecture, shape = self.architecture, self.architecture.shape
         hidden = nn.functional.embedding(given["ids"], self.embedding)
         if self.embedding_norm is not None:
@@ -105,7 +115,7 @@ class Decoder(nn.Layer):
         for number, layer in enumerate(self.layers):
             before = (past[2 * number], past[2 * number + 1]) if past else None
             normed = layer.attention_norm(hidden) if architecture.norm_first else hidden
-            attended, key, value = self._attention(layer, normed, angles, before, mask)
+            attended, key, value = self._attention(layer, normed, angles, before, mask, one=one)
             kept += [key, value]
             hidden = self._base(hidden, normed) + attended
             if not architecture.norm_first:
@@ -136,18 +146,28 @@ class Decoder(nn.Layer):
         angles: tuple[Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None,
         mask: Tensor,
+        *,
+        one: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [batch, length, hidden], new keys and values [batch, kv_heads, length, head_dim]."""
         shape = self.architecture.shape
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
-        parts = layer.attention_in(x).reshape([0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
+        parts = layer.attention_in(x)
+        if one:
+            parts = parts.reshape([0, heads + 2 * kv_heads, 1, width])
+        else:
+            parts = parts.reshape([0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
         if angles is None:
             query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
         else:
             turning, value = paddle.split(parts, [heads + kv_heads, kv_heads], axis=1)
             query, key = paddle.split(self.turns.turned(turning, angles), [heads, kv_heads], axis=1)
-        attended = kernels.attend(query.reshape([0, kv_heads, -1, width]), key, value, past, mask)
-        attended = attended.reshape([0, heads, -1, width]).transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
+        query = query.reshape([0, kv_heads, -1, width])
+        if one and past is not None:
+            attended = kernels.attend_one(query, key, value, past, mask).reshape([0, 1, heads * width])
+        else:
+            attended = kernels.attend(query, key, value, past, mask)
+            attended = attended.reshape([0, heads, -1, width]).transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
         return layer.attention_out(attended), key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:

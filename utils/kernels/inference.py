@@ -117,7 +117,7 @@ def mask_of(visible: Tensor, keys: Tensor | None, slopes: Tensor | None, kv_head
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
-    """Attention over the cache and the new tokens in one softmax; nothing is joined, so no cache is copied.
+    """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
 
     Args:
         query: [batch, kv_heads, group * length, head_dim], already scaled.
@@ -128,20 +128,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor
     Returns:
         As `query`.
     """
-    scores = paddle.matmul(query, key, transpose_y=True)
     if past is not None:
-        scores = paddle.concat([paddle.matmul(query, past[0], transpose_y=True), scores], axis=-1)
-    if value.dtype == paddle.float32:
-        weights = F.softmax(scores + mask, axis=-1)
-    else:
-        weights = F.softmax(scores.astype("float32") + mask, axis=-1).astype(value.dtype)
-    if past is None:
-        return paddle.matmul(weights, value)
-    cached = past[0].shape[2]
-    if cached < 0:  # left open in a static program
-        cached = paddle.shape(past[0])[2]
-    of_cache = paddle.matmul(weights[..., :cached], past[1])
-    return of_cache + paddle.matmul(weights[..., cached:], value)
+        key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
+    return paddle.matmul(_weights(paddle.matmul(query, key, transpose_y=True), mask), value)
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """As `attend`, for one new token of each row: scores are joined, so that no cache is copied."""
+    scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
+    weights = _weights(paddle.concat(scores, axis=-1), mask)
+    return paddle.matmul(weights[..., :-1], past[1]) + weights[..., -1:] * value
+
+
+def _weights(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax in float32."""
+    if scores.dtype == paddle.float32:
+        return F.softmax(scores + mask, axis=-1)
+    return F.softmax(scores.astype("float32") + mask, axis=-1).astype(scores.dtype)
 
 
 def logits(x: Tensor, table: Tensor) -> Tensor:
