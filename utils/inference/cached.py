@@ -17,7 +17,7 @@ from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Logits
 
-CHUNK = 256  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
+CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _ALIKE = 0.75  # prompts are read together where padding fills less than a quarter
 
 

@@ -107,30 +107,36 @@ class Decoder(nn.Layer):
             places = given["positions"][table.part] + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
         slopes = None if architecture.slopes is None else self.slopes
-        mask = kernels.mask_of(
-            given["visible"], given.get("keys"), slopes, shape.kv_heads, shape.heads // shape.kv_heads
+        blocks = kernels.blocks_of(
+            given["visible"],
+            given.get("keys"),
+            slopes,
+            kv_heads=shape.kv_heads,
+            group=shape.heads // shape.kv_heads,
+            causal=architecture.causal and not one,
         )
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             before = (past[2 * number], past[2 * number + 1]) if past else None
             normed = layer.attention_norm(hidden) if architecture.norm_first else hidden
-            attended, key, value = self._attention(layer, normed, angles, before, mask, one=one)
+            attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
             kept += [key, value]
-            hidden = self._base(hidden, normed) + attended
+            if number == shape.layers - 1:  # from here on only the tokens whose logits are wanted count
+                hidden, normed, attended = (_chosen(x, given["chosen"]) for x in (hidden, normed, attended))
+            hidden = self._base(hidden, normed) + layer.attention_out(attended)
             if not architecture.norm_first:
                 hidden = layer.attention_norm(hidden)
             normed = layer.mlp_norm(hidden) if architecture.norm_first else hidden
             hidden = self._base(hidden, normed) + self._mlp(layer, normed)
             if not architecture.norm_first:
                 hidden = layer.mlp_norm(hidden)
-        states = paddle.index_select(hidden.reshape([-1, shape.hidden]), given["chosen"])
         if self.final_norm is not None:
-            states = self.final_norm(states)
+            hidden = self.final_norm(hidden)
         if self.output_projection is not None:
-            states = self.output_projection(states)
+            hidden = self.output_projection(hidden)
         table = self.embedding if architecture.head is None else self.head
-        return kernels.logits(states, table), paddle.stack(kept)
+        return kernels.logits(hidden, table), paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -145,11 +151,12 @@ class Decoder(nn.Layer):
         x: Tensor,
         angles: tuple[Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None,
-        mask: Tensor,
+        blocks: list[kernels.Block],
         *,
         one: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [batch, length, hidden], new keys and values [batch, kv_heads, length, head_dim]."""
+        """What attention gathers [batch, length, heads * head_dim], new keys and values [batch, kv_heads,
+        length, head_dim]."""
         shape = self.architecture.shape
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         parts = layer.attention_in(x)
@@ -162,13 +169,12 @@ class Decoder(nn.Layer):
         else:
             turning, value = paddle.split(parts, [heads + kv_heads, kv_heads], axis=1)
             query, key = paddle.split(self.turns.turned(turning, angles), [heads, kv_heads], axis=1)
-        query = query.reshape([0, kv_heads, -1, width])
         if one and past is not None:
-            attended = kernels.attend_one(query, key, value, past, mask).reshape([0, 1, heads * width])
+            attended = kernels.attend_one(query, key, value, past, blocks[0].mask).reshape([0, 1, heads * width])
         else:
-            attended = kernels.attend(query, key, value, past, mask)
-            attended = attended.reshape([0, heads, -1, width]).transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
-        return layer.attention_out(attended), key, value
+            attended = kernels.attend(query, key, value, past, blocks)
+            attended = attended.transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
+        return attended, key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = layer.mlp_in(x)
@@ -176,6 +182,11 @@ class Decoder(nn.Layer):
             return layer.mlp_out(self.activation(inner))
         gate, up = paddle.split(inner, 2, axis=-1)
         return layer.mlp_out(self.activation(gate) * up)
+
+
+def _chosen(x: Tensor, rows: Tensor) -> Tensor:
+    """[batch, length, width] -> [rows, width]."""
+    return paddle.index_select(x.reshape([-1, x.shape[-1]]), rows)
 
 
 class _Layer(nn.Layer):

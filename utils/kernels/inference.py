@@ -8,7 +8,10 @@ the operator itself, so what every layer needs is spread once, by `spread`, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
@@ -17,6 +20,7 @@ from paddle import Tensor, nn
 from utils.errors import UserError
 
 HIDDEN = -1e30  # added to the score of a key that is not seen
+BLOCK = 128  # tokens whose attention is computed together
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -97,47 +101,95 @@ class LayerNorm(Operator):
         return F.layer_norm(x, self.width, self.weight, self.bias, self.epsilon)
 
 
-def mask_of(visible: Tensor, keys: Tensor | None, slopes: Tensor | None, kv_heads: int, group: int) -> Tensor:
-    """What is added to the scores of a batch, spread over heads once: every layer's is the same.
+@dataclass(frozen=True)
+class Block:
+    """Consecutive new tokens and what they see, the same for every layer.
+
+    Attributes:
+        first, end: their places; numbers, or tensors where a program leaves the length open.
+        sees: number of new tokens that they see.
+        mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
+    """
+
+    first: Any
+    end: Any
+    sees: Any
+    mask: Tensor
+
+
+def blocks_of(
+    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, causal: bool
+) -> list[Block]:
+    """The blocks that attention works on: what no token of a block sees is not computed.
 
     Args:
         visible: [batch, 1, length, cached + length] bool.
         keys: [batch, cached + length] int64, the key's place in its text.
         slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
             alone, since the query's adds the same to a whole row, which softmax removes.
-
-    Returns:
-        [batch, kv_heads, group * length, cached + length] float32.
+        causal: whether no token sees a later one.
     """
+    length, seen = visible.shape[2:]
+    if length < 0:  # left open in a static program
+        length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
+        borders = [0, length // 2, length]
+    else:
+        count = -(-length // BLOCK)
+        borders = [length * number // count for number in range(count + 1)]
+    if not causal:
+        borders = [0, length]
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
-    scores = paddle.tile(scores, [1, kv_heads, group, 1])  # queries of one key head behind each other
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
-    return scores
+    found = []
+    for first, end in pairwise(borders):
+        sees = end if causal else length
+        part = scores if len(borders) == 2 else scores[:, :, first:end, : seen - length + sees]
+        if group > 1 or slopes is None:
+            part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
+        found.append(Block(first, end, sees, part))
+    return found
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, blocks: list[Block]
+) -> Tensor:
     """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
 
     Args:
-        query: [batch, kv_heads, group * length, head_dim], already scaled.
+        query: [batch, heads, length, head_dim], already scaled.
         key, value: [batch, kv_heads, length, head_dim] of the new tokens.
         past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
-        mask: of `mask_of`.
 
     Returns:
         As `query`.
     """
-    if past is not None:
-        key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value), strict=True))
-    return paddle.matmul(_weights(paddle.matmul(query, key, transpose_y=True), mask), value)
+    heads, width = query.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
+    found = []
+    for block in blocks:
+        q, k, v = query, key, value
+        if len(blocks) > 1:
+            q, k, v = query[:, :, block.first : block.end], key[:, :, : block.sees], value[:, :, : block.sees]
+        if past is not None:
+            k, v = paddle.concat([past[0], k], axis=2), paddle.concat([past[1], v], axis=2)
+        scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
+        found.append(paddle.matmul(_weights(scores, block.mask), v).reshape([0, heads, -1, width]))
+    return found[0] if len(found) == 1 else paddle.concat(found, axis=2)
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """As `attend`, for one new token of each row: scores are joined, so that no cache is copied."""
+    """As `attend`, for one new token of each row: scores are joined, so that no cache is copied.
+
+    Args:
+        mask: of the only block.
+    """
+    heads, width = query.shape[1], query.shape[3]
+    query = query.reshape([0, key.shape[1], -1, width])
     scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
     weights = _weights(paddle.concat(scores, axis=-1), mask)
-    return paddle.matmul(weights[..., :-1], past[1]) + weights[..., -1:] * value
+    attended = paddle.matmul(weights[..., :-1], past[1]) + weights[..., -1:] * value
+    return attended.reshape([0, heads, 1, width])
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
