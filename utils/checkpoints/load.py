@@ -16,9 +16,9 @@ def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | Non
     """The model of a checkpoint with its parameters not yet allocated."""
     import paddle
 
-    from utils.runtime import quiet_libraries
+    from utils.runtime import load_library
 
-    quiet_libraries()
+    load_library()
     from paddlenlp.transformers.model_utils import no_init_weights
 
     before = paddle.get_default_dtype()
