@@ -4,6 +4,21 @@ Imports no Paddle, so that faults and --help answer at once.
 """
 
 from utils.arguments.parser import parse
-from utils.arguments.scripts import FinetuneArguments, MergeLoraArguments, PredictArguments
+from utils.arguments.scripts import (
+    CreatePretrainingDataArguments,
+    FinetuneArguments,
+    MergeLoraArguments,
+    PredictArguments,
+    PretrainArguments,
+    TransToJsonArguments,
+)
 
-__all__ = ["FinetuneArguments", "MergeLoraArguments", "PredictArguments", "parse"]
+__all__ = [
+    "CreatePretrainingDataArguments",
+    "FinetuneArguments",
+    "MergeLoraArguments",
+    "PredictArguments",
+    "PretrainArguments",
+    "TransToJsonArguments",
+    "parse",
+]
