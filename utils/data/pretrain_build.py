@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
 
 BLOCK_BYTES, BLOCK_LINES = 1 << 18, 512  # of a worker's task
-SENTENCES = re.compile(r"(?<=[。！？；])|(?<=[.!?])(?=\s)|(?<=\n)")
+SENTENCES = re.compile(r"(?<=[。！？；])(?!\n)|(?<=[.!?])(?=\s)|(?<=\n)")
 # Two tokenizers that give these ids alike are taken for the same, in whatever files they come.
 PROBE = "The quick brown fox, 1234 times:\n\tdéjà vu! 你好，世界。 def f(x): return x ** 2"
 

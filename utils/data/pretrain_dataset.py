@@ -256,24 +256,26 @@ def split_ranges(documents: int, shares: Sequence[float]) -> list[tuple[int, int
 
 
 class PretrainData:
-    """All sources of a run, opened and checked.
-
-    Raises:
-        UserError: a broken file, or ids beyond the vocabulary.
-    """
+    """All sources of a run, opened."""
 
     def __init__(self, sources: Sequence[tuple[float | None, str]], shares: Sequence[float], vocabulary: int) -> None:
         """
         Args:
             sources: (weight, folder or prefix); the weight of a single source does not matter.
             shares: of the documents for training, validation and test.
+
+        Raises:
+            UserError: a broken file.
         """
         self.weights = [1.0 if weight is None else weight for weight, _ in sources]
         self.names = [name for _, name in sources]
         self.files = [[open_tokens(prefix) for prefix in find_files(name)] for name in self.names]
         self.shares, self.vocabulary = list(shares), vocabulary
+
+    def check_ids(self) -> None:
+        """Raises `UserError` for ids beyond the vocabulary, see `TokenFile.check_ids`."""
         for file in self.all_files:
-            file.check_ids(vocabulary)
+            file.check_ids(self.vocabulary)
 
     @property
     def all_files(self) -> list[TokenFile]:

@@ -62,8 +62,10 @@ def load_text(args: Any, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: S
             file.prefix,
             tokenizer,
             f"build others with python data/tools/create_pretraining_data.py --model_name {name} "
-            f"--input_path FILE.jsonl --output_prefix {os.path.join(folder, 'text')} --append_eos, and add --input_dir {folder}",
+            f"--input_path FILE.jsonl --output_prefix {os.path.join(folder, 'text')} --append_eos, and add "
+            f"--input_dir {folder}",
         )
+    text.check_ids()
     data: dict[str, Any] = {}
     for split in splits:
         documents = text.documents(split)
