@@ -98,7 +98,8 @@ def find_files(path: str) -> list[str]:
     Raises:
         UserError: there are none.
     """
-    found = prefixes_in(Path(path)) if Path(path).is_dir() else [path]
+    is_prefix = Path(f"{path}.idx").is_file() or Path(f"{path}_idx.npz").is_file()  # a folder may be called alike
+    found = prefixes_in(Path(path)) if Path(path).is_dir() and not is_prefix else [path]
     if not found:
         raise UserError(f"{path}: holds no PREFIX.bin with PREFIX.idx")
     return found
