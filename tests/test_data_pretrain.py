@@ -183,6 +183,12 @@ def test_an_epoch_has_every_token_once_in_whole_documents(tmp_path: Path) -> Non
     assert orders[0] != sorted(orders[0])
 
 
+def test_a_long_document_is_not_read_from_beginning_to_end(tmp_path: Path) -> None:
+    stream = stream_of(tmp_path, [list(range(400))], 10)
+    begins = [int(stream.sample(number)[0]) for number in range(40)]
+    assert sorted(begins) == list(range(0, 400, 10)) and begins != sorted(begins)
+
+
 def test_a_sample_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
     documents = [[d] * (1 + d % 7) for d in range(50)]
     forward = stream_of(tmp_path, documents, 11)
