@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from utils.arguments import FinetuneArguments, MergeLoraArguments, PredictArguments, parse
-from utils.arguments.fields import arg, options_of
-from utils.arguments.groups import ModelArguments, ParallelArguments, ReportArguments, TrainingArguments
-from utils.arguments.values import from_json
+from utils.arguments.fields import options_of
 from utils.errors import UserError
 
 
@@ -423,25 +419,6 @@ def test_shipped_file(root: Path, data: Path, name: str, monkeypatch: Any, capsy
     small = processes == 1
     assert run.model_name_or_path == ("smollm2-135m-instruct" if small else "meta-llama/Llama-2-7b")
     assert capsys.readouterr().err == ""  # nothing in it is renamed or without effect
-
-
-@dataclass
-class PretrainFile(ParallelArguments, ReportArguments, TrainingArguments, ModelArguments):
-    """The options of pretraining beside the shared ones, for the file that ships ahead of its script."""
-
-    group: ClassVar[str] = "Pretraining"
-    input_dir: str = arg("", "data")
-    split: str = arg("", "shares of train, dev and test rows")
-    max_seq_length: int = arg(1024, "length", minimum=1)
-    min_learning_rate: float = arg(0.0, "lowest learning rate", minimum=0)
-    continue_training: bool = arg(False, "from the weights of the model")
-
-
-def test_pretrain_file_holds_known_keys_of_the_right_types(root: Path) -> None:
-    values = json.loads((root / "llama" / "pretrain_argument.json").read_text(encoding="utf-8"))
-    options = options_of(PretrainFile)
-    assert {key: from_json(options[key], value) for key, value in values.items()} == values
-    assert {"input_dir", "split", "max_seq_length", "min_learning_rate", "max_steps", "bf16"} <= values.keys()
 
 
 def test_documented_defaults() -> None:

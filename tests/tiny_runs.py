@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import io
 import json
 import os
@@ -81,23 +82,7 @@ class Tiny:
 
     def run(self, output: Path, *options: object, expect: int = 0) -> Result:
         """finetune_generation.main in this process, as the script would run it."""
-        import finetune_generation
-        from utils.errors import run_script
-
-        out, err = io.StringIO(), io.StringIO()
-        argv = ["finetune_generation.py", *self.arguments(output, options)]
-        with (
-            mock.patch.object(sys, "argv", argv),
-            mock.patch.dict(os.environ, self.environment),
-            mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            run_script(finetune_generation.main)
-        result = Result(output, int(ended.value.code or 0), out.getvalue(), err.getvalue())
-        assert result.code == expect, result.err + result.out
-        return result
+        return run_main("finetune_generation", self.arguments(output, options), self.environment, output, expect)
 
     def start(self, output: Path, *options: object, code: str | None = None) -> subprocess.Popen[str]:
         """The script in a process of its own; `code` runs before its main."""
@@ -144,6 +129,25 @@ class Result:
 
     def checkpoints(self) -> list[str]:
         return sorted((path.name for path in self.output.glob("checkpoint-*")), key=lambda name: int(name[11:]))
+
+
+def run_main(script: str, words: Sequence[str], environment: dict[str, str], output: Path, expect: int) -> Result:
+    """The main function of a script in this process, as the script would run it."""
+    from utils.errors import run_script
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [f"{script}.py", *words]),
+        mock.patch.dict(os.environ, environment),
+        mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run_script(importlib.import_module(script).main)
+    result = Result(output, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+    assert result.code == expect, result.err + result.out
+    return result
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
