@@ -124,7 +124,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{LABELS[side]}: answers equal to the peer's token by token: {said}")
     for side, reason in results["not_available"].items():
         lines.append(f"{LABELS[side]}: not available ({reason})")
-    return [*lines, *growth_table(results["growth"])]
+    return [line for line in [*lines, *growth_table(results["growth"])] if line == "" or line.strip()]
 
 
 def growth_table(found: Growth) -> list[str]:
