@@ -49,18 +49,18 @@ class Decoder(nn.Layer):
         self.architecture, self.dtype = architecture, dtype
         shape = architecture.shape
         weights = _Weights(architecture, parameters, read, dtype)
-        self.embedding = weights.table(f"{architecture.embedding}.weight")
+        self.embedding = kernels.Table(weights.values(f"{architecture.embedding}.weight"))
         self.embedding_norm = weights.norm(architecture.embedding_norm)
         self.embedding_projection = weights.linear(architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
-            self.add_parameter(f"table_{number}", weights.table(f"{table.name}.weight"))
+            self.add_parameter(f"table_{number}", kernels.fixed(weights.values(f"{table.name}.weight")))
         self.layers = nn.LayerList()
         for number in range(shape.layers):
             self.layers.append(_Layer(weights, architecture.layer(number)))
         self.final_norm = weights.norm(architecture.final_norm)
         self.output_projection = weights.linear(architecture.output_projection)
         if architecture.head is not None:
-            self.head = weights.table(architecture.head, turned=not architecture.head_is_table)
+            self.head = kernels.Table(weights.values(architecture.head, turned=not architecture.head_is_table))
         if architecture.slopes is not None:
             self.slopes = kernels.fixed(paddle.to_tensor(architecture.slopes))
         if architecture.rotary is not None:
@@ -98,7 +98,7 @@ class Decoder(nn.Layer):
     def _layers(self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool) -> tuple[Tensor, Tensor]:
         """All of the model; `one` new token of each row behind a cache takes the way that copies least."""
         architecture, shape = self.architecture, self.architecture.shape
-        hidden = nn.functional.embedding(given["ids"], self.embedding)
+        hidden = self.embedding.embeddings(given["ids"])
         if self.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
         if self.embedding_projection is not None:
@@ -135,8 +135,8 @@ class Decoder(nn.Layer):
             hidden = self.final_norm(hidden)
         if self.output_projection is not None:
             hidden = self.output_projection(hidden)
-        table = self.embedding if architecture.head is None else self.head
-        return kernels.logits(hidden, table), paddle.stack(kept)
+        head = self.embedding if architecture.head is None else self.head
+        return head(hidden), paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -258,10 +258,10 @@ class _Weights:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return _tensor(values, self._dtype)
 
-    def table(self, name: str, *, turned: bool = False) -> Tensor:
+    def values(self, name: str, *, turned: bool = False) -> Tensor:
         """A parameter [rows, width], or its transpose."""
         values = self._read(name)
-        return kernels.fixed(self._tensor(values.T if turned else values))
+        return self._tensor(values.T if turned else values)
 
     def linear(self, source: str | None) -> kernels.Linear | None:
         if source is None:

@@ -72,6 +72,34 @@ class Linear(Operator):
         return y + self.bias if self.has_bias else y
 
 
+class Table(Operator):
+    """A table [vocabulary, width]: embeddings of tokens, logits of hidden states, or both.
+
+    Kept in two halves where the vocabulary is even: the product of one row with one matrix runs on one
+    core only, that with two matrices on two.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.vocabulary, width = values.shape
+        self.halved = self.vocabulary % 2 == 0
+        self.weight = fixed(values.reshape([2, self.vocabulary // 2, width]) if self.halved else values)
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., width]."""
+        if not self.halved:
+            return F.embedding(ids, self.weight)
+        half = self.vocabulary // 2
+        return paddle.gather_nd(self.weight, paddle.stack([ids // half, ids % half], axis=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, width] -> logits [rows, vocabulary]."""
+        if not self.halved:
+            return paddle.matmul(x, self.weight, transpose_y=True)
+        both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), self.weight, transpose_y=True)
+        return both.transpose([1, 0, 2]).reshape([-1, self.vocabulary])
+
+
 class RMSNorm(Operator):
     """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
 
@@ -132,7 +160,7 @@ def blocks_of(
     length, seen = visible.shape[2:]
     if length < 0:  # left open in a static program
         length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
-        borders = [0, length // 2, length]
+        borders = [length * quarter // 4 for quarter in range(5)]
     else:
         count = -(-length // BLOCK)
         borders = [length * number // count for number in range(count + 1)]
@@ -197,16 +225,3 @@ def _weights(scores: Tensor, mask: Tensor) -> Tensor:
     if scores.dtype == paddle.float32:
         return F.softmax(scores + mask, axis=-1)
     return F.softmax(scores.astype("float32") + mask, axis=-1).astype(scores.dtype)
-
-
-def logits(x: Tensor, table: Tensor) -> Tensor:
-    """[rows, width] times the table [vocabulary, width] -> [rows, vocabulary].
-
-    In two halves at once: the product of one row with one table runs on one core only.
-    """
-    vocabulary, width = table.shape
-    if vocabulary % 2:
-        return paddle.matmul(x, table, transpose_y=True)
-    halves = table.reshape([2, vocabulary // 2, width])
-    both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), halves, transpose_y=True)
-    return both.transpose([1, 0, 2]).reshape([-1, vocabulary])
