@@ -41,6 +41,7 @@ class Manifest:
         inference_model: whether the program is the inference model or the library's.
         dtype: of weights and cache.
         inputs: names of the program's inputs before the cache, in order.
+        position_parts: number of positions of each token.
         prefix: length of the prefix in the folder; 0 without one.
         source: what was exported, in words.
         files: size and SHA-256 of every file.
@@ -51,6 +52,7 @@ class Manifest:
     inference_model: bool
     dtype: str
     inputs: tuple[str, ...]
+    position_parts: int
     prefix: int
     source: str
     files: dict[str, dict[str, Any]]
@@ -145,6 +147,7 @@ def export(
         if (checkpoint.folder / GENERATION_CONFIG).is_file():
             settings = read_json(checkpoint.folder / GENERATION_CONFIG)
             write_json(staging / GENERATION_CONFIG, settings)
+        architecture = checkpoint.family.architecture(checkpoint.config)
         adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
         source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
         manifest = Manifest(
@@ -153,6 +156,7 @@ def export(
             prepared.inference_model,
             prepared.dtype,
             layer.inputs,
+            architecture.position_parts,
             0 if prefix is None else prefix.shape[2],
             source,
             {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},
