@@ -95,19 +95,25 @@ class CachedEngine(Engine):
             stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
             for number in range(first, first + len(rows)):
                 self.cache.write(stored, [0], [self._before], number)
-        last: list[Any] = [None] * len(rows)
         step = longest if any(row.text.context for row in rows) else CHUNK
-        for start in range(0, longest, step):
-            parts = [row.text.ids[start : start + step] for row in rows]
+        return self._feed(rows, first, [row.text.ids for row in rows], step, is_new=True)
+
+    def _feed(
+        self, rows: list[_Row], first: int, texts: Sequence[Sequence[int]], step: int, *, is_new: bool = False
+    ) -> list[Tensor]:
+        """Computes texts piece by piece; the last logits [1, vocabulary] of each."""
+        last: list[Any] = [None] * len(rows)
+        for start in range(0, max(map(len, texts)), step):
+            parts = [text[start : start + step] for text in texts]
             ends = [len(part) - 1 for part in parts]
-            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=start == 0)
+            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=is_new and start == 0)
             for number, end in enumerate(ends):
                 if end >= 0:
                     last[number] = logits[number : number + 1]
         return last
 
     @paddle.no_grad()
-    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         wanted = dict(zip(slots, tokens, strict=True))
         # the rows that advance must be the first ones: the others change places with them
         place = 0
@@ -120,8 +126,11 @@ class CachedEngine(Engine):
         for row in rows:
             row.text.append(wanted[row.slot])
         parts = [list(wanted[row.slot]) for row in rows]
-        values = self._step(rows, 0, parts, [range(len(part)) for part in parts])
-        starts = np.cumsum([0, *(len(part) for part in parts)])
+        if last:
+            values = paddle.concat(self._feed(rows, 0, parts, CHUNK))
+        else:
+            values = self._step(rows, 0, parts, [range(len(part)) for part in parts])
+        starts = np.cumsum([0, *(1 if last else len(part) for part in parts)])
         at = {row.slot: range(starts[n], starts[n + 1]) for n, row in enumerate(rows)}
         order = [number for slot in slots for number in at[slot]]
         if order != list(range(len(order))):
