@@ -354,6 +354,11 @@ def static_folder(run: Any) -> Iterator[str]:
         )
 
 
+def low_bit_inference(run: Any) -> Iterator[str]:
+    if run.inference_model and run.quant_type != "none":
+        yield f"{run.where('quant_type')}: low-bit inference is not part of this version yet; leave it out"
+
+
 def export_required(run: Any) -> Iterator[str]:
     if run.model_name_or_path is None:
         yield "model_name_or_path is missing; name the model to export"

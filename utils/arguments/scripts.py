@@ -133,6 +133,7 @@ class PredictArguments(SamplingArguments, PredictorArguments):
     checks: ClassVar = (
         checks.predict_required,
         checks.static_folder,
+        checks.low_bit_inference,
         checks.one_adapter,
         checks.lengths,
         checks.new_tokens,

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import paddle
 from paddle import Tensor, nn
+from tqdm import tqdm
 
 from utils.checkpoints.tensors import cast
 from utils.families import ModelShape
@@ -50,15 +51,13 @@ class Decoder(nn.Layer):
         shape = architecture.shape
         weights = _Weights(architecture, parameters, read, dtype)
         self.embedding = kernels.Table(weights.values(f"{architecture.embedding}.weight"))
-        self.embedding_norm = weights.norm(architecture.embedding_norm)
-        self.embedding_projection = weights.linear(architecture.embedding_projection)
+        self.after_embedding = weights.some(architecture.embedding_norm, architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
             self.add_parameter(f"table_{number}", kernels.fixed(weights.values(f"{table.name}.weight")))
         self.layers = nn.LayerList()
-        for number in range(shape.layers):
+        for number in tqdm(range(shape.layers), desc="loading", unit="layer", delay=5, leave=False):
             self.layers.append(_Layer(weights, architecture.layer(number)))
-        self.final_norm = weights.norm(architecture.final_norm)
-        self.output_projection = weights.linear(architecture.output_projection)
+        self.before_head = weights.some(architecture.final_norm, architecture.output_projection)
         if architecture.head is not None:
             self.head = kernels.Table(weights.values(architecture.head, turned=not architecture.head_is_table))
         if architecture.slopes is not None:
@@ -107,10 +106,8 @@ class Decoder(nn.Layer):
         """
         architecture, shape = self.architecture, self.architecture.shape
         hidden = self.embedding.embeddings(given["ids"])
-        if self.embedding_norm is not None:
-            hidden = self.embedding_norm(hidden)
-        if self.embedding_projection is not None:
-            hidden = self.embedding_projection(hidden)
+        for operator in self.after_embedding:
+            hidden = operator(hidden)
         for number, table in enumerate(architecture.tables):
             places = given["positions"][table.part] + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
@@ -139,10 +136,8 @@ class Decoder(nn.Layer):
             hidden = self._base(hidden, normed) + self._mlp(layer, normed)
             if not architecture.norm_first:
                 hidden = layer.mlp_norm(hidden)
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
-        if self.output_projection is not None:
-            hidden = self.output_projection(hidden)
+        for operator in self.before_head:
+            hidden = operator(hidden)
         head = self.embedding if architecture.head is None else self.head
         return head(hidden), paddle.stack(kept)
 
@@ -271,18 +266,23 @@ class _Weights:
         values = self._read(name)
         return self._tensor(values.T if turned else values)
 
-    def linear(self, source: str | None) -> kernels.Linear | None:
-        if source is None:
-            return None
+    def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,), lambda values: values)
 
-    def norm(self, source: str | None) -> kernels.Operator | None:
-        if source is None:
-            return None
+    def norm(self, source: str) -> kernels.Operator:
         weight = self._tensor(self._read(f"{source}.weight"))
         if self.architecture.norm == "rms":
             return kernels.RMSNorm(weight, self.architecture.epsilon)
         return kernels.LayerNorm(weight, self._tensor(self._read(f"{source}.bias")), self.architecture.epsilon)
+
+    def some(self, norm: str | None, linear: str | None) -> nn.LayerList:
+        """A norm and a Linear, those of them that a model has."""
+        found: list[kernels.Operator] = []
+        if norm is not None:
+            found.append(self.norm(norm))
+        if linear is not None:
+            found.append(self.linear(linear))
+        return nn.LayerList(found)
 
     def joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> kernels.Linear:
         """Several Linears side by side as one. Some may lack a bias: theirs is 0."""
