@@ -212,8 +212,8 @@ def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
 
 
 def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float32] | None]:
-    """One step of a model as a layer like `utils.inference.decoder.Decoder`, and the keys and values of its
-    prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
+    """One step of a model as a layer, `utils.inference.decoder.Decoder` or the library's model behind the same
+    face, and the keys and values of its prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
 
     Raises:
         UserError: weights that do not fit the model or the adapter.
@@ -222,10 +222,22 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
     checkpoint = prepared.checkpoint
     architecture = checkpoint.family.architecture(checkpoint.config)
     from utils.checkpoints.merge import parameters
-    from utils.inference.decoder import Decoder
 
     known = parameters(checkpoint, prepared.lora, "float32")
-    layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+    order = None  # of the dimensions of a head
+    layer: Any
+    if prepared.inference_model:
+        from utils.inference.decoder import Decoder
+
+        layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+        order = None if architecture.rotary is None else architecture.rotary.order
+    else:
+        from utils.checkpoints.load import build, fill_model
+        from utils.inference.library import LibraryProgram
+
+        model = build(checkpoint, prepared.dtype)
+        fill_model(model, checkpoint, known)
+        layer = LibraryProgram(checkpoint.family, model, checkpoint.config)
     prefix = None
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
@@ -233,7 +245,7 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
         prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32").flat().numpy()[0]
         prefix = prefix.transpose(1, 2, 0, 3)  # keys of all layers, then values -> of each layer in turn
         keys, values = np.split(prefix, 2)
-        if architecture.rotary is not None and architecture.rotary.order is not None:
-            keys = keys[..., architecture.rotary.order]
+        if order is not None:
+            keys = keys[..., order]
         prefix = np.stack([keys, values], axis=1).reshape(prefix.shape)
     return layer, prefix

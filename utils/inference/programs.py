@@ -12,12 +12,13 @@ from paddle import Tensor
 from utils.families import ModelShape
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
+from utils.inference.library import LibraryProgram
 
 
 class DynamicProgram:
-    """The inference model, operator by operator."""
+    """The inference model, or the library's as `LibraryProgram`, operator by operator."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder | LibraryProgram) -> None:
         self._decoder = decoder
 
     def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
