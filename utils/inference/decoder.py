@@ -165,10 +165,10 @@ class _Layer(nn.Layer):
         super().__init__()
         self.attention_norm = weights.norm(names.attention_norm)
         self.attention_in = weights.joined(names.query_key_value, weights.by_part(names))
-        self.attention_out = weights.linear(names.attention_out)
+        self.attention_out = weights.joined((names.attention_out,))
         self.mlp_norm = weights.norm(names.mlp_norm)
-        self.mlp_in = weights.joined(names.mlp_in, lambda values: values)
-        self.mlp_out = weights.linear(names.mlp_out)
+        self.mlp_in = weights.joined(names.mlp_in)
+        self.mlp_out = weights.joined((names.mlp_out,))
 
 
 class _Rotary(nn.Layer):
@@ -235,7 +235,7 @@ class _Weights:
     def linear(self, source: str | None) -> kernels.Linear | None:
         if source is None:
             return None
-        return self.joined((source,), lambda values: values)
+        return self.joined((source,))
 
     def norm(self, source: str | None) -> kernels.Operator | None:
         if source is None:
@@ -245,7 +245,9 @@ class _Weights:
             return kernels.RMSNorm(weight, self.architecture.epsilon)
         return kernels.LayerNorm(weight, self._tensor(self._read(f"{source}.bias")), self.architecture.epsilon)
 
-    def joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> kernels.Linear:
+    def joined(
+        self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray] = lambda values: values
+    ) -> kernels.Linear:
         """Several Linears side by side as one. Some may lack a bias: theirs is 0."""
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]

@@ -242,10 +242,19 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
 
-        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32").flat().numpy()[0]
-        prefix = prefix.transpose(1, 2, 0, 3)  # keys of all layers, then values -> of each layer in turn
-        keys, values = np.split(prefix, 2)
-        if order is not None:
-            keys = keys[..., order]
-        prefix = np.stack([keys, values], axis=1).reshape(prefix.shape)
+        tuned = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32")
+        prefix = prefix_array(tuned, order)
     return layer, prefix
+
+
+def prefix_array(prefix: PrefixTuning, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """Keys and values of a prefix, see `CachedEngine`.
+
+    Args:
+        order: of the dimensions of a head (`Rotary.order`); None leaves them as published.
+    """
+    flat = prefix.flat().numpy()[0].transpose(1, 2, 0, 3)  # keys of all layers, then values
+    keys, values = np.split(flat, 2)
+    if order is not None:
+        keys = keys[..., order]
+    return np.stack([keys, values], axis=1).reshape(flat.shape)

@@ -55,9 +55,10 @@ class StaticProgram:
         given = {name: inputs[name] for name in self._names}
         if not past:
             given, past = self._without_cache(given)
+        held, self._held = self._held, []  # an interrupted call has shared some
         for name, tensor in given.items():
             self._inputs[name].share_external_data(tensor)
-        if past is not self._held:
+        if past is not held:
             for number, tensor in enumerate(past):
                 self._inputs[f"past_{number}"].share_external_data(tensor)
         self._held = past  # type: ignore[assignment]
