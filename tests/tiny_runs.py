@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import io
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -81,21 +82,8 @@ class Tiny:
 
     def run(self, output: Path, *options: object, expect: int = 0) -> Result:
         """finetune_generation.main in this process, as the script would run it."""
-        import finetune_generation
-        from utils.errors import run_script
-
-        out, err = io.StringIO(), io.StringIO()
-        argv = ["finetune_generation.py", *self.arguments(output, options)]
-        with (
-            mock.patch.object(sys, "argv", argv),
-            mock.patch.dict(os.environ, self.environment),
-            mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            run_script(finetune_generation.main)
-        result = Result(output, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        arguments = self.arguments(output, options)
+        result = Result(output, *run_main("finetune_generation", *arguments, environment=self.environment))
         assert result.code == expect, result.err + result.out
         return result
 
@@ -118,6 +106,24 @@ class Tiny:
         process = self.start(output, *options, code=code)
         out, err = process.communicate(timeout=120)
         return Result(output, process.returncode, out, err)
+
+
+def run_main(name: str, *options: object, environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a script's main in this process."""
+    from utils.errors import run_script
+
+    module = importlib.import_module(name)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, options)]),
+        mock.patch.dict(os.environ, environment or {}),
+        mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run_script(module.main)
+    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def prepare(
         check_same_kind(checkpoint, manifest, inference_model)
     else:
         if is_export(Path(name).expanduser()):
-            raise UserError(f"{name}: holds an exported model; add --mode static")
+            raise UserError(f"{name}: holds an exported model; only predictor.py runs it, with --mode static")
         checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     for path, config_name in ((lora_path, LORA_CONFIG), (prefix_path, PREFIX_CONFIG)):
