@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from family_cases import FIXTURES, case, eager
 from tiny_models import write_tiny_llama
 from tiny_runs import Tiny, make_tiny, run_main
 
 from utils.inference import export as exporting
+from utils.inference.loading import prepare
 from utils.inference.verify import verify_export
 
 TRAINING: list[object] = ["--do_train", "--max_steps", 12, "--lr_scheduler_type", "constant"]
@@ -253,3 +258,30 @@ def test_the_mode_that_a_folder_needs_is_named(tiny: Tiny, exported: Path) -> No
 def test_an_exported_inference_model_asks_for_its_flag(tiny: Tiny, tmp_path: Path) -> None:
     assert export_model(tiny, tmp_path / "fused", "--inference_model")[0] == 0
     assert "add --inference_model" in refused(predict(tiny, tmp_path / "fused", "--mode", "static"))
+
+
+# --- without this toolchain -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bloom_tiny"])
+@pytest.mark.parametrize("inference_model", [False, True])
+def test_the_program_of_the_guide_decodes_an_export(
+    root: Path, name: str, inference_model: bool, tmp_path: Path
+) -> None:
+    """In a process that knows nothing of this repository."""
+    guide = (root / "docs" / "export.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    (tmp_path / "decode.py").write_text(program, encoding="utf-8")
+    prepared = prepare(str(FIXTURES / name), device="cpu", dtype="float32", inference_model=inference_model)
+    exporting.export(prepared, tmp_path / "inference", device="cpu", verify=lambda *_: None)
+    engine, prompt, wanted = eager(case(name)), [5, 9, 11, 8], []
+    (slot,), logits = engine.open([prompt])
+    for _ in range(10):
+        wanted.append(int(logits.argmax()[0][0]))
+        logits = engine.advance([slot], [[wanted[-1]]])
+    done = subprocess.run(
+        [sys.executable, "decode.py", "inference", ",".join(map(str, prompt)), "10"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [int(token) for token in done.stdout.splitlines()[-1].split(",")] == wanted

@@ -41,6 +41,7 @@ class Manifest:
         inference_model: whether the program is the inference model or the library's.
         dtype: of weights and cache.
         inputs: names of the program's inputs before the cache, in order.
+        cache: layers, heads of keys and values, and width of a head.
         prefix: length of the prefix in the folder; 0 without one.
         source: what was exported, in words.
         files: size and SHA-256 of every file.
@@ -51,6 +52,7 @@ class Manifest:
     inference_model: bool
     dtype: str
     inputs: tuple[str, ...]
+    cache: tuple[int, ...]
     prefix: int
     source: str
     files: dict[str, dict[str, Any]]
@@ -86,7 +88,7 @@ def read_export(name: str) -> tuple[Checkpoint, Manifest]:
     if known.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: format {known.get('format')!r} is not known here; {again}")
     try:
-        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"])})
+        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"]), "cache": tuple(known["cache"])})
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged ({error}); {again}") from error
     faults = []
@@ -146,6 +148,7 @@ def export(
             settings = read_json(checkpoint.folder / GENERATION_CONFIG)
             write_json(staging / GENERATION_CONFIG, settings)
         adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
+        shape = checkpoint.family.shape(checkpoint.config)
         source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
         manifest = Manifest(
             FORMAT,
@@ -153,6 +156,7 @@ def export(
             prepared.inference_model,
             prepared.dtype,
             layer.inputs,
+            (shape.layers, shape.kv_heads, shape.head_dim),
             0 if prefix is None else prefix.shape[2],
             source,
             {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},
