@@ -14,7 +14,7 @@ from tiny_models import write_tiny_llama
 
 MODELS = ("smollm2-135m-instruct",)
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_prefix_tokens": 4}
-LINKED = ("utils", "finetune_generation.py", "predictor.py", "merge_lora_params.py")
+LINKED = ("utils", "finetune_generation.py", "predictor.py", "merge_lora_params.py", "export_model.py")
 
 
 def commands(readme: Path) -> list[str]:
@@ -67,6 +67,7 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
     written = workplace / "checkpoints"
     assert (written / "llama_lora_merged" / "model.safetensors").is_file()
     assert (written / "llama_lora_hf" / "config.json").is_file()
+    assert (workplace / "inference" / "model.pdiparams").is_file()
     assert (written / "llama_pt_ckpts" / "prefix_model_state.safetensors").is_file()
     assert (written / "llama_lora_peft" / "adapter_model.safetensors").is_file()
     assert len((workplace / "output.json").read_text(encoding="utf-8").splitlines()) == 3

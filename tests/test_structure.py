@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("finetune_generation", "predictor", "merge_lora_params")
+SCRIPTS = ("finetune_generation", "predictor", "merge_lora_params", "export_model")
 # package -> packages that it must never import
 FORBIDDEN = {
     "arguments": {"adapters", "checkpoints", "data", "families", "inference", "kernels", "training"},
@@ -60,7 +60,7 @@ def test_nothing_imports_a_script(root: Path) -> None:
         "utils.arguments, utils.families, utils.errors, utils.runtime",
         "utils.checkpoints.locate, utils.checkpoints.fingerprint, utils.checkpoints.merge",
         "utils.data.dataset, utils.data.template, utils.families.tokenizers, utils.adapters.check",
-        "finetune_generation, predictor, merge_lora_params",
+        "finetune_generation, predictor, merge_lora_params, export_model",
     ],
 )
 def test_what_checks_arguments_and_files_loads_no_paddle(root: Path, modules: str) -> None:
