@@ -13,7 +13,6 @@ SIGTERM and 130 after Ctrl-C, when the training under way has saved a checkpoint
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ def main() -> None:
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.data.rows import check_dataset
+    from utils.training.batches import run_steps
     from utils.training.plan import (
         check_output,
         check_positions,
         checkpoint_to_resume,
-        clear_output,
         describe,
         make_plan,
-        mark_finished,
     )
     from utils.training.reporters import check_reporters
     from utils.training.start import check_adapters, check_world
@@ -80,7 +78,9 @@ def main() -> None:
     plan = None
     if args.do_train:
         run = describe(args, checkpoint, data["train"], tokenizer, template)
-        plan = make_plan(args, run, data["train"], start)
+        rows: Any = data["train"]
+        steps = run_steps(args, None if args.lazy else len(rows))
+        plan = make_plan(args, run, rows, steps, start)
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         from utils.training.dry_run import report
@@ -89,16 +89,10 @@ def main() -> None:
         return
 
     # ----- is there anything to do? --------------------------------------------------------------------
-    from utils.training.output import missing_results
+    from utils.training.finish import is_all_done, train
 
-    if plan is not None and plan.finished:
-        notice(
-            f"{output} holds the finished training of these {plan.steps} steps, nothing is trained again; "
-            "to train anew give another output_dir, or --overwrite_output_dir"
-        )
-        if not missing_results(output, splits):
-            print(f"done: {output}")
-            return
+    if is_all_done(plan, output, splits):
+        return
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
@@ -110,7 +104,7 @@ def main() -> None:
     from utils.inference.sampling import SamplingOptions
     from utils.training.callbacks import console_callbacks
     from utils.training.evaluation import GenerationEvaluation
-    from utils.training.output import companion_files, install, write_results
+    from utils.training.output import companion_files, write_results
     from utils.training.rows import RowNames
     from utils.training.settings import paddlenlp_arguments
     from utils.training.trainer import Trainer
@@ -155,28 +149,7 @@ def main() -> None:
     )
 
     # ----- train ---------------------------------------------------------------------------------------
-    if plan is not None and plan.finished:
-        trainer.take_result(output, plan.result_step)
-    elif plan is not None:
-        clear_output(args)
-        results = trainer.train_by(plan)
-        if trainer.stopped_early:
-            notice(
-                f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
-                "the same command continues there"
-            )
-            sys.exit(128 + trainer.stopped_by)
-        if args.load_best_model_at_end and (best := trainer.load_best()):
-            notice(f"the best checkpoint is {best}; its weights are the result")
-
-        def result(folder: Path) -> None:
-            trained.save(folder)
-            companions(folder)
-            trainer.state.save_to_json(str(folder / "trainer_state.json"))
-
-        install(output, result)
-        write_results(output, "train", results)
-        mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
+    train(trainer, args, plan, companions)
 
     # ----- evaluate and predict ------------------------------------------------------------------------
     if args.do_eval:

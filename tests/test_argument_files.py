@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from family_cases import WITH_TOKENIZER, case
-from test_arguments_checks import PretrainFile
-from tiny_runs import Tiny, write_rows
+from tiny_runs import Tiny, run_main, write_rows
+from tiny_text import tokenize_text
 
-from utils.arguments import FinetuneArguments, parse
-from utils.arguments.fields import options_of
-from utils.arguments.values import from_json
+from utils.arguments import FinetuneArguments, PretrainArguments, parse
 from utils.errors import UserError
 from utils.families import FAMILIES
 
@@ -41,12 +41,20 @@ def test_every_family_has_its_files_and_a_guide(family: str) -> None:
         assert (ROOT / written).is_file()
 
 
+def tiny_model(family: str) -> Path:
+    return next(case(one).folder for one in WITH_TOKENIZER if case(one).checkpoint.family.name == family)
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_file_says_what_the_script_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_says_what_the_script_takes(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values = content(name)
-    if name.endswith("pretrain_argument.json"):  # its script arrives later
-        options = options_of(PretrainFile)
-        assert {key: from_json(options[key], value) for key, value in values.items()} == values
+    if name.endswith("pretrain_argument.json"):
+        assert {"min_learning_rate", "max_steps", "split", "continue_training"} <= values.keys()
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "text.idx").touch()
+        monkeypatch.chdir(tmp_path)
+        run = parse(PretrainArguments, [str(ROOT / name), "--device", "cpu"], "run_pretrain.py")
+        assert {key: run.to_json()[key] for key in values} == values
         return
     degrees = [int(str(values.get(key, 1))) for key in PARALLEL]
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", str(max(1, degrees[0]) * max(1, degrees[1]) * max(1, degrees[2])))
@@ -69,12 +77,11 @@ def test_dry_run(name: str, data: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
     """Of the file itself, with the tiny model of its family for the published one."""
     import finetune_generation
 
-    family = name.split("/")[0]
-    model = next(one for one in WITH_TOKENIZER if case(one).checkpoint.family.name == family)
+    model = tiny_model(name.split("/")[0])
     for variable, value in data.environment.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr("utils.runtime.prepare", lambda: None)  # done by conftest, before Paddle was loaded
-    words = [f"./{name}", "--dry_run", "--model_name_or_path", case(model).folder, "--dataset_name_or_path", data.data]
+    words = [f"./{name}", "--dry_run", "--model_name_or_path", model, "--dataset_name_or_path", data.data]
     words += ["--output_dir", tmp_path / "out", "--device", "cpu", "--src_length", 64, "--max_length", 128]
     for key in PARALLEL:
         if int(str(content(name).get(key, 1))) > 1:
@@ -92,4 +99,23 @@ def test_dry_run(name: str, data: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
             finetune_generation.main()
     else:
         assert "model: " in text and "⟦" in text and "memory per device" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("pretrain_argument.json")])
+def test_dry_run_of_pretraining(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the file itself, with its family's tiny model and text, and without that model's weights."""
+    folder = tiny_model(name.split("/")[0])
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.npz"))
+    text = tokenize_text(folder, tmp_path / "text")
+    monkeypatch.chdir(ROOT)
+    words = [f"./{name}", "--dry_run", "--input_dir", text, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    words += ["--max_seq_length", 32, "--model_name_or_path", tmp_path / "model", "--tokenizer_name_or_path", folder]
+    said = run_main("run_pretrain", [str(word) for word in words], {}, tmp_path / "out", 0).out
+    assert "min_learning_rate = 3e-05\n" in said and "logging_steps = 1\n" in said
+    weights = sum(math.prod(parameter.shape) for parameter in case(folder.name).model.parameters())
+    assert f"{weights:,} parameters, all of them trained, from new random weights, seed 42" in said
+    assert "steps: 500 of 256 tokens each (8 samples), 128,000 tokens in all" in said
+    assert "train data: 4,000 samples of 32 tokens" in said and "dev data: 3 documents" in said
+    assert "memory per device, estimated" in said and "would write: " in said
     assert not (tmp_path / "out").exists()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from utils.arguments import FinetuneArguments, MergeLoraArguments, PredictArguments, parse
-from utils.arguments.fields import arg, options_of
-from utils.arguments.groups import ModelArguments, ParallelArguments, ReportArguments, TrainingArguments
-from utils.arguments.values import from_json
+from utils.arguments.fields import options_of
 from utils.errors import UserError
 
 
@@ -247,6 +243,50 @@ def test_predictor_defaults(predict: list[str]) -> None:
     assert options_of(PredictArguments)["output_file"].default == "output.json"
 
 
+@pytest.mark.parametrize(
+    "words, messages",
+    [
+        (
+            "--num_beams 4 --top_k 5 --top_p 0.5 --min_p 0.1 --temperature 0.7 --prompt_lookup_num_tokens 3",
+            [
+                "top_k 5 (--top_k) is of sampling and has no place in beam search",
+                "top_p 0.5 (--top_p) is of sampling and has no place in beam search",
+                "min_p 0.1 (--min_p) is of sampling and has no place in beam search",
+                "temperature 0.7 (--temperature) is of sampling and has no place in beam search",
+                "prompt_lookup_num_tokens 3 (--prompt_lookup_num_tokens) does not work with beam search",
+            ],
+        ),
+        ("--decode_strategy beam_search", ["needs num_beams above 1; add --num_beams 4"]),
+        ("--decode_strategy sampling --num_beams 2", ["num_beams 2 (--num_beams) needs decode_strategy beam_search"]),
+        (
+            "--length_penalty 2 --early_stopping",
+            ["length_penalty 2.0 (--length_penalty) has no effect", "early_stopping true (--early_stopping) has no"],
+        ),
+        ("--decode_strategy greedy_search --top_k 5", ["top_k 5 (--top_k) is of sampling; leave it out"]),
+        (
+            "--top_p 2 --top_k -1 --num_beams 0",
+            ["--top_p: expected a number above 0", "--top_k: expected", "--num_beams: expected a whole number"],
+        ),
+    ],
+)
+def test_strategies_exclude_each_other(predict: list[str], words: str, messages: list[str]) -> None:
+    found = faults([*predict, *words.split()], PredictArguments)
+    assert len(found) == len(messages)
+    for fault, message in zip(found, messages, strict=True):
+        assert message in fault
+
+
+def test_sampling_options_without_sampling_are_told(predict: list[str], capsys: Any) -> None:
+    parse(PredictArguments, [*predict, "--top_p", "0.9", "--temperature", "0.7"], "x.py")
+    said = capsys.readouterr().err
+    assert "top_p 0.9 (--top_p) has no effect while top_k is 1, which is greedy" in said
+    assert "temperature 0.7 (--temperature) has no effect" in said
+    words = ["--num_beams", "3", "--length_penalty", "0.5", "--early_stopping", "--temperature", "0"]
+    run = parse(PredictArguments, [*predict, *words], "x.py")
+    assert (run.decode_strategy, run.num_beams, run.early_stopping) == ("beam_search", 3, True)
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_a_defaulted_prompt_length_gives_way(predict: list[str], capsys: Any) -> None:
     run = parse(PredictArguments, [*predict, "--max_length", "1024"], "predictor.py")
     assert (run.src_length, run.max_new_tokens) == (512, 512)
@@ -379,25 +419,6 @@ def test_shipped_file(root: Path, data: Path, name: str, monkeypatch: Any, capsy
     small = processes == 1
     assert run.model_name_or_path == ("smollm2-135m-instruct" if small else "meta-llama/Llama-2-7b")
     assert capsys.readouterr().err == ""  # nothing in it is renamed or without effect
-
-
-@dataclass
-class PretrainFile(ParallelArguments, ReportArguments, TrainingArguments, ModelArguments):
-    """The options of pretraining beside the shared ones, for the file that ships ahead of its script."""
-
-    group: ClassVar[str] = "Pretraining"
-    input_dir: str = arg("", "data")
-    split: str = arg("", "shares of train, dev and test rows")
-    max_seq_length: int = arg(1024, "length", minimum=1)
-    min_learning_rate: float = arg(0.0, "lowest learning rate", minimum=0)
-    continue_training: bool = arg(False, "from the weights of the model")
-
-
-def test_pretrain_file_holds_known_keys_of_the_right_types(root: Path) -> None:
-    values = json.loads((root / "llama" / "pretrain_argument.json").read_text(encoding="utf-8"))
-    options = options_of(PretrainFile)
-    assert {key: from_json(options[key], value) for key, value in values.items()} == values
-    assert {"input_dir", "split", "max_seq_length", "min_learning_rate", "max_steps", "bf16"} <= values.keys()
 
 
 def test_documented_defaults() -> None:

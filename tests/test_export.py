@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 from family_cases import FIXTURES, case, eager
 from tiny_models import write_tiny_llama
-from tiny_runs import Tiny, make_tiny, run_main
+from tiny_runs import Tiny, make_tiny
+from tiny_runs import run_main as run_script_main
 
 from utils.inference import export as exporting
 from utils.inference.loading import prepare
@@ -39,6 +40,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     lines = [json.dumps({"src": question}) + "\n" for question in QUESTIONS]
     (made.home / "questions.json").write_text("".join(lines), encoding="utf-8")
     return made
+
+
+def run_main(name: str, *options: object, environment: dict[str, str]) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error)"""
+    done = run_script_main(name, [str(option) for option in options], environment, Path(), None)
+    return done.code, done.out, done.err
 
 
 def export_model(tiny: Tiny, output: Path, *options: object, verify: Any = None) -> tuple[int, str, str]:

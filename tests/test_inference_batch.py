@@ -191,6 +191,7 @@ def test_a_file_without_any_good_row_is_an_error(answer: Callable[..., Any], tmp
 def test_long_prompts_are_cut_and_counted(answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     rows = answer([{"src": "short"}, {"src": "long " * 300}], src_length=80)
     assert all(row["output"] for row in rows)
+    assert [row.get("note") for row in rows] == [None, "the prompt was cut to src_length 80 tokens"]
     assert "1 of 2 prompts were cut to src_length 80 tokens" in capsys.readouterr().err
 
 
@@ -203,6 +204,18 @@ def test_too_few_positions_are_reported(answer: Callable[..., Any], capsys: pyte
     assert rows[0]["output"] and rows[1]["output"]
     assert rows[2]["output"] is None and "line 3" in rows[2]["error"] and "512 positions" in rows[2]["error"]
     assert "line 2: the answer was cut at" in capsys.readouterr().err
+    assert "note" not in rows[0] and rows[1]["note"].startswith("the answer was cut at ")
+
+
+def test_notes_outlive_an_interrupted_run(answer: Callable[..., Any], generator: Generator) -> None:
+    """Of prompts (from the rows) and of answers (from the journal), also where a row has both."""
+    rows = [{"src": "1 " * 300} for _ in range(3)]
+    options = replace(OPTIONS, max_new_tokens=200, min_new_tokens=200)
+    with pytest.raises(KeyboardInterrupt):
+        answer(rows, options, load=lambda: Interrupting(generator, 1), src_length=400)
+    written = answer(rows, options, src_length=400)
+    for row in written:
+        assert row["note"].startswith("the prompt was cut to src_length 400 tokens; the answer was cut at 112 tokens")
 
 
 # --- interrupted runs ----------------------------------------------------------------------------------

@@ -132,6 +132,18 @@ def test_logprobs_are_the_models_own(model: Any, generator: Generator) -> None:
     assert generator.generate([prompt], SamplingOptions(max_new_tokens=2))[0].logprobs is None
 
 
+def test_the_likeliest_tokens_at_each_place(model: Any, generator: Generator) -> None:
+    (prompt,) = prompts_of([7])
+    options = SamplingOptions(max_new_tokens=5, top_k=0, temperature=2.0, logprobs=True, top_logprobs=4, seed=3)
+    answer = generator.generate([prompt], options)[0]
+    logits = full_logits(model, [*prompt, *answer.tokens])[len(prompt) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert answer.top_logprobs is not None and len(answer.top_logprobs) == 5
+    for found, scores in zip(answer.top_logprobs, expected, strict=True):
+        assert [token for token, _ in found] == np.argsort(-scores)[:4].tolist()
+        np.testing.assert_allclose([score for _, score in found], np.sort(scores)[:-5:-1], atol=1e-5)
+
+
 def test_broken_weights_are_reported() -> None:
     paddle.seed(1)
     broken = FAMILY.create(CONFIG)

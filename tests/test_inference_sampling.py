@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from utils.errors import UserError
 from utils.inference.sampling import (
+    History,
     RowSampler,
     SamplingOptions,
     draw,
     filtered_probabilities,
+    likeliest,
+    log_softmax,
     penalise_presence,
     penalise_repetition,
     top_p_threshold,
@@ -190,6 +193,39 @@ def test_logits_are_left_alone() -> None:
     np.testing.assert_array_equal(before, LOGITS)
 
 
+def test_all_penalties_in_one_table() -> None:
+    """Prompt 3 4, answer 4 6 4 6; repetition 2.0, presence 0.5, frequency 0.25, bigrams once, token 0 ends.
+
+    Token 3: 2.0 / 2. Token 4: -1.5 * 2 - 0.5 - 2 * 0.25, but "6 4" occurred, so it is out. Token 6: 1.0 / 2
+    - 0.5 - 2 * 0.25. Token 0 waits for the minimum length.
+    """
+    options = SamplingOptions(
+        min_new_tokens=5, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, no_repeat_ngram_size=2
+    )
+    history = History(options, [3, 4], (0,))
+    for token in (4, 6, 4):
+        history.accept(token)
+    other = history.copy()
+    history.accept(6)
+    wanted = LOGITS.astype(np.float64)
+    wanted[[0, 3, 4, 6]] = [-np.inf, 1.0, -np.inf, -0.5]
+    np.testing.assert_allclose(history.penalised(LOGITS.astype(np.float64)), wanted)
+    # the copy is still where it was: "4 4" and "4 6" occurred; 4 came twice, 6 once
+    wanted[[3, 4, 6]] = [1.0, -np.inf, -np.inf]
+    np.testing.assert_allclose(other.penalised(LOGITS.astype(np.float64)), wanted)
+    assert (history.length, other.length) == (4, 3)
+
+
+def test_likeliest_tokens_and_their_logarithms() -> None:
+    scores = log_softmax(np.array([0.0, 2.0, 1.0, 2.0, -np.inf], dtype=np.float32))
+    assert np.exp(scores).sum() == pytest.approx(1.0)
+    assert [token for token, _ in likeliest(scores, 3)] == [1, 3, 2]
+    assert [token for token, _ in likeliest(scores, 1)] == [1]  # of equal ones the lower id
+    assert [token for token, _ in likeliest(scores, 9)] == [1, 3, 2, 0, 4]
+    assert likeliest(scores, 0) == []
+    assert likeliest(scores, 2)[0][1] - likeliest(scores, 3)[2][1] == pytest.approx(1.0)
+
+
 def test_all_wrong_options_are_named_together() -> None:
     with pytest.raises(UserError) as caught:
         SamplingOptions(temperature=-1.0, top_p=1.5, top_k=-2, min_new_tokens=5, max_new_tokens=2, stop=("",))
@@ -241,3 +277,39 @@ def test_decoders_that_strip_a_leading_space() -> None:
 
     stream = TextStream(decode)  # type: ignore[arg-type]
     assert [stream.push(i) for i in (0, 1, 0, 2, 3, 1)] == ["", "Hello", "", " wor", "ld", " Hello"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"stop": "word"}, "stop is 'word': expected a list of texts"),
+        ({"stop": (3,)}, "stop is (3,): expected a list of texts"),
+        ({"top_logprobs": 2}, "top_logprobs is 2: expected 0 without logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21: expected from 0 to 20"),
+        ({"num_beams": 0}, "num_beams is 0: expected at least 1"),
+        ({"num_beams": 2, "top_k": 5}, "num_beams is 2: expected 1 together with sampling"),
+        ({"num_beams": 2, "prompt_lookup_num_tokens": 5}, "num_beams is 2: expected 1 together with"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan"),
+    ],
+)
+def test_options_that_cannot_be(settings: dict, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SamplingOptions(**settings)
+    assert len(caught.value.faults) == 1 and named in caught.value.faults[0]
+    assert SamplingOptions(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+@given(st.text(st.sampled_from("ab中"), max_size=8), st.integers(0, 8))
+@settings(max_examples=60, deadline=None)
+def test_a_copied_stream_goes_on_alone(text: str, at: int) -> None:
+    tokens = pieces_of(text, list(range(30)))
+    stream = TextStream(lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"), ("ab",))
+    whole = stream.copy()
+    for number in range(len(tokens)):
+        if number == at:
+            branch = stream.copy()
+            branch.push(0)
+        stream.push(number)
+        whole.push(number)
+    stream.finish(), whole.finish()
+    assert stream.text == whole.text == text.split("ab")[0]

@@ -60,6 +60,24 @@ def test_file_to_file_with_a_broken_row(root: Path, model: Path, tmp_path: Path)
     assert int(figures["peak memory"].split()[0]) > 100
 
 
+def test_beams_and_guesses_from_the_command_line(root: Path, model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "dev.json", [*ROWS[:3], {"src": "very long " * 40}])
+    words = ["--model_name_or_path", model, "--data_file", data, "--max_new_tokens", 12, "--src_length", 100]
+    outputs = {}
+    for name, extra in {
+        "greedy": [],
+        "guesses": ["--prompt_lookup_num_tokens", 4, "--benchmark"],
+        "beams": ["--num_beams", 3, "--length_penalty", 0.5, "--no_repeat_ngram_size", 3],
+    }.items():
+        done = predict(root, *words, *extra, "--output_file", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        outputs[name] = read(tmp_path / name)
+        assert outputs[name][3]["note"] == "the prompt was cut to src_length 100 tokens"
+        assert "dev.json line 4; their rows have a note" in done.stderr
+    assert outputs["greedy"] == outputs["guesses"]
+    assert all(row["output"] for row in outputs["beams"]) and outputs["beams"] != outputs["greedy"]
+
+
 def test_killed_run_continues(root: Path, model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "dev.json", ROWS * 5)
     words = ["--model_name_or_path", model, "--data_file", data, "--batch_size", "2", "--min_length", "24",

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_llama
 
+NAMING = ("model_name_or_path", "tokenizer_name_or_path")
 MODELS = ("smollm2-135m-instruct",)
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_prefix_tokens": 4}
-LINKED = ("utils", "finetune_generation.py", "predictor.py", "merge_lora_params.py", "export_model.py")
+LINKED = ("utils", "data/tools", "finetune_generation.py", "run_pretrain.py", "predictor.py", "merge_lora_params.py")
+LINKED += ("export_model.py",)
+PARAGRAPHS = 60
 
 
 def commands(readme: Path) -> list[str]:
@@ -29,9 +32,11 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "model").mkdir()
     write_tiny_llama(folder / "model", max_position_embeddings=2048)
+    (folder / "data" / "text").mkdir(parents=True)
     for name in LINKED:
         (folder / name).symlink_to(root / name)
-    (folder / "data").mkdir()
+    novel = (root / "data" / "text" / "northanger_abbey.txt").read_text(encoding="utf-8").split("\n\n")
+    (folder / "data" / "text" / "novel.txt").write_text("\n\n".join(novel[:PARAGRAPHS]), encoding="utf-8")
     for split, count in (("train", 12), ("dev", 3)):
         lines = (root / "data" / f"{split}.json").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / "data" / f"{split}.json").write_text("".join(lines[:count]), encoding="utf-8")
@@ -39,7 +44,7 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (root / "llama").glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         small = {key: value for key, value in SMALL.items() if key != "num_prefix_tokens" or "prefix_tuning" in content}
-        content.update(small, model_name_or_path=str(folder / "model"))
+        content.update({key: str(folder / "model") for key in content if key in NAMING}, **small)
         (folder / "llama" / path.name).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
@@ -70,6 +75,7 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
     assert (workplace / "inference" / "model.pdiparams").is_file()
     assert (written / "llama_pt_ckpts" / "prefix_model_state.safetensors").is_file()
     assert (written / "llama_lora_peft" / "adapter_model.safetensors").is_file()
+    assert (written / "llama_pretrain_ckpts" / "model.safetensors").is_file()
     assert len((workplace / "output.json").read_text(encoding="utf-8").splitlines()) == 3
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -82,10 +82,7 @@ class Tiny:
 
     def run(self, output: Path, *options: object, expect: int = 0) -> Result:
         """finetune_generation.main in this process, as the script would run it."""
-        arguments = self.arguments(output, options)
-        result = Result(output, *run_main("finetune_generation", *arguments, environment=self.environment))
-        assert result.code == expect, result.err + result.out
-        return result
+        return run_main("finetune_generation", self.arguments(output, options), self.environment, output, expect)
 
     def start(self, output: Path, *options: object, code: str | None = None) -> subprocess.Popen[str]:
         """The script in a process of its own; `code` runs before its main."""
@@ -106,24 +103,6 @@ class Tiny:
         process = self.start(output, *options, code=code)
         out, err = process.communicate(timeout=120)
         return Result(output, process.returncode, out, err)
-
-
-def run_main(name: str, *options: object, environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a script's main in this process."""
-    from utils.errors import run_script
-
-    module = importlib.import_module(name)
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, options)]),
-        mock.patch.dict(os.environ, environment or {}),
-        mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        run_script(module.main)
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
 
 
 @dataclass(frozen=True)
@@ -150,6 +129,27 @@ class Result:
 
     def checkpoints(self) -> list[str]:
         return sorted((path.name for path in self.output.glob("checkpoint-*")), key=lambda name: int(name[11:]))
+
+
+def run_main(
+    script: str, words: Sequence[str], environment: dict[str, str], output: Path, expect: int | None
+) -> Result:
+    """The main function of a script in this process, as the script would run it; None expects any exit code."""
+    from utils.errors import run_script
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [f"{script}.py", *words]),
+        mock.patch.dict(os.environ, environment),
+        mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run_script(importlib.import_module(script).main)
+    result = Result(output, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+    assert expect in (None, result.code), result.err + result.out
+    return result
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

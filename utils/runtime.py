@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from utils.errors import UserError, notice
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
 CPU_HALF_PRECISION_NOTICE = "this processor's Paddle build has no {asked} arithmetic; using float32 instead"
 
 
@@ -126,12 +128,23 @@ def check_device(device: str, *, explicit: bool) -> str:
 
 
 def load_paddle() -> None:
-    """Imports Paddle and PaddleNLP without their start-up noise (several threads on a CPU are meant)."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    """Imports Paddle without its start-up noise (several threads on a CPU are meant)."""
+    with _without_noise():
         import paddle  # noqa: F401
 
+
+def load_library() -> None:
+    """Imports Paddle and PaddleNLP without their start-up noise. PaddleNLP takes seconds and 250 MB: only what
+    runs its models or its trainer calls this."""
+    with _without_noise():
         quiet_libraries()
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        yield
     for line in said.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in line:
             print(line, file=sys.stderr)

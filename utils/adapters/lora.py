@@ -15,15 +15,13 @@ import paddle
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from utils.adapters.check import LORA_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.adapters.fill import fill_parameters
 from utils.adapters.targets import target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.tensors import read_tensors, write_safetensors
-from utils.errors import raise_if
+from utils.checkpoints.tensors import write_safetensors
 from utils.families import FamilySpec
-
-SHOWN_FAULTS = 5
 
 
 def add_lora(
@@ -82,27 +80,6 @@ def restore_lora(adapted: LoRAModel, folder: Path) -> None:
     path = adapter_weights(folder, LORA_CONFIG)
     wanted = {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
     fill_parameters(wanted, path)
-
-
-def fill_parameters(wanted: dict[str, Any], path: Path) -> None:
-    """Sets every parameter of `wanted` from the tensors of one file, all or nothing.
-
-    Raises:
-        UserError: names that are missing, unknown or of another shape.
-    """
-    found = dict(read_tensors(path))
-    faults = [f"{path}: has no {name}" for name in wanted if name not in found]
-    faults += [f"{path}: {name} belongs to no layer of this model" for name in found if name not in wanted]
-    faults += [
-        f"{path}: {name} has shape {list(value.shape)}, this model needs {list(wanted[name].shape)}"
-        for name, value in found.items()
-        if name in wanted and list(value.shape) != list(wanted[name].shape)
-    ]
-    if len(faults) > SHOWN_FAULTS:
-        faults[SHOWN_FAULTS:] = [f"{path}: and {len(faults) - SHOWN_FAULTS} more like these; is it another base's?"]
-    raise_if(faults)
-    for name, parameter in wanted.items():
-        parameter.set_value(paddle.to_tensor(found[name]).astype(parameter.dtype))
 
 
 def load_lora(

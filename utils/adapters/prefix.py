@@ -12,7 +12,7 @@ import paddle
 from paddle import Tensor, nn
 
 from utils.adapters.check import PREFIX_CONFIG, WEIGHTS, adapter_weights, check_adapter
-from utils.adapters.lora import fill_parameters
+from utils.adapters.fill import fill_parameters
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint

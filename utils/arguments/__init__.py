@@ -4,6 +4,23 @@ Imports no Paddle, so that faults and --help answer at once.
 """
 
 from utils.arguments.parser import parse
-from utils.arguments.scripts import ExportArguments, FinetuneArguments, MergeLoraArguments, PredictArguments
+from utils.arguments.scripts import (
+    CreatePretrainingDataArguments,
+    ExportArguments,
+    FinetuneArguments,
+    MergeLoraArguments,
+    PredictArguments,
+    PretrainArguments,
+    TransToJsonArguments,
+)
 
-__all__ = ["ExportArguments", "FinetuneArguments", "MergeLoraArguments", "PredictArguments", "parse"]
+__all__ = [
+    "CreatePretrainingDataArguments",
+    "ExportArguments",
+    "FinetuneArguments",
+    "MergeLoraArguments",
+    "PredictArguments",
+    "PretrainArguments",
+    "TransToJsonArguments",
+    "parse",
+]

@@ -82,11 +82,12 @@ def best_model(run: Any) -> Iterator[str]:
     if run.evaluation_strategy != "no" and not run.do_eval:
         strategy = run.where("evaluation_strategy")
         yield f"{strategy} and {run.where('do_eval')} contradict; add --evaluation_strategy no"
-    metric, generated = run.metric_for_best_model, run.eval_with_do_generation
+    metric, generated = run.metric_for_best_model, getattr(run, "eval_with_do_generation", False)
     known = ANSWER_METRICS if generated else TOKEN_METRICS
     if metric is not None and metric not in known:
-        reason = f"with eval_with_do_generation {str(generated).lower()}"
-        yield f"{run.where('metric_for_best_model')}: {reason} it is one of {', '.join(known)}"
+        asked = hasattr(run, "eval_with_do_generation")
+        reason = f"with eval_with_do_generation {str(generated).lower()} " if asked else ""
+        yield f"{run.where('metric_for_best_model')}: {reason}it is one of {', '.join(known)}"
     if not (run.load_best_model_at_end and run.do_train):
         return
     if run.evaluation_strategy == "no" or run.evaluation_strategy != run.save_strategy:

@@ -83,6 +83,7 @@ class Arguments:
     Class attributes that subclasses set:
         group: the heading in `--help` of the fields that the class itself declares.
         renamed: keys of earlier scripts and what they are called now.
+        spellings: other spellings of keys, which nobody needs to hear about.
         checks: functions that yield what contradicts itself or is missing, one message each.
 
     Attributes:
@@ -91,6 +92,7 @@ class Arguments:
 
     group: ClassVar[str] = ""
     renamed: ClassVar[Mapping[str, str]] = {}
+    spellings: ClassVar[Mapping[str, str]] = {}
     checks: ClassVar[tuple[Callable[[Any], Iterator[str]], ...]] = ()
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ GENERATING = ["eval_with_do_generation"]
 
 @dataclass
 class ModelArguments(Arguments):
-    """Which model, and what is trained of it."""
+    """Which model."""
 
     group: ClassVar[str] = "Model"
 
@@ -22,8 +22,16 @@ class ModelArguments(Arguments):
         None, "model: a folder, a hub name, or smollm2-135m-instruct (comes with the installation)", path=True
     )
     tokenizer_name_or_path: str | None = arg(None, "tokenizer, if it is not the model's own", path=True)
-    chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
     use_flash_attention: bool = arg(False, "use the fused attention of the GPU build")
+
+
+@dataclass
+class AdapterArguments(Arguments):
+    """What finetuning trains of a model, and how conversations become text."""
+
+    group: ClassVar[str] = "Model"
+
+    chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
     lora: bool = arg(False, "train low-rank adapters (LoRA) instead of all weights")
     lora_path: str | None = arg(None, "folder of an adapter to start from", needs=["lora"], path=True)
     lora_rank: int = arg(8, "rank of the adapters", minimum=1, needs=["lora"])
@@ -76,6 +84,27 @@ class DataArguments(Arguments):
     max_length: int = arg(2048, "longest prompt and answer together", minimum=2, unit="tokens")
     max_train_samples: int | None = arg(None, "use only that many rows for training", minimum=1, unit="rows")
     max_eval_samples: int | None = arg(None, "use only that many rows for evaluation", minimum=1, unit="rows")
+
+
+@dataclass
+class PretrainDataArguments(Arguments):
+    """Which text is pretrained on, and where training starts and ends."""
+
+    group: ClassVar[str] = "Pretraining"
+
+    input_dir: str | None = arg(
+        None,
+        "folder of token files PREFIX.bin and PREFIX.idx, one such PREFIX, or several with weights, as in "
+        "w1 prefix1 w2 prefix2",
+        path=True,
+    )
+    split: str = arg("949,50,1", "shares of the documents for training, validation and test")
+    max_seq_length: int = arg(1024, "tokens of a sample", minimum=1, unit="tokens")
+    continue_training: bool = arg(False, "start from the model's weights instead of new random ones")
+    min_learning_rate: float = arg(0.0, "where the learning rate ends; linear, cosine and polynomial", minimum=0)
+    eval_iters: int | None = arg(
+        100, "batches of an evaluation, spread over its part of the text; none is all of it", minimum=1, unit="batches"
+    )
 
 
 @dataclass
@@ -154,8 +183,8 @@ class TrainingArguments(Arguments):
     output_dir: str | None = arg(None, "folder for weights, checkpoints and results", path=True)
     overwrite_output_dir: bool = arg(False, "start anew although output_dir holds an earlier run")
     do_train: bool = arg(False, "train")
-    do_eval: bool = arg(False, "evaluate on the dev rows")
-    do_predict: bool = arg(False, "evaluate on the rows of test.json")
+    do_eval: bool = arg(False, "evaluate on the dev rows; in pretraining, on the validation part of split")
+    do_predict: bool = arg(False, "evaluate on the rows of test.json; in pretraining, on the test part of split")
     dry_run: bool = arg(False, "show what would happen and stop before the weights load")
     per_device_train_batch_size: int = arg(8, "rows per device and forward", minimum=1, unit="rows")
     per_device_eval_batch_size: int = arg(8, "rows per device and forward in evaluation", minimum=1, unit="rows")
@@ -349,3 +378,50 @@ class MergeArguments(Arguments):
     dtype: str | None = arg(None, "type of the merged weights; the base's own by default", choices=DTYPES)
     export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))
     max_shard_size: str = arg("5GB", "largest weights file, such as 500MB or 5GB")
+
+
+@dataclass
+class WorkArguments(Arguments):
+    """How a data tool works."""
+
+    group: ClassVar[str] = "Work"
+
+    workers: int = arg(1, "processes that work at the same time", minimum=1)
+    log_interval: int = arg(10_000, "documents between two lines of progress", minimum=1, unit="documents")
+
+
+@dataclass
+class TextArguments(WorkArguments):
+    """Plain text to JSON Lines."""
+
+    group: ClassVar[str] = "Text"
+
+    input_path: str | None = arg(None, "a text file, or a folder whose files are all read", path=True)
+    output_path: str | None = arg(None, "written is OUTPUT_PATH.jsonl; with no-merge files in OUTPUT_PATH/", path=True)
+    json_key: str = arg("text", "key of the document in a line")
+    doc_spliter: str = arg("", "the line that stands between documents; an empty one by default")
+    min_doc_length: int = arg(10, "shorter documents are left out", minimum=0, unit="characters")
+    no_merge: bool = arg(False, "write one file per input file (also --no-merge)")
+    no_shuffle: bool = arg(False, "keep the order of the documents (also --no-shuffle)")
+    seed: int = arg(42, "seed of the order", minimum=0, maximum=2**32 - 1)
+
+
+@dataclass
+class TokenFileArguments(WorkArguments):
+    """JSON Lines to token files."""
+
+    group: ClassVar[str] = "Token files"
+
+    model_name: str | None = arg(None, "the model: a folder, a hub name, or smollm2-135m-instruct", path=True)
+    tokenizer_name: str | None = arg(
+        None,
+        "tokenizer, if it is not the model's own: a folder or a name; the name of a class is not needed",
+        path=True,
+    )
+    input_path: str | None = arg(None, "a JSON Lines file, or a folder of *.jsonl and *.json", path=True)
+    output_prefix: str | None = arg(None, "written are OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx", path=True)
+    data_format: str = arg("JSON", "format of the input", choices=("JSON",))
+    json_key: str = arg("text", "key of the document in a line")
+    split_sentences: bool = arg(False, "index the sentences of a document one by one")
+    append_eos: bool = arg(False, "end every document with the end token")
+    data_impl: str = arg("mmap", "format of the output", choices=("mmap",))

@@ -112,6 +112,7 @@ def _read_words(
                 faults.append(f'unexpected "{word}" on the command line; options are written --key value')
             continue
         key, equals, value = word[2:].partition("=")
+        key = cls.spellings.get(key, key)
         option = options.get(cls.renamed.get(key, key))
         following = words[at] if at < len(words) and not words[at].startswith("--") else None
         if equals:

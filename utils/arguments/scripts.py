@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from utils.arguments import checks
+from utils.arguments import checks, pretrain_checks
 from utils.arguments.groups import (
+    AdapterArguments,
     DataArguments,
     ExportingArguments,
     GenerateArguments,
@@ -14,9 +15,12 @@ from utils.arguments.groups import (
     ModelArguments,
     ParallelArguments,
     PredictorArguments,
+    PretrainDataArguments,
     QuantArguments,
     ReportArguments,
     SamplingArguments,
+    TextArguments,
+    TokenFileArguments,
     TrainingArguments,
 )
 
@@ -33,6 +37,7 @@ class FinetuneArguments(
     TrainingArguments,
     GenerateArguments,
     DataArguments,
+    AdapterArguments,
     ModelArguments,
 ):
     """Finetunes a model: all weights (SFT), LoRA or prefix tuning; evaluates and quantizes it."""
@@ -64,21 +69,60 @@ class FinetuneArguments(
         """Derives lora_alpha, eval_steps, eval_max_new_tokens, the best model's metric and do_eval."""
         if self.lora_alpha is None:
             self.lora_alpha = 2.0 * self.lora_rank
-        if self.eval_steps is None:
-            self.eval_steps = self.logging_steps
         if self.eval_max_new_tokens is None:
             self.eval_max_new_tokens = max(1, min(self.max_length - self.src_length, EVAL_MAX_NEW_TOKENS))
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "bleu4" if self.eval_with_do_generation else "loss"
-        if self.metric_for_best_model is not None:
-            self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
-            if self.greater_is_better is None:
-                self.greater_is_better = self.metric_for_best_model not in ("loss", "ppl")
-        if self.resume_from_checkpoint in ("true", "True"):
-            self.resume_from_checkpoint = True
-        if self.evaluation_strategy != "no" and "do_eval" not in self.provided:
-            self.do_eval = True
+        _settle_training(self, "bleu4" if self.eval_with_do_generation else "loss")
         return []
+
+
+def _settle_training(run: Any, best: str) -> None:
+    """Derives eval_steps, the best model's metric (`best` by default) and do_eval."""
+    if run.eval_steps is None:
+        run.eval_steps = run.logging_steps
+    if run.load_best_model_at_end and run.metric_for_best_model is None:
+        run.metric_for_best_model = best
+    if run.metric_for_best_model is not None:
+        run.metric_for_best_model = run.metric_for_best_model.removeprefix("eval_")
+        if run.greater_is_better is None:
+            run.greater_is_better = run.metric_for_best_model not in ("loss", "ppl")
+    if run.resume_from_checkpoint in ("true", "True"):
+        run.resume_from_checkpoint = True
+    if run.evaluation_strategy != "no" and "do_eval" not in run.provided:
+        run.do_eval = True
+
+
+@dataclass
+class PretrainArguments(ParallelArguments, ReportArguments, TrainingArguments, PretrainDataArguments, ModelArguments):
+    """Pretrains a model on plain text, from new random weights or from those that it has."""
+
+    checks: ClassVar = (
+        pretrain_checks.required,
+        pretrain_checks.text,
+        pretrain_checks.shares,
+        pretrain_checks.counts_steps,
+        pretrain_checks.last_rate,
+        checks.output_folder,
+        checks.steps,
+        checks.best_model,
+        checks.precision,
+        checks.parallel_degrees,
+        checks.named_files,
+    )
+
+    def settle(self) -> list[str]:
+        """Derives eval_steps, the best model's metric and do_eval."""
+        _settle_training(self, "loss")
+        return []
+
+    @property
+    def sources(self) -> list[tuple[float | None, str]]:
+        """(weight, folder or prefix) of everything in input_dir; a single one has no weight."""
+        return pretrain_checks.read_sources(self.input_dir or "")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The three numbers of split."""
+        return pretrain_checks.read_shares(self.split)
 
 
 @dataclass
@@ -144,3 +188,18 @@ class MergeLoraArguments(MergeArguments):
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes (units of 1000)."""
         return checks.bytes_of(self.max_shard_size)
+
+
+@dataclass
+class TransToJsonArguments(TextArguments):
+    """Writes plain text files as JSON Lines, one document a line, for create_pretraining_data.py."""
+
+    spellings: ClassVar[dict[str, str]] = {"no-merge": "no_merge", "no-shuffle": "no_shuffle"}
+    checks: ClassVar = (pretrain_checks.tool_files,)
+
+
+@dataclass
+class CreatePretrainingDataArguments(TokenFileArguments):
+    """Turns JSON Lines into the token files OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx, for run_pretrain.py."""
+
+    checks: ClassVar = (pretrain_checks.tool_files, pretrain_checks.tool_model)

@@ -34,11 +34,16 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
         diagonal = np.linspace(0, min(values.shape, default=1) - 1, SAMPLED_VALUES).astype(np.int64)
         chosen = np.asarray(values[(diagonal,) * values.ndim])
         sample += [float(f"{value:.6g}") for value in cast(chosen, "float32").reshape(-1)]
+    return {**sizes(checkpoint), "sample": sample}
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """As `fingerprint`, of a model whose weights are about to be made: family and sizes, no values."""
     return {
         "family": checkpoint.family.name,
         **asdict(checkpoint.family.shape(checkpoint.config)),
         "rope_theta": checkpoint.config.get("rope_theta"),
-        "sample": sample,
+        "sample": [],
     }
 
 

@@ -16,9 +16,9 @@ def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | Non
     """The model of a checkpoint with its parameters not yet allocated."""
     import paddle
 
-    from utils.runtime import quiet_libraries
+    from utils.runtime import load_library
 
-    quiet_libraries()
+    load_library()
     from paddlenlp.transformers.model_utils import no_init_weights
 
     before = paddle.get_default_dtype()
@@ -28,6 +28,29 @@ def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | Non
             return checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(overrides or {})})
     finally:
         paddle.set_default_dtype(before)
+
+
+def new_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None) -> Any:
+    """The Paddle model of a configuration with new random weights, as its family initialises them.
+
+    Paddle's generator decides the values: seed it before. Weights of the checkpoint are not read.
+
+    Args:
+        dtype, family_overrides: as in `load_model`.
+    """
+    import paddle
+
+    from utils.runtime import quiet_libraries
+
+    quiet_libraries()
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        model = checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(family_overrides or {})})
+    finally:
+        paddle.set_default_dtype(before)
+    model.eval()
+    return model
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None) -> Any:

@@ -40,7 +40,7 @@ class Checkpoint:
         family: the family that it belongs to.
         layout: "hf" has published tensor names and Linear weights [out, in]; "paddle" has the names
             of the Paddle model and [in, out].
-        files: its tensor files, in order.
+        files: its tensor files, in order; none where only the configuration was asked for.
     """
 
     name: str
@@ -69,12 +69,13 @@ class Checkpoint:
         return found
 
 
-def locate(name_or_path: str | Path, *, allow_network: bool = True) -> Checkpoint:
+def locate(name_or_path: str | Path, *, allow_network: bool = True, weights: bool = True) -> Checkpoint:
     """Finds and checks a model.
 
     Args:
         name_or_path: a folder; "smollm2-135m-instruct", the embedded default; or a hub id "org/name".
         allow_network: whether a hub id may be downloaded; otherwise only the local hub cache is asked.
+        weights: whether they are needed; without, a folder with configuration and tokenizer is enough.
 
     Raises:
         UserError: nothing is there, files are missing, or no family knows the model.
@@ -82,9 +83,9 @@ def locate(name_or_path: str | Path, *, allow_network: bool = True) -> Checkpoin
     name = str(name_or_path)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _inspect(name, folder)
+        return _inspect(name, folder, weights)
     if name == embedded.NAME:
-        return _inspect(name, embedded.embedded_folder())
+        return _inspect(name, embedded.embedded_folder(), weights)
     if folder.exists():
         raise UserError(f"--model_name_or_path {name}: is a file; expected the folder of a model")
     is_path = name.startswith((".", "/", "~")) or Path(name.split("/")[0]).exists()
@@ -93,23 +94,23 @@ def locate(name_or_path: str | Path, *, allow_network: bool = True) -> Checkpoin
             f"--model_name_or_path {name}: no such folder; expected a model folder, {embedded.NAME}, "
             "or a hub id such as org/name"
         )
-    return _inspect(name, _hub_folder(name, allow_network))
+    return _inspect(name, _hub_folder(name, allow_network, weights), weights)
 
 
-def _hub_folder(name: str, allow_network: bool) -> Path:
+def _hub_folder(name: str, allow_network: bool, weights: bool) -> Path:
     """The local copy of a hub repository; safetensors are preferred to PyTorch's own files."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     settings = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
     try:
-        for weights in ("*.safetensors", "*.bin"):
+        for pattern in ("*.safetensors", "*.bin") if weights else ("*.json",):
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    name, allow_patterns=[*settings, weights], local_files_only=not allow_network
+                    name, allow_patterns=[*settings, pattern], local_files_only=not allow_network
                 )
             )
-            if any(folder.glob(weights)):
+            if any(folder.glob(pattern)):
                 break
         return folder
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -138,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _inspect(name: str, folder: Path) -> Checkpoint:
+def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
     if not (folder / "config.json").is_file():
         adapter = next((file for file in ADAPTER_FILES if (folder / file).is_file()), None)
         option = "--prefix_path" if adapter == "prefix_config.json" else "--lora_path"
@@ -157,8 +158,9 @@ def _inspect(name: str, folder: Path) -> Checkpoint:
     except UserError as error:
         file = f"{folder / 'config.json'}: "
         raise UserError([file + fault.removeprefix("config.json: ") for fault in error.faults]) from error
-    files = _weight_files(folder)
-    return Checkpoint(name, folder, config, family, _layout(files, family, config), files)
+    files = _weight_files(folder) if weights else ()
+    layout: Layout = _layout(files, family, config) if files else "paddle"
+    return Checkpoint(name, folder, config, family, layout, files)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -89,6 +89,7 @@ class Architecture:
         norm_first: norms stand before attention and MLP, else after the sums.
         residual: what the outputs of attention and MLP are added to: the hidden states, or their norm.
         residual_factor: what that is multiplied with.
+        causal: whether no token ever sees a later one.
         slopes: float32 [heads] of linear biases by position (ALiBi, arXiv:2108.12409), or None.
     """
 
@@ -108,6 +109,7 @@ class Architecture:
     tables: tuple[PositionTable, ...] = ()
     rotary: Rotary | None = None
     slopes: Floats | None = None
+    causal: bool = True
     norm_first: bool = True
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0

@@ -165,6 +165,7 @@ class ChatGLM(DecoderFamily):
             final_norm="chatglm.transformer.final_layernorm",
             rotary=Rotary(inverse.reshape(parts, -1), places.transpose(1, 0, 2).reshape(-1)),
             residual="normed",
+            causal=False,
             residual_factor=(2 * residual_layers(config)) ** 0.5,
         )
 

@@ -171,6 +171,7 @@ class Glm(FamilySpec):
             activation="gelu_new",
             gated=False,
             final_norm="glm.transformer.final_layernorm",
+            causal=False,
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

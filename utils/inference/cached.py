@@ -17,7 +17,7 @@ from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Logits
 
-CHUNK = 1024  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
+CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _ALIKE = 0.75  # prompts are read together where padding fills less than a quarter
 
 
@@ -94,7 +94,7 @@ class CachedEngine(Engine):
         """Reads the prompts of new rows, which are added; the last logits [1, vocabulary] of each."""
         first = len(self._rows)
         longest = max(len(row.text.ids) for row in rows)
-        self.cache.reserve(first + len(rows), self._before + longest)
+        self.cache.reserve(first + len(rows), self._before)
         self._rows += rows
         if self._prefix is not None:
             stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
@@ -127,8 +127,6 @@ class CachedEngine(Engine):
         for row, text in zip(rows, texts, strict=True):
             text.append(wanted[row.slot])
         parts = [list(wanted[row.slot]) for row in rows]
-        longest = max(row.length + len(part) for row, part in zip(rows, parts, strict=True))
-        self.cache.reserve(len(self._rows), self._before + longest)
         values = self._step(rows, texts, 0, parts, [range(len(part)) for part in parts])
         starts = np.cumsum([0, *(len(part) for part in parts)])
         at = {row.slot: range(starts[n], starts[n + 1]) for n, row in enumerate(rows)}
@@ -228,6 +226,10 @@ class CachedEngine(Engine):
             "chosen": paddle.to_tensor(chosen, dtype="int64"),
         }
         logits, new = self._program(inputs, past)
+        # room only now: what is reserved and not yet filled would be computed and masked in this step
+        self.cache.reserve(
+            len(self._rows), self._before + max(row.length + len(part) for row, part in zip(rows, parts, strict=True))
+        )
         self.cache.write(new, [self._before + row.length for row in rows], counts, first)
         for row, text, number in zip(rows, texts, counts, strict=True):
             row.text, row.length = text, row.length + number

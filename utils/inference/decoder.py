@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import paddle
@@ -48,18 +49,18 @@ class Decoder(nn.Layer):
         self.architecture, self.dtype = architecture, dtype
         shape = architecture.shape
         weights = _Weights(architecture, parameters, read, dtype)
-        self.embedding = weights.table(f"{architecture.embedding}.weight")
+        self.embedding = kernels.Table(weights.values(f"{architecture.embedding}.weight"))
         self.embedding_norm = weights.norm(architecture.embedding_norm)
         self.embedding_projection = weights.linear(architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
-            self.add_parameter(f"table_{number}", weights.table(f"{table.name}.weight"))
+            self.add_parameter(f"table_{number}", kernels.fixed(weights.values(f"{table.name}.weight")))
         self.layers = nn.LayerList()
         for number in range(shape.layers):
             self.layers.append(_Layer(weights, architecture.layer(number)))
         self.final_norm = weights.norm(architecture.final_norm)
         self.output_projection = weights.linear(architecture.output_projection)
         if architecture.head is not None:
-            self.head = weights.table(architecture.head, turned=not architecture.head_is_table)
+            self.head = kernels.Table(weights.values(architecture.head, turned=not architecture.head_is_table))
         if architecture.slopes is not None:
             self.slopes = kernels.fixed(paddle.to_tensor(architecture.slopes))
         if architecture.rotary is not None:
@@ -85,10 +86,19 @@ class Decoder(nn.Layer):
         """
         return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
 
-    @paddle.jit.not_to_static  # traced as it runs: there is no control flow over tensors here
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow is one choice
     def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        length = given["ids"].shape[1]
+        if length >= 0:
+            return self._layers(given, past, one=length == 1 and bool(past))
+        is_one = paddle.shape(given["ids"])[1] == 1  # left open in a static program, which then has both
+        both = [partial(self._layers, given, past, one=one) for one in (True, False)]
+        return paddle.static.nn.cond(is_one, *both)
+
+    def _layers(self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool) -> tuple[Tensor, Tensor]:
+        """All of the model; `one` new token of each row behind a cache takes the way that copies least."""
         architecture, shape = self.architecture, self.architecture.shape
-        hidden = nn.functional.embedding(given["ids"], self.embedding)
+        hidden = self.embedding.embeddings(given["ids"])
         if self.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
         if self.embedding_projection is not None:
@@ -97,30 +107,36 @@ class Decoder(nn.Layer):
             places = given["positions"][table.part] + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
         slopes = None if architecture.slopes is None else self.slopes
-        mask = kernels.mask_of(
-            given["visible"], given.get("keys"), slopes, shape.kv_heads, shape.heads // shape.kv_heads
+        blocks = kernels.blocks_of(
+            given["visible"],
+            given.get("keys"),
+            slopes,
+            kv_heads=shape.kv_heads,
+            group=shape.heads // shape.kv_heads,
+            causal=architecture.causal and not one,
         )
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             before = (past[2 * number], past[2 * number + 1]) if past else None
             normed = layer.attention_norm(hidden) if architecture.norm_first else hidden
-            attended, key, value = self._attention(layer, normed, angles, before, mask)
+            attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
             kept += [key, value]
-            hidden = self._base(hidden, normed) + attended
+            if number == shape.layers - 1:  # from here on only the tokens whose logits are wanted count
+                hidden, normed, attended = (_chosen(x, given["chosen"]) for x in (hidden, normed, attended))
+            hidden = self._base(hidden, normed) + layer.attention_out(attended)
             if not architecture.norm_first:
                 hidden = layer.attention_norm(hidden)
             normed = layer.mlp_norm(hidden) if architecture.norm_first else hidden
             hidden = self._base(hidden, normed) + self._mlp(layer, normed)
             if not architecture.norm_first:
                 hidden = layer.mlp_norm(hidden)
-        states = paddle.index_select(hidden.reshape([-1, shape.hidden]), given["chosen"])
         if self.final_norm is not None:
-            states = self.final_norm(states)
+            hidden = self.final_norm(hidden)
         if self.output_projection is not None:
-            states = self.output_projection(states)
-        table = self.embedding if architecture.head is None else self.head
-        return kernels.logits(states, table), paddle.stack(kept)
+            hidden = self.output_projection(hidden)
+        head = self.embedding if architecture.head is None else self.head
+        return head(hidden), paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -135,20 +151,30 @@ class Decoder(nn.Layer):
         x: Tensor,
         angles: tuple[Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None,
-        mask: Tensor,
+        blocks: list[kernels.Block],
+        *,
+        one: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [batch, length, hidden], new keys and values [batch, kv_heads, length, head_dim]."""
+        """What attention gathers [batch, length, heads * head_dim], new keys and values [batch, kv_heads,
+        length, head_dim]."""
         shape = self.architecture.shape
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
-        parts = layer.attention_in(x).reshape([0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
+        parts = layer.attention_in(x)
+        if one:
+            parts = parts.reshape([0, heads + 2 * kv_heads, 1, width])
+        else:
+            parts = parts.reshape([0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
         if angles is None:
             query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
         else:
             turning, value = paddle.split(parts, [heads + kv_heads, kv_heads], axis=1)
             query, key = paddle.split(self.turns.turned(turning, angles), [heads, kv_heads], axis=1)
-        attended = kernels.attend(query.reshape([0, kv_heads, -1, width]), key, value, past, mask)
-        attended = attended.reshape([0, heads, -1, width]).transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
-        return layer.attention_out(attended), key, value
+        if one and past is not None:
+            attended = kernels.attend_one(query, key, value, past, blocks[0].mask).reshape([0, 1, heads * width])
+        else:
+            attended = kernels.attend(query, key, value, past, blocks)
+            attended = attended.transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
+        return attended, key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = layer.mlp_in(x)
@@ -156,6 +182,11 @@ class Decoder(nn.Layer):
             return layer.mlp_out(self.activation(inner))
         gate, up = paddle.split(inner, 2, axis=-1)
         return layer.mlp_out(self.activation(gate) * up)
+
+
+def _chosen(x: Tensor, rows: Tensor) -> Tensor:
+    """[batch, length, width] -> [rows, width]."""
+    return paddle.index_select(x.reshape([-1, x.shape[-1]]), rows)
 
 
 class _Layer(nn.Layer):
@@ -227,10 +258,10 @@ class _Weights:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return _tensor(values, self._dtype)
 
-    def table(self, name: str, *, turned: bool = False) -> Tensor:
+    def values(self, name: str, *, turned: bool = False) -> Tensor:
         """A parameter [rows, width], or its transpose."""
         values = self._read(name)
-        return kernels.fixed(self._tensor(values.T if turned else values))
+        return self._tensor(values.T if turned else values)
 
     def linear(self, source: str | None) -> kernels.Linear | None:
         if source is None:

@@ -163,7 +163,10 @@ class Scheduler:
         return request
 
     def step(self) -> list[Event]:
-        """Moves every answer on by one forward, then opens prompts in the places that are free."""
+        """Moves every answer on by one forward, then opens prompts in the places that are free.
+
+        When the engine raises an error, it comes out of here, and all that is left to do is `close`.
+        """
         events = [self._event(request, "", 0) for request in self._refused]
         self._refused = []
         if self._live:

@@ -8,7 +8,10 @@ the operator itself, so what every layer needs is spread once, by `spread`, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
@@ -17,6 +20,7 @@ from paddle import Tensor, nn
 from utils.errors import UserError
 
 HIDDEN = -1e30  # added to the score of a key that is not seen
+BLOCK = 128  # tokens whose attention is computed together
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -68,6 +72,34 @@ class Linear(Operator):
         return y + self.bias if self.has_bias else y
 
 
+class Table(Operator):
+    """A table [vocabulary, width]: embeddings of tokens, logits of hidden states, or both.
+
+    Kept in two halves where the vocabulary is even: the product of one row with one matrix runs on one
+    core only, that with two matrices on two.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.vocabulary, width = values.shape
+        self.halved = self.vocabulary % 2 == 0
+        self.weight = fixed(values.reshape([2, self.vocabulary // 2, width]) if self.halved else values)
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., width]."""
+        if not self.halved:
+            return F.embedding(ids, self.weight)
+        half = self.vocabulary // 2
+        return paddle.gather_nd(self.weight, paddle.stack([ids // half, ids % half], axis=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, width] -> logits [rows, vocabulary]."""
+        if not self.halved:
+            return paddle.matmul(x, self.weight, transpose_y=True)
+        both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), self.weight, transpose_y=True)
+        return both.transpose([1, 0, 2]).reshape([-1, self.vocabulary])
+
+
 class RMSNorm(Operator):
     """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
 
@@ -97,61 +129,99 @@ class LayerNorm(Operator):
         return F.layer_norm(x, self.width, self.weight, self.bias, self.epsilon)
 
 
-def mask_of(visible: Tensor, keys: Tensor | None, slopes: Tensor | None, kv_heads: int, group: int) -> Tensor:
-    """What is added to the scores of a batch, spread over heads once: every layer's is the same.
+@dataclass(frozen=True)
+class Block:
+    """Consecutive new tokens and what they see, the same for every layer.
+
+    Attributes:
+        first, end: their places; numbers, or tensors where a program leaves the length open.
+        sees: number of new tokens that they see.
+        mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
+    """
+
+    first: Any
+    end: Any
+    sees: Any
+    mask: Tensor
+
+
+def blocks_of(
+    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, causal: bool
+) -> list[Block]:
+    """The blocks that attention works on: what no token of a block sees is not computed.
 
     Args:
         visible: [batch, 1, length, cached + length] bool.
         keys: [batch, cached + length] int64, the key's place in its text.
         slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
             alone, since the query's adds the same to a whole row, which softmax removes.
-
-    Returns:
-        [batch, kv_heads, group * length, cached + length] float32.
+        causal: whether no token sees a later one.
     """
+    length, seen = visible.shape[2:]
+    if length < 0:  # left open in a static program
+        length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
+        borders = [length * quarter // 4 for quarter in range(5)]
+    else:
+        count = -(-length // BLOCK)
+        borders = [length * number // count for number in range(count + 1)]
+    if not causal:
+        borders = [0, length]
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
-    scores = paddle.tile(scores, [1, kv_heads, group, 1])  # queries of one key head behind each other
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
-    return scores
+    found = []
+    for first, end in pairwise(borders):
+        sees = end if causal else length
+        part = scores if len(borders) == 2 else scores[:, :, first:end, : seen - length + sees]
+        if group > 1 or slopes is None:
+            part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
+        found.append(Block(first, end, sees, part))
+    return found
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor) -> Tensor:
-    """Attention over the cache and the new tokens in one softmax; nothing is joined, so no cache is copied.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, blocks: list[Block]
+) -> Tensor:
+    """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
 
     Args:
-        query: [batch, kv_heads, group * length, head_dim], already scaled.
+        query: [batch, heads, length, head_dim], already scaled.
         key, value: [batch, kv_heads, length, head_dim] of the new tokens.
         past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
-        mask: of `mask_of`.
 
     Returns:
         As `query`.
     """
-    scores = paddle.matmul(query, key, transpose_y=True)
-    if past is not None:
-        scores = paddle.concat([paddle.matmul(query, past[0], transpose_y=True), scores], axis=-1)
-    if value.dtype == paddle.float32:
-        weights = F.softmax(scores + mask, axis=-1)
-    else:
-        weights = F.softmax(scores.astype("float32") + mask, axis=-1).astype(value.dtype)
-    if past is None:
-        return paddle.matmul(weights, value)
-    cached = past[0].shape[2]
-    if cached < 0:  # left open in a static program
-        cached = paddle.shape(past[0])[2]
-    of_cache = paddle.matmul(weights[..., :cached], past[1])
-    return of_cache + paddle.matmul(weights[..., cached:], value)
+    heads, width = query.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
+    found = []
+    for block in blocks:
+        q, k, v = query, key, value
+        if len(blocks) > 1:
+            q, k, v = query[:, :, block.first : block.end], key[:, :, : block.sees], value[:, :, : block.sees]
+        if past is not None:
+            k, v = paddle.concat([past[0], k], axis=2), paddle.concat([past[1], v], axis=2)
+        scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
+        found.append(paddle.matmul(_weights(scores, block.mask), v).reshape([0, heads, -1, width]))
+    return found[0] if len(found) == 1 else paddle.concat(found, axis=2)
 
 
-def logits(x: Tensor, table: Tensor) -> Tensor:
-    """[rows, width] times the table [vocabulary, width] -> [rows, vocabulary].
+def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """As `attend`, for one new token of each row: scores are joined, so that no cache is copied.
 
-    In two halves at once: the product of one row with one table runs on one core only.
+    Args:
+        mask: of the only block.
     """
-    vocabulary, width = table.shape
-    if vocabulary % 2:
-        return paddle.matmul(x, table, transpose_y=True)
-    halves = table.reshape([2, vocabulary // 2, width])
-    both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), halves, transpose_y=True)
-    return both.transpose([1, 0, 2]).reshape([-1, vocabulary])
+    heads, width = query.shape[1], query.shape[3]
+    query = query.reshape([0, key.shape[1], -1, width])
+    scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
+    weights = _weights(paddle.concat(scores, axis=-1), mask)
+    attended = paddle.matmul(weights[..., :-1], past[1]) + weights[..., -1:] * value
+    return attended.reshape([0, heads, 1, width])
+
+
+def _weights(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax in float32."""
+    if scores.dtype == paddle.float32:
+        return F.softmax(scores + mask, axis=-1)
+    return F.softmax(scores.astype("float32") + mask, axis=-1).astype(scores.dtype)

@@ -42,7 +42,7 @@ def marked_example(item: Any, tokenizer: Tokenizer) -> str:
     return text
 
 
-def memory_bytes(args: Any, shape: ModelShape, whole: int, trained: int, dtype: str) -> dict[str, float]:
+def memory_bytes(args: Any, shape: ModelShape, length: int, whole: int, trained: int, dtype: str) -> dict[str, float]:
     """Estimated memory of one device: weights, gradients, optimizer, activations of a micro-batch.
 
     Activations after Korthikanti et al. 2022 (arXiv:2205.05198), table 2, without their attention
@@ -51,8 +51,8 @@ def memory_bytes(args: Any, shape: ModelShape, whole: int, trained: int, dtype: 
     supervise nearly all of them.
     """
     size = BYTES[dtype]
-    tokens = args.max_length * args.per_device_train_batch_size
-    layer = tokens * (34 * shape.hidden + 5 * shape.heads * args.max_length) * size / 2
+    tokens = length * args.per_device_train_batch_size
+    layer = tokens * (34 * shape.hidden + 5 * shape.heads * length) * size / 2
     kept = layer + shape.layers * 2 * tokens * shape.hidden * size if args.recompute else layer * shape.layers
     return {
         "weights": whole * size,
@@ -60,6 +60,12 @@ def memory_bytes(args: Any, shape: ModelShape, whole: int, trained: int, dtype: 
         "optimizer": trained * (8 + (4 if size == 2 else 0)),
         "activations": kept + 3 * tokens * shape.vocabulary * 4,
     }
+
+
+def memory_line(memory: dict[str, float], case: str) -> str:
+    """The estimate of `memory_bytes` in words; `case` says for which batches."""
+    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    return f"memory per device, estimated: {math.fsum(memory.values()) / 2**30:.2f} GiB at {case} ({parts})"
 
 
 def training_lines(args: Any, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
@@ -89,7 +95,6 @@ def report(
     """The whole report as text; `plan` is None where nothing would be trained."""
     whole, trained = trained_parameters(args, checkpoint)
     shape = checkpoint.family.shape(checkpoint.config)
-    memory = {name: value / 2**30 for name, value in memory_bytes(args, shape, whole, trained, dtype).items()}
     lines = [
         "arguments:",
         *argument_lines(args),
@@ -104,9 +109,7 @@ def report(
     if plan is not None:
         lines += training_lines(args, data["train"], tokenizer, plan)
         lines += [
-            f"memory per device, estimated: {math.fsum(memory.values()):.2f} GiB at rows of max_length ("
-            + ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
-            + ")",
+            memory_line(memory_bytes(args, shape, args.max_length, whole, trained, dtype), "rows of max_length"),
             f"starts: {plan}",
         ]
         written = "weights, tokenizer, template, checkpoints, results, loss curve"

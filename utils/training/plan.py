@@ -16,7 +16,6 @@ from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
 from utils.errors import UserError, notice, raise_if
 from utils.training import resume
-from utils.training.batches import run_steps
 
 FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
 RESULTS = (FINISHED, "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
@@ -97,7 +96,7 @@ def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, A
         if key == "model":
             what = "was trained from another model than model_name_or_path"
         elif key == "data":
-            what = "was trained on other data (rows, tokenizer, chat template or lengths have changed)"
+            what = "was trained on other data (files, tokenizer, chat template or lengths have changed)"
         else:
             what = f"was trained with {key} = {saved[key]!r}, now it is {value!r}"
         faults.append(
@@ -118,7 +117,7 @@ def check_output(args: Any) -> None:
     output = Path(args.output_dir).resolve()
     faults = []
     for name in ("model_name_or_path", "tokenizer_name_or_path", "lora_path", "prefix_path", "resume_from_checkpoint"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if not isinstance(value, str) or not os.path.isdir(value):
             continue
         folder = Path(value).resolve()
@@ -163,13 +162,18 @@ def checkpoint_to_resume(args: Any) -> Path | None:
 # --- once the data is known -----------------------------------------------------------------------
 
 
-def make_plan(args: Any, run: dict[str, Any], dataset: Any, start: Path | None) -> Plan:
+def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: Path | None) -> Plan:
     """Decides what a training run does.
+
+    Args:
+        run: of `describe`.
+        dataset: the training data; a stream is put to the place of the checkpoint.
+        steps: optimizer steps of the whole run.
+        start: of `checkpoint_to_resume`.
 
     Raises:
         UserError: data or settings differ from those of the checkpoint or of the finished run.
     """
-    steps = run_steps(args, None if args.lazy else len(dataset))
     output = Path(args.output_dir)
     marker = output / FINISHED
     if marker.is_file() and not args.overwrite_output_dir:

@@ -40,3 +40,26 @@ class EpochSampler(DistributedBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         first = self.skipped if self.epoch == self.start_epoch else 0
         yield from self.batches(self.epoch)[first:]
+
+
+class OrderedSampler(DistributedBatchSampler):
+    """Batches of a dataset that is in its order already and as long as the run: numbers, one after another.
+
+    A batch of all ranks is consecutive. Nothing is kept in memory.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, batch_size, num_replicas=ranks, rank=rank, shuffle=False)
+        self.examples, self.skipped = len(dataset), 0
+
+    def __len__(self) -> int:
+        return self.examples // (self.batch_size * self.nranks)
+
+    def resume_at(self, epoch: int, batches: int) -> None:
+        """Leaves out the first batches, see `EpochSampler.resume_at`; the run is one epoch."""
+        self.skipped = epoch * len(self) + batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.skipped, len(self)):
+            first = (batch * self.nranks + self.local_rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))

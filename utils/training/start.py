@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils import runtime
 from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
 from utils.adapters.targets import adapted_shapes
 from utils.checkpoints.locate import Checkpoint
@@ -92,6 +93,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
             bases; otherwise training keeps float32 weights.
         typical_ids: tokens of the training data, from which a new prefix starts.
     """
+    runtime.load_library()
     from paddlenlp.trainer import set_seed
 
     from utils.adapters.lora import add_lora, load_lora

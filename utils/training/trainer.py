@@ -21,7 +21,8 @@ from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
 from utils.training.plan import Plan
-from utils.training.sampler import EpochSampler
+from utils.training.sampler import EpochSampler, OrderedSampler
+from utils.training.schedule import ending_at
 from utils.training.trained import Trained
 from utils.training.window import Window
 
@@ -94,6 +95,7 @@ class Trainer(library.Trainer):
         extra_files: Callable[[Path], None] | None = None,
         callbacks: Sequence[Any] = (),
         evaluate_first: bool = False,
+        last_rate: float = 0.0,
     ) -> None:
         """
         Args:
@@ -103,8 +105,10 @@ class Trainer(library.Trainer):
             name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
             evaluate_first: whether to evaluate before the first step of a new run.
+            last_rate: where the learning rate ends.
         """
         self.evaluate_first = evaluate_first
+        self.last_rate = last_rate
         self.control: Any
         self.signals = StopOnSignal()
         super().__init__(
@@ -150,19 +154,39 @@ class Trainer(library.Trainer):
             self.args.dataloader_num_workers = 0
         return super().get_train_dataloader()
 
-    def _get_train_sampler(self) -> EpochSampler:
-        self.sampler = EpochSampler(
-            self.train_dataset,
-            self.args.per_device_train_batch_size,
-            self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-            ranks=max(1, self.args.dataset_world_size),
-            rank=max(0, self.args.dataset_rank),
-        )
+    def _get_train_sampler(self) -> EpochSampler | OrderedSampler:
+        batch = self.args.per_device_train_batch_size
+        ranks, rank = max(1, self.args.dataset_world_size), max(0, self.args.dataset_rank)
+        self.sampler: EpochSampler | OrderedSampler
+        if getattr(self.train_dataset, "ordered", False):
+            self.sampler = OrderedSampler(self.train_dataset, batch, ranks=ranks, rank=rank)
+        else:
+            accumulation, seed = self.args.gradient_accumulation_steps, self.args.seed
+            self.sampler = EpochSampler(self.train_dataset, batch, accumulation, seed=seed, ranks=ranks, rank=rank)
         if self.resumed is not None:
             epoch, steps = divmod(self.resumed["global_step"], self.steps_per_epoch)
             self.sampler.resume_at(epoch, steps * self.args.gradient_accumulation_steps)
         return self.sampler
+
+    @property
+    def epochs(self) -> float:
+        """How often the training data has been seen, for the log."""
+        if not getattr(self.train_dataset, "ordered", False):
+            return float(self.state.epoch or 0.0)
+        ranks = max(1, self.args.dataset_world_size)
+        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * ranks
+        return float(self.train_dataset.epochs(self.state.global_step * step))
+
+    def create_scheduler(self, num_training_steps: int) -> Any:
+        """The library's schedule, from the highest rate to `last_rate`."""
+        if self.lr_scheduler is None and self.last_rate:
+            self.args.lr_end = self.last_rate  # of its polynomial one
+            scheduler = super().create_scheduler(num_training_steps)
+            if self.args.lr_scheduler_type.value != "polynomial":
+                warmup = self.args.warmup_steps or int(self.args.warmup_ratio * num_training_steps)
+                scheduler.lr_lambda = ending_at(scheduler.lr_lambda, self.last_rate / self.args.learning_rate, warmup)
+                scheduler.last_lr = scheduler.get_lr()
+        return super().create_scheduler(num_training_steps)
 
     # --- a step --------------------------------------------------------------------------------------
 
@@ -251,7 +275,7 @@ class Trainer(library.Trainer):
         """Hands one set of numbers to everything that shows or keeps them."""
         if "loss" not in logs and not any(key.startswith("eval_") for key in logs):
             return  # the library's own summary at the end; ours is what `train` returns
-        logs = {"epoch": self.state.epoch or 0.0, **logs}
+        logs = {"epoch": self.epochs, **logs}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
@@ -260,9 +284,10 @@ class Trainer(library.Trainer):
     ) -> dict[str, float]:
         """Token-weighted loss, ppl and accuracy over the evaluation data, or metrics of generated text.
 
-        Weights are evaluated once: asked again for those of the same step, it returns what it found.
+        Weights are evaluated once on the evaluation data: asked again for those of the same step, it returns
+        what it found. Other data has another `metric_key_prefix`.
         """
-        known = self._evaluated(self.weights_step)
+        known = self._evaluated(self.weights_step) if metric_key_prefix == "eval" else None
         if known is not None and (self.loaded_step is None or self.evaluate_generation is None):
             return known
         self.model.eval()

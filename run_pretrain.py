@@ -1,0 +1,111 @@
+"""Pretrains a language model on plain text, from new random weights or from those that it has.
+
+    python run_pretrain.py ./gpt-3/pretrain_argument.json
+    python run_pretrain.py ./llama/pretrain_argument.json --continue_training true --learning_rate 1e-4
+
+Reads one JSON argument file; `--key value` after it overrides the file. `--help` lists every argument.
+input_dir holds token files, see docs/pretrain.md for the two commands that make them of plain text.
+Writes weights, config.json, tokenizer, results, checkpoints and the loss curve to output_dir. An interrupted run
+continues by itself when it is started again.
+
+Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 143 after
+SIGTERM and 130 after Ctrl-C, when the training under way has saved a checkpoint and is not finished.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from utils import runtime
+from utils.arguments import PretrainArguments, parse
+from utils.errors import run_script
+
+
+def main() -> None:
+    # ----- arguments ---------------------------------------------------------------------------------
+    args: Any = parse(PretrainArguments, script="run_pretrain.py")
+    runtime.prepare()
+    device = args.device
+    output = Path(args.output_dir)
+
+    # ----- checks that need files, not weights ---------------------------------------------------------
+    from utils.training.plan import check_output, checkpoint_to_resume, make_plan
+    from utils.training.reporters import check_reporters
+    from utils.training.start import check_world
+
+    check_world()
+    check_reporters(args.report_to if "report_to" in args.provided else [])
+    start = None
+    if args.do_train:
+        check_output(args)
+        start = checkpoint_to_resume(args)
+
+    # ----- model folder, tokenizer ---------------------------------------------------------------------
+    from utils.checkpoints.locate import locate
+    from utils.families.tokenizers import load_tokenizer
+    from utils.training import pretraining
+
+    checkpoint = locate(args.model_name_or_path, weights=args.continue_training)
+    pretraining.check_length(args, checkpoint)
+    source = locate(args.tokenizer_name_or_path, weights=False) if args.tokenizer_name_or_path else checkpoint
+    tokenizer = load_tokenizer(source.folder, checkpoint.config)
+    template = pretraining.choose_template(args, checkpoint, source.folder)
+
+    # ----- data ----------------------------------------------------------------------------------------
+    wanted = {"train": args.do_train, "dev": args.do_eval, "test": args.do_predict}
+    splits = [split for split, asked in wanted.items() if asked]
+    data = pretraining.load_text(args, checkpoint, tokenizer, splits)
+    plan = None
+    if args.do_train:
+        run = pretraining.describe(args, checkpoint, data["train"])
+        plan = make_plan(args, run, data["train"], pretraining.steps_of(args, data["train"]), start)
+    dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
+    if args.dry_run:
+        runtime.load_paddle()
+        print(pretraining.report(args, checkpoint, dtype, device, data, tokenizer, plan))
+        return
+
+    # ----- is there anything to do? --------------------------------------------------------------------
+    from utils.training.finish import is_all_done, train
+
+    if is_all_done(plan, output, splits):
+        return
+
+    # ----- model ---------------------------------------------------------------------------------------
+    runtime.use_device(device)
+    model, trained = pretraining.build(args, checkpoint, dtype)
+
+    # ----- trainer -------------------------------------------------------------------------------------
+    from utils.data.collate import Collator
+    from utils.training.callbacks import console_callbacks
+    from utils.training.output import companion_files, write_results
+    from utils.training.settings import paddlenlp_arguments
+    from utils.training.trainer import Trainer
+
+    companions = companion_files(args, tokenizer, template, source.folder)
+    trainer = Trainer(
+        model,
+        trained,
+        paddlenlp_arguments(args, device, dtype, plan.steps if plan else -1),
+        collator=Collator(tokenizer.pad_id),
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("dev"),
+        name_rows=pretraining.SampleNames(tokenizer),
+        extra_files=companions,
+        callbacks=console_callbacks(args, output),
+        evaluate_first=args.eval_on_start and args.do_eval,
+        last_rate=args.min_learning_rate,
+    )
+
+    # ----- train, evaluate -----------------------------------------------------------------------------
+    train(trainer, args, plan, companions)
+    if args.do_eval:
+        write_results(output, "eval", trainer.evaluate())
+    if args.do_predict:
+        write_results(output, "predict", trainer.evaluate(data["test"], metric_key_prefix="predict"))
+    print(f"done: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,64 @@
+"""The end of every training script: train as planned, leave the result, or say that it is there already."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import notice
+from utils.training.output import install, missing_results, write_results
+from utils.training.plan import Plan, clear_output, mark_finished
+
+
+def is_all_done(plan: Plan | None, output: Path, splits: Sequence[str]) -> bool:
+    """Whether an earlier run has left everything that this one would; says so where its training is finished."""
+    if plan is None or not plan.finished:
+        return False
+    notice(
+        f"{output} holds the finished training of these {plan.steps} steps, nothing is trained again; "
+        "to train anew give another output_dir, or --overwrite_output_dir"
+    )
+    if missing_results(output, splits):
+        return False
+    print(f"done: {output}")
+    return True
+
+
+def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path], None]) -> None:
+    """Trains and writes the result into output_dir, or takes the result that is there into the model.
+
+    A training that a signal has stopped ends the process, with 128 and the number of the signal.
+
+    Args:
+        companions: writes what belongs beside weights.
+
+    Raises:
+        UserError: a loss or gradient that is not finite.
+    """
+    if plan is None:
+        return
+    output = Path(args.output_dir)
+    if plan.finished:
+        trainer.take_result(output, plan.result_step)
+        return
+    clear_output(args)
+    results = trainer.train_by(plan)
+    if trainer.stopped_early:
+        notice(
+            f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
+            "the same command continues there"
+        )
+        sys.exit(128 + trainer.stopped_by)
+    if args.load_best_model_at_end and (best := trainer.load_best()):
+        notice(f"the best checkpoint is {best}; its weights are the result")
+
+    def result(folder: Path) -> None:
+        trainer.trained.save(folder)
+        companions(folder)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+
+    install(output, result)
+    write_results(output, "train", results)
+    mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
