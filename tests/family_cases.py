@@ -129,8 +129,9 @@ def exported(name: str, inference_model: bool) -> StaticProgram:
     folder = Path(_exports().name) / f"{name}-{inference_model}"
     folder.mkdir()
     save_program(layer, folder, prepared)
-    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, (), 0, name, {})
     checkpoint = prepared.checkpoint
+    parts = checkpoint.family.architecture(checkpoint.config).position_parts
+    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, (), 0, name, {})
     return StaticProgram(folder, manifest, checkpoint.family.shape(checkpoint.config), "cpu")
 
 

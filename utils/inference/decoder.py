@@ -14,6 +14,7 @@ from utils.families import ModelShape
 from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.kernels import inference as kernels
 
+PIECES, FEW = 4, 8  # in a static program attention works in pieces, unless there are few new tokens
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 
 
@@ -91,12 +92,23 @@ class Decoder(nn.Layer):
         length = given["ids"].shape[1]
         if length >= 0:
             return self._layers(given, past, one=length == 1 and bool(past))
-        is_one = paddle.shape(given["ids"])[1] == 1  # left open in a static program, which then has both
-        both = [partial(self._layers, given, past, one=one) for one in (True, False)]
-        return paddle.static.nn.cond(is_one, *both)
+        # left open in a static program, which then has all ways
+        choose, open_length = paddle.static.nn.cond, paddle.shape(given["ids"])[1]
+        one, few, many = (
+            partial(self._layers, given, past, one=one, pieces=pieces)
+            for one, pieces in ((True, 1), (False, 1), (False, PIECES))
+        )
+        return choose(open_length == 1, one, lambda: choose(open_length < FEW, few, many))
 
-    def _layers(self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool) -> tuple[Tensor, Tensor]:
-        """All of the model; `one` new token of each row behind a cache takes the way that copies least."""
+    def _layers(
+        self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool, pieces: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """All of the model.
+
+        Args:
+            one: the way that copies least, for one new token of each row behind a cache.
+            pieces: see `kernels.blocks_of`.
+        """
         architecture, shape = self.architecture, self.architecture.shape
         hidden = self.embedding.embeddings(given["ids"])
         if self.embedding_norm is not None:
@@ -113,7 +125,7 @@ class Decoder(nn.Layer):
             slopes,
             kv_heads=shape.kv_heads,
             group=shape.heads // shape.kv_heads,
-            causal=architecture.causal and not one,
+            pieces=pieces if architecture.causal else 1,
         )
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
         kept: list[Tensor] = []

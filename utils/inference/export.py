@@ -41,6 +41,7 @@ class Manifest:
         inference_model: whether the program is the inference model or the library's.
         dtype: of weights and cache.
         inputs: names of the program's inputs before the cache, in order.
+        position_parts: number of positions of each token.
         cache: layers, heads of keys and values, and width of a head.
         prefix: length of the prefix in the folder; 0 without one.
         source: what was exported, in words.
@@ -52,6 +53,7 @@ class Manifest:
     inference_model: bool
     dtype: str
     inputs: tuple[str, ...]
+    position_parts: int
     cache: tuple[int, ...]
     prefix: int
     source: str
@@ -147,6 +149,7 @@ def export(
         if (checkpoint.folder / GENERATION_CONFIG).is_file():
             settings = read_json(checkpoint.folder / GENERATION_CONFIG)
             write_json(staging / GENERATION_CONFIG, settings)
+        architecture = checkpoint.family.architecture(checkpoint.config)
         adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
         shape = checkpoint.family.shape(checkpoint.config)
         source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
@@ -156,6 +159,7 @@ def export(
             prepared.inference_model,
             prepared.dtype,
             layer.inputs,
+            architecture.position_parts,
             (shape.layers, shape.kv_heads, shape.head_dim),
             0 if prefix is None else prefix.shape[2],
             source,

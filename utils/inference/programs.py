@@ -10,7 +10,7 @@ import paddle
 from paddle import Tensor
 
 from utils.families import ModelShape
-from utils.inference.decoder import Decoder
+from utils.inference.decoder import FEW, Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.library import LibraryProgram
 
@@ -49,7 +49,24 @@ class StaticProgram:
         self._outputs = [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
         self._names = manifest.inputs
         self._shape, self._dtype = shape, manifest.dtype
-        self._held: list[Tensor] = []  # what the program reads must outlive its run
+        self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
+        self._first_runs(manifest.position_parts)
+
+    def _first_runs(self, parts: int) -> None:
+        """Runs every way through the program on very few tokens: the first run of each keeps all that it
+        computes until its end, hundreds of megabytes for a real prompt."""
+        for length in (1, 2, FEW):
+            self(
+                {
+                    "ids": paddle.zeros([1, length], dtype="int64"),
+                    "positions": paddle.zeros([parts, 1, length], dtype="int64"),
+                    "keys": paddle.zeros([1, length], dtype="int64"),
+                    "visible": paddle.ones([1, 1, length, length], dtype="bool"),
+                    "stretch": paddle.ones([1], dtype="float32"),
+                    "chosen": paddle.zeros([1], dtype="int64"),
+                },
+                [],
+            )
 
     def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         given = {name: inputs[name] for name in self._names}
@@ -61,7 +78,7 @@ class StaticProgram:
         if past is not held:
             for number, tensor in enumerate(past):
                 self._inputs[f"past_{number}"].share_external_data(tensor)
-        self._held = past  # type: ignore[assignment]
+        self._held = past
         self._predictor.run()
         logits, new = (paddle.to_tensor(output.copy_to_cpu()) for output in self._outputs)
         return logits, new

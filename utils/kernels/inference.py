@@ -134,19 +134,18 @@ class Block:
     """Consecutive new tokens and what they see, the same for every layer.
 
     Attributes:
-        first, end: their places; numbers, or tensors where a program leaves the length open.
-        sees: number of new tokens that they see.
+        first, end: their places, and so what they see: the tokens before `end`. Numbers, or tensors where a
+            program leaves the length open.
         mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
     """
 
     first: Any
     end: Any
-    sees: Any
     mask: Tensor
 
 
 def blocks_of(
-    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, causal: bool
+    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, pieces: int
 ) -> list[Block]:
     """The blocks that attention works on: what no token of a block sees is not computed.
 
@@ -155,27 +154,23 @@ def blocks_of(
         keys: [batch, cached + length] int64, the key's place in its text.
         slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
             alone, since the query's adds the same to a whole row, which softmax removes.
-        causal: whether no token sees a later one.
+        pieces: number of blocks, of which the first see less where no token sees a later one; 0 chooses.
     """
     length, seen = visible.shape[2:]
     if length < 0:  # left open in a static program
         length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
-        borders = [length * quarter // 4 for quarter in range(5)]
     else:
-        count = -(-length // BLOCK)
-        borders = [length * number // count for number in range(count + 1)]
-    if not causal:
-        borders = [0, length]
+        pieces = pieces or -(-length // BLOCK)
+    borders = [length * number // pieces for number in range(pieces + 1)]
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
     found = []
     for first, end in pairwise(borders):
-        sees = end if causal else length
-        part = scores if len(borders) == 2 else scores[:, :, first:end, : seen - length + sees]
+        part = scores if pieces == 1 else scores[:, :, first:end, : seen - length + end]
         if group > 1 or slopes is None:
             part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
-        found.append(Block(first, end, sees, part))
+        found.append(Block(first, end, part))
     return found
 
 
@@ -198,7 +193,7 @@ def attend(
     for block in blocks:
         q, k, v = query, key, value
         if len(blocks) > 1:
-            q, k, v = query[:, :, block.first : block.end], key[:, :, : block.sees], value[:, :, : block.sees]
+            q, k, v = query[:, :, block.first : block.end], key[:, :, : block.end], value[:, :, : block.end]
         if past is not None:
             k, v = paddle.concat([past[0], k], axis=2), paddle.concat([past[1], v], axis=2)
         scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
