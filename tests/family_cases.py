@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
 from utils.families import Layers
 from utils.families.text import places
+from utils.inference.cached import CachedEngine, Program
 from utils.inference.eager import EagerEngine
 from utils.inference.engine import Engine, Prefix
+from utils.inference.export import FORMAT, Manifest, paddle_version, save_program
+from utils.inference.loading import Prepared, load_program, prefix_array
+from utils.inference.programs import DynamicProgram, StaticProgram
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
@@ -111,9 +116,54 @@ def eager(case: Case, prefix: Prefix | None = None) -> Engine:
     return EagerEngine(case.checkpoint.family, case.model, case.checkpoint.config, prefix=prefix)
 
 
+@cache
+def step_layer(name: str, inference_model: bool) -> Any:
+    """One step of a case's model: the generic decoder, or the library's model with the same face."""
+    return load_program(_prepared(name, inference_model), "cpu")[0]
+
+
+@cache
+def exported(name: str, inference_model: bool) -> StaticProgram:
+    """The same as a static program; exported once per session, for all batches and lengths."""
+    prepared, layer = _prepared(name, inference_model), step_layer(name, inference_model)
+    folder = Path(_exports().name) / f"{name}-{inference_model}"
+    folder.mkdir()
+    save_program(layer, folder, prepared)
+    checkpoint = prepared.checkpoint
+    parts = checkpoint.family.architecture(checkpoint.config).position_parts
+    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, (), 0, name, {})
+    return StaticProgram(folder, manifest, checkpoint.family.shape(checkpoint.config), "cpu")
+
+
+@cache
+def _exports() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def _prepared(name: str, inference_model: bool) -> Prepared:
+    # without a tokenizer: most cases have none, and no program needs one
+    return Prepared(case(name).checkpoint, None, None, "float32", inference_model=inference_model)  # type: ignore[arg-type]
+
+
+def cached(
+    case: Case, prefix: PrefixTuning | None = None, *, static: bool = False, inference_model: bool = False
+) -> CachedEngine:
+    family, config = case.checkpoint.family, case.checkpoint.config
+    program: Program
+    program = exported(case.name, inference_model) if static else DynamicProgram(step_layer(case.name, inference_model))
+    rotary = family.architecture(config).rotary if inference_model else None
+    array = None if prefix is None else prefix_array(prefix, None if rotary is None else rotary.order)
+    return CachedEngine(family, config, program, dtype="float32", prefix=array)
+
+
 # Makes an engine in float32, behind a prefix if there is one: maker(case, prefix=None).
 Maker = Callable[..., Engine]
-ENGINES: dict[str, Maker] = {"eager": eager}
+ENGINES: dict[str, Maker] = {
+    "eager": eager,
+    "inference": partial(cached, inference_model=True),
+    "static": partial(cached, static=True),
+    "static inference": partial(cached, static=True, inference_model=True),
+}
 
 
 def _one_per_family() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_walk import TOLERANCE, Walk
-from family_cases import ENGINES, NAMES, Case, Maker, case, hidden_logits, random_prefix
+from family_cases import ENGINES, NAMES, Case, Maker, cached, case, hidden_logits, random_prefix
 
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
@@ -53,6 +53,15 @@ def test_prefill_and_cached_step_agree_with_the_reference(any_engine: tuple[Case
     engine, found = make(one), one.reference
     assert len({len(row) for row in one.rows}) == 2
     slots, first = engine.open([row.tolist() for row in one.rows])
+    assert np.abs(first.numpy() - found["logits"][:, -1]).max() < TOLERANCE
+    second = engine.advance(slots, found["next_ids"][:, None].tolist())
+    assert np.abs(second.numpy() - found["next_logits"]).max() < TOLERANCE
+
+
+def test_the_librarys_model_is_a_step_over_a_cache_too(any_case: Case) -> None:
+    """What a plain export traces, before it is traced."""
+    engine, found = cached(any_case), any_case.reference
+    slots, first = engine.open([row.tolist() for row in any_case.rows])
     assert np.abs(first.numpy() - found["logits"][:, -1]).max() < TOLERANCE
     second = engine.advance(slots, found["next_ids"][:, None].tolist())
     assert np.abs(second.numpy() - found["next_logits"]).max() < TOLERANCE

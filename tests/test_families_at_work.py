@@ -5,30 +5,24 @@ One case per family, see `family_cases`; a new family needs nothing here.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
 from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, eager, hidden_logits
 from test_finetune_resume import interrupt, same_run
-from tiny_runs import Result, Tiny, write_rows
+from tiny_runs import Result, Tiny, run_main, write_rows
 
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.data.collate import Collator
 from utils.data.encode import Example, encode_row, encode_source
 from utils.data.rows import read_rows
-from utils.errors import run_script
 from utils.families import FAMILIES
 from utils.inference.loading import Prepared, prepare
 
@@ -65,19 +59,8 @@ class Workshop:
         return found  # type: ignore[return-value]
 
     def script(self, name: str, *options: object) -> None:
-        """The main of predictor.py or merge_lora_params.py in this process; it must succeed."""
-        module = __import__(name)
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            mock.patch.object(sys, "argv", [f"{name}.py", *map(str, options)]),
-            mock.patch.dict(os.environ, self.tiny.environment),
-            mock.patch("utils.runtime.prepare"),  # done by conftest, before Paddle was loaded
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            run_script(module.main)
-        assert not ended.value.code, err.getvalue() + out.getvalue()
+        """The main of a script in this process; it must succeed."""
+        run_main(name, [str(option) for option in options], self.tiny.environment, self.home, 0)
 
 
 @pytest.fixture(scope="module", params=WITH_TOKENIZER)
@@ -212,6 +195,34 @@ def test_answers_do_not_depend_on_the_batch(shop: Workshop, adapter: str) -> Non
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
     assert len({round(one.logprobs[-1], 3) for one in alone}) > 3  # the prompts matter
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "prefix"])
+def test_exported_models_give_the_answers_of_the_model(shop: Workshop, adapter: str) -> None:
+    """Dynamic, the inference model, and the programs of both: one text for each prompt, in batches of 1 and 8."""
+    from utils.inference.export import export
+    from utils.inference.loading import load
+    from utils.inference.sampling import SamplingOptions
+
+    path = {} if adapter == "none" else {f"{adapter}_path": str(shop.run(adapter).output)}
+    options = SamplingOptions(max_new_tokens=8, min_new_tokens=3)
+    texts = [" ".join(["Say", *["red", "blue", "tree"][: n % 4], "one " * (n // 2)]) for n in range(8)]
+    answers = {}
+    for inference_model in (False, True):
+        model = prepare(str(shop.tiny.model), device="cpu", dtype="float32", inference_model=inference_model, **path)
+        folder = shop.home / f"exported_{adapter}_{inference_model}"
+        export(model, folder, device="cpu", verify=lambda *_: None)
+        program = prepare(str(folder), device="cpu", mode="static", inference_model=inference_model)
+        for prepared in (model, program):
+            prompts = [prepared.encode([{"role": "user", "content": text}], 64)[0] for text in texts]
+            generator = load(prepared, "cpu")
+            for batch in (8, 1):
+                found = generator.generate(prompts, options, batch)
+                answers[inference_model, prepared is program, batch] = [(one.tokens, one.text) for one in found]
+    wanted = answers.pop((False, False, 1))
+    assert all(tokens for tokens, _ in wanted)
+    for corner, found in answers.items():
+        assert found == wanted, corner
 
 
 def test_predictor_answers_a_file(shop: Workshop) -> None:

@@ -16,6 +16,7 @@ NAMING = ("model_name_or_path", "tokenizer_name_or_path")
 MODELS = ("smollm2-135m-instruct",)
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_prefix_tokens": 4}
 LINKED = ("utils", "data/tools", "finetune_generation.py", "run_pretrain.py", "predictor.py", "merge_lora_params.py")
+LINKED += ("export_model.py",)
 PARAGRAPHS = 60
 
 
@@ -71,6 +72,7 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
     written = workplace / "checkpoints"
     assert (written / "llama_lora_merged" / "model.safetensors").is_file()
     assert (written / "llama_lora_hf" / "config.json").is_file()
+    assert (workplace / "inference" / "model.pdiparams").is_file()
     assert (written / "llama_pt_ckpts" / "prefix_model_state.safetensors").is_file()
     assert (written / "llama_lora_peft" / "adapter_model.safetensors").is_file()
     assert (written / "llama_pretrain_ckpts" / "model.safetensors").is_file()

@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import check_shapes, match
-from utils.checkpoints.tensors import cast
+from utils.checkpoints.tensors import LazyTensor, cast
 
 
 def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -71,19 +71,22 @@ def load_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[
     return model
 
 
-def fill_model(model: Any, checkpoint: Checkpoint) -> None:
+def fill_model(model: Any, checkpoint: Checkpoint, sources: Mapping[str, LazyTensor] | None = None) -> None:
     """Sets every parameter of a model from a checkpoint, in the parameter's own type.
+
+    Args:
+        sources: every parameter in the Paddle layout, instead of the checkpoint's tensors.
 
     Raises:
         UserError: as `load_model`; the model is then unchanged.
     """
     from tqdm import tqdm
 
-    sources = match(checkpoint)
+    tensors = match(checkpoint) if sources is None else {name: (tensor, False) for name, tensor in sources.items()}
     parameters = dict(model.named_parameters())
-    check_shapes(checkpoint, sources, {name: tuple(value.shape) for name, value in parameters.items()})
-    for name in tqdm(list(sources), desc="loading", unit="tensor", delay=5, leave=False):
-        tensor, transpose = sources.pop(name)  # popped, so that what was read as a whole can be freed
+    check_shapes(checkpoint, tensors, {name: tuple(value.shape) for name, value in parameters.items()})
+    for name in tqdm(list(tensors), desc="loading", unit="tensor", delay=5, leave=False):
+        tensor, transpose = tensors.pop(name)  # popped, so that what was read as a whole can be freed
         _fill(parameters[name], tensor.read(), transpose)
 
 

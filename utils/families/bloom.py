@@ -8,6 +8,7 @@ from typing import Any
 from utils.families.architecture import Architecture, LayerNames, alibi_slopes
 from utils.families.base import ModelShape, Weight
 from utils.families.decoder import DecoderFamily
+from utils.families.text import Places
 
 _LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _KEPT = (
@@ -122,6 +123,9 @@ class Bloom(DecoderFamily):
         import paddle
 
         return paddle.to_tensor(alibi_slopes(model.config.n_head))
+
+    def positions(self, places: Places) -> Any:
+        return None
 
     def logits(self, model: Any, hidden: Any) -> Any:
         return model.lm_head(hidden, True)

@@ -155,7 +155,7 @@ class Llama(FamilySpec):
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
         import paddle
 
-        from utils.kernels import norm, rotary
+        from utils.kernels import attention, norm, rotary
 
         given = {**self.paddle_config(config), **overrides}
         shape = self.shape(given)
@@ -177,8 +177,9 @@ class Llama(FamilySpec):
             layer.self_attn.attn_func = _attention
         self._fit_linears(model, shape, self.biased(given))
         model.attention_window = self.window(given)
-        if not paddle.is_compiled_with_cuda():  # GPUs have fused operators for these
-            sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary.apply_rotary_pos_emb  # type: ignore[attr-defined]
+        library: Any = sys.modules[type(model).__module__]
+        library.apply_rotary_pos_emb, library.repeat_kv = rotary.apply_rotary_pos_emb, attention.every_head
+        if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
             for part in model.sublayers():
                 if type(part).__name__.endswith("RMSNorm"):
                     part.forward = norm.forward_of(part)

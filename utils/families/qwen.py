@@ -242,19 +242,12 @@ class Qwen(FamilySpec):
         return not self.paddle_config(config)["use_dynamic_ntk"]
 
     def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
-        from utils.families.models.qwen import positions_of
+        from utils.families.models.qwen import decode, positions_of
 
         config = model.config
         factors = places.stretch if config.use_dynamic_ntk else None
-        output = model.qwen(
-            input_ids,
-            position_ids=positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn),
-            attention_mask=places.visible,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return output[0], list(output.past_key_values)
+        positions = positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn)
+        return decode(model.qwen, input_ids, positions, places.visible, cache)
 
 
 def ntk_factor(length: int, trained: int) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import paddle
-from numpy.typing import NDArray
 
 _STEP = 64  # positions; room is added in steps of this, or of an eighth where that is more
 
@@ -23,8 +22,7 @@ class Cache(ABC):
     room: int
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
-        self._shape = (kv_heads, head_dim)
-        self._layers, self._dtype = layers, dtype
+        self._shape, self._dtype = (kv_heads, head_dim), dtype
         self.rows = self.room = 0
 
     def reserve(self, rows: int, places: int) -> None:
@@ -35,8 +33,20 @@ class Cache(ABC):
             more_room = max(places, self.room + self.room // 8)
             more_room = -(-more_room // _STEP) * _STEP
         if (more_rows, more_room) != (self.rows, self.room):
-            self._resize(more_rows, more_room)
+            try:
+                self._resize(more_rows, more_room)
+            except BaseException:  # no memory, or an interrupt: what some layers have gained is taken back
+                self._resize(self.rows, self.room)
+                raise
             self.rows, self.room = more_rows, more_room
+
+    def shrink(self, places: int) -> None:
+        """Gives back room that is more than twice what the longest row, of `places` places, needs: unused room
+        is computed and masked."""
+        if self.room > 2 * max(places, _STEP):
+            room = -(-places // _STEP) * _STEP
+            self._resize(self.rows, room)
+            self.room = room
 
     def clear(self) -> None:
         """Gives all memory back."""
@@ -45,7 +55,7 @@ class Cache(ABC):
 
     @abstractmethod
     def _resize(self, rows: int, room: int) -> None:
-        """Allocates anew and copies."""
+        """Allocates anew and copies, layer by layer; leaves alone what has that size already."""
 
     @abstractmethod
     def tensors(self, rows: int) -> list[paddle.Tensor]:
@@ -70,24 +80,22 @@ class HostCache(Cache):
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
         super().__init__(layers, kv_heads, head_dim, dtype)
-        self._memory: list[NDArray[np.float32]] = []  # of each layer [2, rows, kv_heads, room, head_dim]
+        # of each layer [2, rows, kv_heads, room, head_dim]
+        self._memory = [np.zeros((2, 0, kv_heads, 0, head_dim), dtype=dtype) for _ in range(layers)]
         self._views: list[paddle.Tensor] = []
         self._viewed = -1
-        self._resize(0, 0)
 
     def _resize(self, rows: int, room: int) -> None:
         kv_heads, head_dim = self._shape
         self._views, self._viewed = [], -1
-        old, self._memory = self._memory, []
-        for number in range(self._layers):  # one by one, so that both are there of one layer only
-            new = np.zeros((2, rows, kv_heads, room, head_dim), dtype=self._dtype)
-            if old:
-                before = old[0]
-                kept = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, new.shape, strict=True))
-                new[kept] = before[kept]
-                del old[0], before
-            self._memory.append(new)
-            del number
+        for number, before in enumerate(self._memory):
+            shape = (2, rows, kv_heads, room, head_dim)
+            if before.shape == shape:
+                continue
+            new = np.zeros(shape, dtype=self._dtype)
+            kept = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, shape, strict=True))
+            new[kept] = before[kept]
+            self._memory[number] = new
 
     def tensors(self, rows: int) -> list[paddle.Tensor]:
         if rows != self._viewed:
@@ -117,17 +125,15 @@ class DeviceCache(Cache):
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
         super().__init__(layers, kv_heads, head_dim, dtype)
-        self._memory: list[paddle.Tensor] = []  # keys and values of each layer in turn
-        self._resize(0, 0)
+        empty = paddle.zeros([0, kv_heads, 0, head_dim], dtype=dtype)
+        self._memory = [empty] * (2 * layers)  # keys and values of each layer in turn
 
     def _resize(self, rows: int, room: int) -> None:
         kv_heads, head_dim = self._shape
-        for number in range(2 * self._layers):
-            new = paddle.zeros([rows, kv_heads, room, head_dim], dtype=self._dtype)
-            if number >= len(self._memory):
-                self._memory.append(new)
+        for number, before in enumerate(self._memory):
+            if before.shape == [rows, kv_heads, room, head_dim]:
                 continue
-            before = self._memory[number]
+            new = paddle.zeros([rows, kv_heads, room, head_dim], dtype=self._dtype)
             held, places = min(rows, before.shape[0]), min(room, before.shape[2])
             if held and places:
                 new[:held, :, :places] = before[:held, :, :places]

@@ -199,10 +199,10 @@ class _Layer(nn.Layer):
         super().__init__()
         self.attention_norm = weights.norm(names.attention_norm)
         self.attention_in = weights.joined(names.query_key_value, weights.by_part(names))
-        self.attention_out = weights.linear(names.attention_out)
+        self.attention_out = weights.joined((names.attention_out,))
         self.mlp_norm = weights.norm(names.mlp_norm)
-        self.mlp_in = weights.joined(names.mlp_in, lambda values: values)
-        self.mlp_out = weights.linear(names.mlp_out)
+        self.mlp_in = weights.joined(names.mlp_in)
+        self.mlp_out = weights.joined((names.mlp_out,))
 
 
 class _Rotary(nn.Layer):
@@ -267,7 +267,7 @@ class _Weights:
         return self._tensor(values.T if turned else values)
 
     def linear(self, source: str) -> kernels.Linear:
-        return self.joined((source,), lambda values: values)
+        return self.joined((source,))
 
     def norm(self, source: str) -> kernels.Operator:
         weight = self._tensor(self._read(f"{source}.weight"))
@@ -284,7 +284,9 @@ class _Weights:
             found.append(self.linear(linear))
         return nn.LayerList(found)
 
-    def joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> kernels.Linear:
+    def joined(
+        self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray] = lambda values: values
+    ) -> kernels.Linear:
         """Several Linears side by side as one. Some may lack a bias: theirs is 0."""
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]

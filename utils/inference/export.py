@@ -42,6 +42,7 @@ class Manifest:
         dtype: of weights and cache.
         inputs: names of the program's inputs before the cache, in order.
         position_parts: number of positions of each token.
+        cache: layers, heads of keys and values, and width of a head.
         prefix: length of the prefix in the folder; 0 without one.
         source: what was exported, in words.
         files: size and SHA-256 of every file.
@@ -53,6 +54,7 @@ class Manifest:
     dtype: str
     inputs: tuple[str, ...]
     position_parts: int
+    cache: tuple[int, ...]
     prefix: int
     source: str
     files: dict[str, dict[str, Any]]
@@ -88,7 +90,7 @@ def read_export(name: str) -> tuple[Checkpoint, Manifest]:
     if known.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: format {known.get('format')!r} is not known here; {again}")
     try:
-        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"])})
+        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"]), "cache": tuple(known["cache"])})
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged ({error}); {again}") from error
     faults = []
@@ -149,6 +151,7 @@ def export(
             write_json(staging / GENERATION_CONFIG, settings)
         architecture = checkpoint.family.architecture(checkpoint.config)
         adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
+        shape = checkpoint.family.shape(checkpoint.config)
         source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
         manifest = Manifest(
             FORMAT,
@@ -157,6 +160,7 @@ def export(
             prepared.dtype,
             layer.inputs,
             architecture.position_parts,
+            (shape.layers, shape.kv_heads, shape.head_dim),
             0 if prefix is None else prefix.shape[2],
             source,
             {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},

@@ -94,7 +94,7 @@ def prepare(
         check_same_kind(checkpoint, manifest, inference_model)
     else:
         if is_export(Path(name).expanduser()):
-            raise UserError(f"{name}: holds an exported model; add --mode static")
+            raise UserError(f"{name}: holds an exported model; only predictor.py runs it, with --mode static")
         checkpoint = locate(name)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     for path, config_name in ((lora_path, LORA_CONFIG), (prefix_path, PREFIX_CONFIG)):
@@ -212,8 +212,8 @@ def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
 
 
 def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float32] | None]:
-    """One step of a model as a layer like `utils.inference.decoder.Decoder`, and the keys and values of its
-    prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
+    """One step of a model as a layer, `utils.inference.decoder.Decoder` or the library's model behind the same
+    face, and the keys and values of its prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
 
     Raises:
         UserError: weights that do not fit the model or the adapter.
@@ -222,18 +222,39 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
     checkpoint = prepared.checkpoint
     architecture = checkpoint.family.architecture(checkpoint.config)
     from utils.checkpoints.merge import parameters
-    from utils.inference.decoder import Decoder
 
     known = parameters(checkpoint, prepared.lora, "float32")
-    layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+    order = None  # of the dimensions of a head
+    layer: Any
+    if prepared.inference_model:
+        from utils.inference.decoder import Decoder
+
+        layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+        order = None if architecture.rotary is None else architecture.rotary.order
+    else:
+        from utils.checkpoints.load import build, fill_model
+        from utils.inference.library import LibraryProgram
+
+        model = build(checkpoint, prepared.dtype)
+        fill_model(model, checkpoint, known)
+        layer = LibraryProgram(checkpoint.family, model, checkpoint.config)
     prefix = None
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
 
-        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32").flat().numpy()[0]
-        prefix = prefix.transpose(1, 2, 0, 3)  # keys of all layers, then values -> of each layer in turn
-        keys, values = np.split(prefix, 2)
-        if architecture.rotary is not None and architecture.rotary.order is not None:
-            keys = keys[..., architecture.rotary.order]
-        prefix = np.stack([keys, values], axis=1).reshape(prefix.shape)
+        tuned = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32")
+        prefix = prefix_array(tuned, order)
     return layer, prefix
+
+
+def prefix_array(prefix: PrefixTuning, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    """Keys and values of a prefix, see `CachedEngine`.
+
+    Args:
+        order: of the dimensions of a head (`Rotary.order`); None leaves them as published.
+    """
+    flat = prefix.flat().numpy()[0].transpose(1, 2, 0, 3)  # keys of all layers, then values
+    keys, values = np.split(flat, 2)
+    if order is not None:
+        keys = keys[..., order]
+    return np.stack([keys, values], axis=1).reshape(flat.shape)

@@ -12,12 +12,13 @@ from paddle import Tensor
 from utils.families import ModelShape
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
+from utils.inference.library import LibraryProgram
 
 
 class DynamicProgram:
-    """The inference model, operator by operator."""
+    """The inference model, or the library's as `LibraryProgram`, operator by operator."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder | LibraryProgram) -> None:
         self._decoder = decoder
 
     def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,9 +71,10 @@ class StaticProgram:
         given = {name: inputs[name] for name in self._names}
         if not past:
             given, past = self._without_cache(given)
+        held, self._held = self._held, []  # an interrupted call has shared some
         for name, tensor in given.items():
             self._inputs[name].share_external_data(tensor)
-        if past is not self._held:
+        if past is not held:
             for number, tensor in enumerate(past):
                 self._inputs[f"past_{number}"].share_external_data(tensor)
         self._held = past

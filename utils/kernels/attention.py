@@ -88,11 +88,24 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
     if mask is None:
         mask = paddle.triu(paddle.full([1, 1, length, seen], -1e30, dtype="float32"), diagonal=1 + seen - length)
-    if length > 1:  # tiled: adding a mask broadcast over the heads takes ten times as long on CPUs
+    if length != 1:  # tiled: adding a mask broadcast over the heads takes ten times as long on CPUs
+        # sizes that a static program leaves open are -1, those of the mask too
         mask = paddle.tile(mask, [batch // mask.shape[0], heads // mask.shape[1], 1, 1])
     weights = F.softmax(scores + mask.astype("float32"), axis=-1).astype(v.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([batch, length, heads * head_dim])
+    return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_dim])
+
+
+def every_head(x: Tensor, group: int) -> Tensor:
+    """Keys or values [batch, length, kv_heads, head_dim] once for each of the `group` queries that share them.
+
+    Returns:
+        [batch, length, kv_heads * group, head_dim].
+    """
+    if group == 1:
+        return x
+    kv_heads, head_dim = x.shape[2:]
+    return x.unsqueeze(3).tile([1, 1, 1, group, 1]).reshape([0, 0, kv_heads * group, head_dim])
 
 
 def llama_attention(
@@ -114,7 +127,9 @@ def llama_attention(
     plain = not (config.use_flash_attention or output_attentions or options.get("sequence_parallel"))
     if plain and attn_mask_startend_row_indices is not None:
         return packed_attention(query, key, value, attn_mask_startend_row_indices)
-    if plain and alibi is None and query.dtype == paddle.float32:
+    # on GPUs the library's own is as fast in half precision, but its checks of shapes cannot be traced
+    ours = query.dtype == paddle.float32 or not paddle.in_dynamic_mode()
+    if plain and alibi is None and ours:
         return dense_attention(query, key, value, attention_mask)
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 

@@ -56,7 +56,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Returns:
         [..., width] in the type of `weight`.
     """
-    if paddle.is_grad_enabled() and not (x.stop_gradient and weight.stop_gradient):
+    learning = paddle.in_dynamic_mode() and paddle.is_grad_enabled()
+    if learning and not (x.stop_gradient and weight.stop_gradient):
         # told here: neither the tensors in `forward` nor the saved ones are sure to remember it
         return _RMSNorm.apply(x, weight, epsilon, not weight.stop_gradient)
     normal, _ = _normalised(x, epsilon)

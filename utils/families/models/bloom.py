@@ -33,7 +33,9 @@ class BloomForCausalLM(library.BloomForCausalLM):
             spread = self.config.initializer_range
             layer.weight.set_value(paddle.normal(0.0, spread, layer.weight.shape).astype(layer.weight.dtype))
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
+    def decode(
+        self, ids: Tensor, positions: Tensor | None, attend: Attend, cache: Cache | None
+    ) -> tuple[Tensor, Cache]:
         """Hidden states [batch, length, hidden] after the final norm, and the cache.
 
         Args:
@@ -58,10 +60,9 @@ def _layer(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp, after = layer.self_attention, layer.mlp, layer.apply_residual_connection_post_layernorm
-    batch, length, _ = hidden.shape
     normed = layer.input_layernorm(hidden)
     # each head's query, key and value stand together
-    fused = attention.query_key_value(normed).reshape([batch, length, attention.num_heads, 3 * attention.head_dim])
+    fused = attention.query_key_value(normed).reshape([0, 0, attention.num_heads, 3 * attention.head_dim])
     query, key, value = paddle.split(fused, 3, axis=-1)
     key, value = extended(past_key, key), extended(past_value, value)
     attended = attention.dense(attend(query, key, value))

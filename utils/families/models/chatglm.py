@@ -28,13 +28,12 @@ def angles(positions: Tensor, heads: int, head_dim: int) -> tuple[Tensor, Tensor
     Returns:
         Each [batch, length * heads * parts, 1, head_dim / parts] float32.
     """
-    batch, parts, length = positions.shape
-    width = head_dim // parts
+    width = head_dim // positions.shape[1]
     turned = positions.transpose([0, 2, 1]).astype("float32").unsqueeze(-1) * paddle.to_tensor(
         rotary_frequencies(width)
     )
     turned = paddle.concat([turned, turned], axis=-1).unsqueeze(2).tile([1, 1, heads, 1, 1])
-    turned = turned.reshape([batch, length * heads * parts, 1, width])
+    turned = turned.reshape([0, -1, 1, width])
     return paddle.cos(turned), paddle.sin(turned)
 
 
@@ -72,13 +71,12 @@ def _layer(
     heads: int,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = hidden.shape
     normed = layer.input_layernorm(hidden)
     # each head's query, key and value stand together
-    fused = layer.attention.query_key_value(normed).reshape([batch, length, heads, 3 * width // heads])
+    fused = layer.attention.query_key_value(normed).reshape([0, 0, heads, 3 * hidden.shape[-1] // heads])
     query, key, value = paddle.split(fused, 3, axis=-1)
-    shape = query.shape
-    query, key = (x.reshape([*cos.shape]) for x in (query, key))  # every part of a head is a row of its own
+    shape = [0, -1, *query.shape[2:]]
+    query, key = (x.reshape([0, -1, *cos.shape[2:]]) for x in (query, key))  # every part of a head is a row of its own
     query, key = (x.reshape(shape) for x in apply_rotary_pos_emb(query, key, cos, sin, None))
     key, value = extended(past_key, key), extended(past_value, value)
     hidden = normed * factor + layer.attention.dense(attend(query, key, value))

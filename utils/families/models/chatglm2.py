@@ -15,7 +15,8 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddlenlp.transformers.chatglm_v2 import modeling as library
 
-from utils.families.models.decoder import Cache, extended, run_layers
+from utils.families.models.decoder import Cache, by_head, extended, run_layers
+from utils.kernels.attention import every_head
 from utils.kernels.masks import Attend
 from utils.kernels.norm import rms_norm
 
@@ -30,10 +31,9 @@ def angles(positions: Tensor, head_dim: int, ratio: float) -> tuple[Tensor, Tens
     """
     width = head_dim // 2
     exponents = paddle.arange(0, width, 2, dtype="float32") / width
-    turned = (positions.astype("float32") / ratio).unsqueeze(-1) * (1.0 / 10000.0**exponents)
-    turned = turned.repeat_interleave(2, axis=-1)
-    still = paddle.zeros([*positions.shape, head_dim - turned.shape[-1]])
-    turned = paddle.concat([turned, still], axis=-1).unsqueeze(2)
+    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
+    inverse = paddle.concat([inverse, paddle.zeros([head_dim - inverse.shape[0]])])
+    turned = ((positions.astype("float32") / ratio).unsqueeze(-1) * inverse).unsqueeze(2)
     return paddle.cos(turned), paddle.sin(turned)
 
 
@@ -119,24 +119,17 @@ def _layer(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.self_attention, layer.mlp
-    batch, length, _ = hidden.shape
     (heads, channels), groups = turns[0][0].shape[2:], turns[1][0].shape[2]
+    group = heads // groups
     normed = _norm(layer.input_layernorm, hidden)
     sizes = [heads * channels, groups * channels, groups * channels]
     parts = paddle.split(attention.query_key_value(normed), sizes, axis=-1)
-    query, key, value = (part.reshape([batch, length, -1, channels]) for part in parts)
+    query, key, value = (by_head(part, part.shape[-1] // channels) for part in parts)
     query, key = (x * cos + paddle.matmul(x, turn) * sin for x, (cos, sin) in zip((query, key), turns, strict=True))
     key, value = extended(past_key, key), extended(past_value, value)
-    attended = attention.dense(attend(query, _every_head(key, heads), _every_head(value, heads)))
+    attended = attention.dense(attend(query, every_head(key, group), every_head(value, group)))
     hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
     normed = _norm(layer.post_attention_layernorm, hidden)
     gate, up = paddle.chunk(mlp.dense_h_to_4h(normed), 2, axis=-1)
     changed = mlp.dense_4h_to_h(F.silu(gate) * up)
     return (normed if after else hidden) + (F.dropout(changed, dropout) if dropout else changed), key, value
-
-
-def _every_head(x: Tensor, heads: int) -> Tensor:
-    """Keys or values [batch, length, groups, channels] of the group of each head."""
-    batch, length, groups, channels = x.shape
-    spread = x.unsqueeze(3).expand([batch, length, groups, heads // groups, channels])
-    return spread.reshape([batch, length, heads, channels])

@@ -45,6 +45,11 @@ def _without_cache(
     return forward(layer, hidden, past_key, past_value)[0]
 
 
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[batch, length, heads * head_dim] -> [batch, length, heads, head_dim]; batch and length may be left open."""
+    return x.reshape([0, 0, heads, x.shape[-1] // heads])
+
+
 def extended(past: Tensor | None, new: Tensor) -> Tensor:
     """Cached keys or values and new ones, [batch, cached + length, heads, head_dim]."""
     return new if past is None else paddle.concat([past, new], axis=1)
@@ -72,10 +77,9 @@ def transformer_layer(
         scale: further factor on the attention scores.
     """
     attention = layer.self_attn
-    batch, length, _ = hidden.shape
     normed = layer.norm1(hidden) if norm_first else hidden
     query, key, value = (
-        project(normed).reshape([batch, length, -1, head_dim])
+        by_head(project(normed), hidden.shape[-1] // head_dim)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     key, value = extended(past_key, key), extended(past_value, value)

@@ -14,7 +14,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddlenlp.transformers.glm import modeling as library
 
-from utils.families.models.decoder import Cache, extended, run_layers
+from utils.families.models.decoder import Cache, by_head, extended, run_layers
 from utils.kernels.masks import Attend
 
 
@@ -57,9 +57,8 @@ def _layer(
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.attention, layer.mlp
-    batch, length, _ = hidden.shape
     fused = attention.query_key_value(layer.input_layernorm(hidden))
-    query, key, value = (part.reshape([batch, length, heads, -1]) for part in paddle.split(fused, 3, axis=-1))
+    query, key, value = (by_head(part, heads) for part in paddle.split(fused, 3, axis=-1))
     key, value = extended(past_key, key), extended(past_value, value)
     if wide:
         query, seen = query.astype("float32"), key.astype("float32")

@@ -14,7 +14,8 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from utils.kernels.attention import packed_attention
+from utils.families.models.decoder import Cache, run_layers
+from utils.kernels.attention import dense_attention, packed_attention
 from utils.kernels.norm import rms_norm
 from utils.kernels.rotary import apply_rotary_pos_emb
 
@@ -108,11 +109,36 @@ def forward_of(layer: Any) -> Callable[..., tuple[Any, ...]]:
         if positions.scale is not None:
             query = query * positions.scale.astype(query.dtype)
         weights = None
-        if positions.segment_ends is None:
+        if positions.segment_ends is not None:
+            output = packed_attention(query, key, value, positions.segment_ends)
+        elif layer.config.use_flash_attention or output_attentions:
             output, weights = layer._attn(query, key, value, attention_mask)
         else:
-            output = packed_attention(query, key, value, positions.segment_ends)
+            dropout = layer.attn_dropout.p if layer.training else 0.0
+            output = dense_attention(query, key, value, attention_mask, dropout)
         outputs = (layer.c_proj(output), present)
         return (*outputs, weights) if output_attentions else outputs
 
     return forward
+
+
+def decode(model: Any, ids: Tensor, positions: Positions, visible: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+    """The library's layers one after another; see `utils.families.base.FamilySpec.decode`.
+
+    The library's own stack makes a mask of sizes that a static program leaves open.
+    """
+    hidden = model.wte(ids)
+    mask = paddle.where(visible, 0.0, paddle.finfo(hidden.dtype).min).astype(hidden.dtype)
+
+    def forward(layer: Any, hidden: Tensor, *past: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, present = layer(
+            hidden,
+            layer_past=None if past[0] is None else past,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+        )
+        return hidden, *present
+
+    hidden, kept = run_layers(model.h, hidden, cache, forward, recomputed=False)
+    return model.ln_f(hidden), kept

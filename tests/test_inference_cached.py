@@ -1,0 +1,148 @@
+"""The cached engine's memory, on the host and on the device, and calls that fail half-way."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import paddle
+import pytest
+from engine_walk import TOLERANCE, Walk
+from family_cases import cached, case, hidden_logits, random_prefix
+
+from utils.inference.cache import Cache, DeviceCache, HostCache
+from utils.inference.cached import CachedEngine
+
+CASE = case("mistral")  # has a window and grouped heads
+LAYERS, HEADS, WIDTH = 2, 3, 4
+CACHES: list[type[Cache]] = [HostCache, DeviceCache]
+
+
+def contents(cache: Cache, rows: int) -> np.ndarray:
+    """[2 * layers, rows, heads, room, width]."""
+    return np.stack([tensor.numpy() for tensor in cache.tensors(rows)])
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache]) -> None:
+    random = np.random.default_rng(0)
+    cache = kind(LAYERS, HEADS, WIDTH, "float32")
+    held: dict[int, np.ndarray] = {}  # [2 * layers, heads, places, width] of each row
+    for _ in range(60):
+        rows = int(random.integers(1, 6))
+        first = int(random.integers(0, 6 - rows + 1))
+        counts = random.integers(1, 2 if random.integers(2) else 70, rows).tolist()
+        starts = [held[first + n].shape[2] if first + n in held else 0 for n in range(rows)]
+        cache.reserve(first + rows, max(start + count for start, count in zip(starts, counts, strict=True)))
+        new = random.normal(size=(2 * LAYERS, rows, HEADS, max(counts), WIDTH)).astype(np.float32)
+        cache.write(paddle.to_tensor(new), starts, counts, first)
+        for n, count in enumerate(counts):
+            before = held.get(first + n, new[:, n, :, :0])
+            held[first + n] = np.concatenate([before, new[:, n, :, :count]], axis=2)
+        source, target = (int(row) for row in random.choice(sorted(held), 2))
+        cache.copy_row(source, target)
+        held[target] = held[source]
+        for number, values in held.items():
+            found = contents(cache, number + 1)[:, number, :, : values.shape[2]]
+            assert np.array_equal(found, values)
+    assert cache.rows == 6 and cache.room % 64 == 0
+    cache.clear()
+    assert (cache.rows, cache.room) == (0, 0)
+    cache.reserve(1, 3)
+    assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 64, WIDTH) and not contents(cache, 1).any()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
+    cache = kind(LAYERS, HEADS, WIDTH, "float32")
+    cache.reserve(2, 10)
+    new = np.random.default_rng(1).normal(size=(2 * LAYERS, 2, HEADS, 10, WIDTH)).astype(np.float32)
+    cache.write(paddle.to_tensor(new), [0, 0], [10, 10])
+    name = "numpy.zeros" if kind is HostCache else "paddle.zeros"
+    real, calls = (np.zeros if kind is HostCache else paddle.zeros), iter([True, False])
+
+    def zeros(*arguments: Any, **options: Any) -> Any:
+        if next(calls, True):
+            return real(*arguments, **options)
+        raise MemoryError
+
+    with mock.patch(name, zeros), pytest.raises(MemoryError):  # the first layer has grown by then
+        cache.reserve(3, 500)
+    assert (cache.rows, cache.room) == (2, 64)
+    assert np.array_equal(contents(cache, 2)[:, :, :, :10], new)
+
+
+def on_device(engine: CachedEngine) -> CachedEngine:
+    """The same with the cache that other devices have."""
+    shape = CASE.checkpoint.family.shape(CASE.checkpoint.config)
+    engine.cache = DeviceCache(shape.layers, shape.kv_heads, shape.head_dim, "float32")
+    return engine
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_slots_are_independent_in_a_cache_on_the_device(static: bool, with_prefix: bool) -> None:
+    prefix = random_prefix(CASE.checkpoint) if with_prefix else None
+    engine = on_device(cached(CASE, prefix, static=static, inference_model=True))
+    Walk(CASE, engine, 7, prefix=prefix).run(40)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("call", ["program", "write", "copy_row", "reserve"])
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interrupted_call_changes_nothing(kind: type[Cache], call: str, done: bool) -> None:
+    """Ctrl-C before or after anything that takes time, at every place where it is called."""
+    engine = cached(CASE, inference_model=True)
+    if kind is DeviceCache:
+        on_device(engine)
+    owner, name = (engine, "_program") if call == "program" else (engine.cache, call)
+    texts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    slots, _ = engine.open(texts)
+    interrupted = 0
+    for place in range(4):
+        attempts = (
+            lambda: engine.advance([slots[2], slots[1]], [[4], [5, 6]]),  # rows change places
+            lambda: engine.open([[1] * 30, [2] * 5, [3] * 90]),  # read one after another; the cache grows
+        )
+        for attempt in attempts:
+            real, count = getattr(owner, name), iter(range(100))
+
+            def broken(*given: Any, real: Any = real, count: Any = count, place: int = place, **more: Any) -> Any:
+                if next(count) != place:
+                    return real(*given, **more)
+                if done:
+                    real(*given, **more)
+                raise KeyboardInterrupt
+
+            before = set(engine_slots(engine))
+            try:
+                with mock.patch.object(owner, name, broken):
+                    attempt()
+            except KeyboardInterrupt:
+                interrupted += 1
+            else:  # it did not come to that call
+                added = set(engine_slots(engine)) - before
+                engine.free(sorted(added))
+                if not added:
+                    engine.rewind(slots[1], 2)
+                    engine.rewind(slots[2], 1)
+            assert set(engine_slots(engine)) == before
+            found = engine.advance(slots, [[20]] * 3).numpy()
+            for slot, text, logits in zip(slots, texts, found, strict=True):
+                wanted = hidden_logits(CASE.checkpoint.family, CASE.model, np.array([[*text, 20]]))[0, -1]
+                assert np.abs(logits - wanted).max() < TOLERANCE
+                engine.rewind(slot, 1)
+    assert interrupted >= 2
+
+
+def engine_slots(engine: CachedEngine) -> list[int]:
+    return [row.slot for row in engine._rows]
+
+
+def test_slots_of_an_interrupted_open_are_used_again() -> None:
+    engine = cached(CASE, inference_model=True)
+    engine.open([[5, 6]])
+    with mock.patch.object(engine, "_program", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        engine.open([[1, 2, 3], [4]])
+    assert engine.open([[1]])[0] == [1]
