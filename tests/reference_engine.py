@@ -38,14 +38,14 @@ class TextEngine(Engine):
         self.read += sum(len(prompt) for prompt in prompts)
         return slots, self._rows([self.logits(prompt, 1) for prompt in prompts])
 
-    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         assert slots and len(set(slots)) == len(slots) == len(tokens) and all(len(each) for each in tokens)
         self.calls.append(("advance", [len(each) for each in tokens]))
         found = []
         for slot, each in zip(slots, tokens, strict=True):
             self.texts[slot] += [int(token) for token in each]
             self._check(self.texts[slot])
-            found.append(self.logits(self.texts[slot], len(each)))
+            found.append(self.logits(self.texts[slot], 1 if last else len(each)))
         self.read += sum(len(each) for each in tokens)
         return self._rows(found)
 

@@ -14,7 +14,6 @@ from utils.families import ModelShape
 from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.kernels import inference as kernels
 
-PIECES, FEW = 4, 8  # in a static program attention works in pieces, unless there are few new tokens
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 
 
@@ -92,13 +91,10 @@ class Decoder(nn.Layer):
         length = given["ids"].shape[1]
         if length >= 0:
             return self._layers(given, past, one=length == 1 and bool(past))
-        # left open in a static program, which then has all ways
-        choose, open_length = paddle.static.nn.cond, paddle.shape(given["ids"])[1]
-        one, few, many = (
-            partial(self._layers, given, past, one=one, pieces=pieces)
-            for one, pieces in ((True, 1), (False, 1), (False, PIECES))
-        )
-        return choose(open_length == 1, one, lambda: choose(open_length < FEW, few, many))
+        # left open in a static program, which then has both ways. Only two pieces: what the executor needs to
+        # put operators in order grows with their number squared (350 MB for four pieces of 30 layers)
+        ways = [partial(self._layers, given, past, one=one, pieces=pieces) for one, pieces in ((True, 1), (False, 2))]
+        return paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways)
 
     def _layers(
         self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool, pieces: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -86,7 +86,8 @@ class EagerEngine(Engine):
         self._family, self._model, self._config, self._prefix = family, model, config, prefix
         self._window = family.window(config)
         self._texts: dict[int, Text] = {}
-        self._rows = _Rows([], np.zeros((0, 0), dtype=np.int64), None)
+        # rows that were last computed together stay together: the cache of a row that waits is not touched
+        self._groups: list[_Rows] = []
 
     @paddle.no_grad()
     def open(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Logits]:
@@ -101,48 +102,69 @@ class EagerEngine(Engine):
             rows = _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
         counts = [len(prompt) for prompt in prompts]
         hidden = self._forward(rows, texts, [text.positions() for text in texts], counts)
-        self._rows = self._rows.join(rows)
+        self._groups.append(rows)
         self._texts.update(zip(slots, texts, strict=True))
         return slots, self._logits(hidden, [[count - 1] for count in counts])
 
     @paddle.no_grad()
-    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         wanted = dict(zip(slots, tokens, strict=True))
-        named = [row for row, slot in enumerate(self._rows.slots) if slot in wanted]
-        others = [row for row, slot in enumerate(self._rows.slots) if slot not in wanted]
-        rows = self._rows.take(named) if others else self._rows
-        rest = self._rows.take(others) if others else _Rows([], self._rows.keys[:0], None)
+        rows = self._together(wanted)
         order = [rows.slots.index(slot) for slot in slots]
         texts = [self._texts[slot].copy() for slot in rows.slots]  # an interrupted call leaves them as they were
         positions = [text.append(wanted[slot]) for slot, text in zip(rows.slots, texts, strict=True)]
-        hidden = self._forward(rows, texts, positions, [len(wanted[slot]) for slot in rows.slots])
-        self._rows = rest.join(rows)
+        counts = [len(wanted[slot]) for slot in rows.slots]
+        hidden = self._forward(rows, texts, positions, counts)
         self._texts.update(zip(rows.slots, texts, strict=True))
-        places = [range(len(wanted[slot])) for slot in rows.slots]
-        return self._logits(hidden, places, order)
+        return self._logits(hidden, [[count - 1] if last else range(count) for count in counts], order)
+
+    def _together(self, slots: Container[int]) -> _Rows:
+        """The group of exactly these slots; made of parts of others, if need be."""
+        named = [[row for row, slot in enumerate(group.slots) if slot in slots] for group in self._groups]
+        parts = [(group, rows) for group, rows in zip(self._groups, named, strict=True) if rows]
+        group, rows = parts[0]
+        if len(parts) == 1 and len(rows) == len(group.slots):
+            return group
+        joined = _Rows([], np.zeros((0, 0), dtype=np.int64), None)
+        kept = [group for group, rows in zip(self._groups, named, strict=True) if not rows]
+        for group, rows in parts:
+            others = [row for row in range(len(group.slots)) if row not in rows]
+            joined = joined.join(group.take(rows) if others else group)
+            if others:
+                kept.append(group.take(others))
+        self._groups = [*kept, joined]
+        return joined
 
     def rewind(self, slot: int, count: int) -> None:
-        text, row = self._texts[slot], self._rows.slots.index(slot)
+        text = self._texts[slot]
         text.truncate(len(text.ids) - count)
-        keys = self._rows.keys[row]
+        place, row = self._find(slot)
+        keys = self._groups[place].keys[row]
         keys[keys >= len(text.ids)] = NOWHERE
-        self._rows = self._rows.without_gaps()
+        self._groups[place] = self._groups[place].without_gaps()
 
     @paddle.no_grad()
     def fork(self, slot: int) -> int:
         (new,) = self._unused(1)
-        self._texts[new] = self._texts[slot].copy()
-        copied = self._rows.take([self._rows.slots.index(slot)])
+        place, row = self._find(slot)
+        copied = self._groups[place].take([row])
         copied.slots = [new]
-        self._rows = self._rows.join(copied)
+        self._texts[new] = self._texts[slot].copy()
+        self._groups.append(copied)
         return new
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
             del self._texts[slot]
-        kept = [row for row, slot in enumerate(self._rows.slots) if slot in self._texts]
-        if len(kept) < len(self._rows.slots):
-            self._rows = self._rows.take(kept)
+        groups, self._groups = self._groups, []
+        for group in groups:
+            kept = [row for row, slot in enumerate(group.slots) if slot in self._texts]
+            if kept:
+                self._groups.append(group if len(kept) == len(group.slots) else group.take(kept))
+
+    def _find(self, slot: int) -> tuple[int, int]:
+        """(number of its group, row in it)."""
+        return next((place, group.slots.index(slot)) for place, group in enumerate(self._groups) if slot in group.slots)
 
     def _unused(self, number: int) -> list[int]:
         free = (slot for slot in count() if slot not in self._texts)

@@ -74,16 +74,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         """Appends tokens (at least one each) to distinct open slots; slots not named stay as they are.
 
         Returns:
-            The logits after every token: those of the first slot's tokens in order, then of the next.
+            The logits after every token: those of the first slot's tokens in order, then of the next. With
+            `last` only those after the last token of each slot.
         """
 
     @abstractmethod
     def rewind(self, slot: int, count: int) -> None:
-        """Forgets the last `count` tokens of a slot; at least one stays."""
+        """Forgets the last `count` tokens of a slot; at least one stays, and where heads are not shared the
+        whole prompt."""
 
     @abstractmethod
     def fork(self, slot: int) -> int:

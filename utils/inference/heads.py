@@ -9,9 +9,6 @@ from utils.inference.slots import Slots
 
 # A head shorter than this is read again each time: a copy costs about as much.
 SHORTEST = 16
-# A head must be at least this part of the prompt: the rest is read by a call that works out the logits
-# after every token, which costs up to a quarter more than one that reads the whole prompt.
-WORTH = 5
 # Most heads that are kept at a time: each holds memory like an answer in the making. Of more, the one
 # that was used least recently goes.
 MOST = 4
@@ -60,8 +57,6 @@ class Heads:
         lengths = []
         while (common := _shared(prompt, others, known)) > known:
             lengths.append(known := common)
-        if known * WORTH < len(prompt):
-            return None
         for length in lengths:
             found = self._add(tuple(prompt[:length]), found)
         if found is not None:
@@ -87,7 +82,7 @@ class Heads:
         else:
             slot = self._slots.fork(parent.slot)
             rest = tokens[len(parent.tokens) :]
-            self._slots.read([slot], [rest])
+            self._slots.advance([slot], [rest], last=True)
             self.read += len(rest)
         head = Head(tokens, slot)
         self._heads.append(head)

@@ -10,7 +10,7 @@ import paddle
 from paddle import Tensor
 
 from utils.families import ModelShape
-from utils.inference.decoder import FEW, Decoder
+from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.library import LibraryProgram
 
@@ -53,9 +53,8 @@ class StaticProgram:
         self._first_runs(manifest.position_parts)
 
     def _first_runs(self, parts: int) -> None:
-        """Runs every way through the program on very few tokens: the first run of each keeps all that it
-        computes until its end, hundreds of megabytes for a real prompt."""
-        for length in (1, 2, FEW):
+        """Runs both ways through the program, so that no answer waits for what their first runs prepare."""
+        for length in (1, 2):
             self(
                 {
                     "ids": paddle.zeros([1, length], dtype="int64"),

@@ -268,8 +268,8 @@ class Scheduler:
         if whole:
             opened, logits = self._slots.open([request.prompt for request in whole])
             groups.append((whole, opened, logits))
-        for group, logits in self._slots.read(slots, rests):
-            groups.append(([copied[index] for index in group], [slots[index] for index in group], logits))
+        if copied:
+            groups.append((copied, slots, self._slots.advance(slots, rests, last=True)))
         return groups
 
     def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:

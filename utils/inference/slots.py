@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from utils.inference.engine import Engine, Logits
-
-# `advance` returns logits after every token; no more numbers than these in one call when reading.
-READ_VALUES = 2**26
 
 
 class Slots:
@@ -28,35 +24,9 @@ class Slots:
         self._open.update(slots)
         return slots, logits
 
-    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Logits:
+    def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         """See `Engine.advance`."""
-        return self.engine.advance(slots, tokens)
-
-    def read(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> list[tuple[list[int], Logits]]:
-        """Appends long texts to slots, in portions that keep small what nobody asks for: inner logits.
-
-        Returns:
-            Groups of (indices into `slots`, the logits after the last token of each of these texts).
-        """
-        most = max(1, READ_VALUES // self.engine.vocabulary)
-        found: list[tuple[list[int], Logits]] = []
-        group: list[int] = []
-        rests = []
-        for slot, text in zip(slots, texts, strict=True):
-            start = 0
-            while len(text) - start > most:
-                self.advance([slot], [text[start : start + most]])
-                start += most
-            rests.append(text[start:])
-        for index in range(len(slots) + 1):
-            full = index == len(slots) or sum(len(rests[i]) for i in group) + len(rests[index]) > most
-            if group and full:
-                logits = self.advance([slots[i] for i in group], [rests[i] for i in group])
-                ends = [end - 1 for end in accumulate(len(rests[i]) for i in group)]
-                found.append((group, logits.take(ends)))
-                group = []
-            group = [*group, index]
-        return found
+        return self.engine.advance(slots, tokens, last=last)
 
     def rewind(self, slot: int, count: int) -> None:
         """See `Engine.rewind`; a count of 0 does nothing."""

@@ -11,33 +11,11 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.distributed.fleet.utils import recompute
 
-from utils.errors import UserError
 from utils.kernels.masks import Attend
 
 Cache = list[tuple[Tensor, Tensor]]
 # (layer, hidden, cached key, cached value) -> (hidden, key, value)
 LayerForward = Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate=True),
-    "gelu_fast": partial(F.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate=True),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of a published name.
-
-    Raises:
-        UserError: no such activation.
-    """
-    if name not in _ACTIVATIONS:
-        raise UserError(f"config.json: activation {name!r} is not known; known are {', '.join(sorted(_ACTIVATIONS))}")
-    return _ACTIVATIONS[name]
 
 
 def run_layers(

@@ -13,7 +13,8 @@ import paddle
 from paddle import Tensor
 from paddlenlp.transformers.opt import modeling as library
 
-from utils.families.models.decoder import Cache, activation, run_layers, transformer_layer
+from utils.families.models.decoder import Cache, run_layers, transformer_layer
+from utils.kernels.inference import activation
 from utils.kernels.masks import Attend
 
 
