@@ -298,8 +298,7 @@ def test_a_defaulted_prompt_length_gives_way(predict: list[str], capsys: Any) ->
     "words, message",
     [
         ("--lora_path LORA --prefix_path PREFIX", "exclude each other; leave one out"),
-        ("--lora_path LORA --inference_model", "merge it first with merge_lora_params.py"),
-        ("--prefix_path PREFIX --mode static", "mode static (--mode) exclude each other"),
+        ("--inference_model --quant_type a8w8", "low-bit inference is not part of this version yet"),
         ("--max_new_tokens 2000", "is more than max_length 2048 (default) minus src_length 1024 (default)"),
         ("--min_length 2000", "min_length 2000 (--min_length) is more than max_new_tokens 1024"),
     ],
@@ -312,6 +311,19 @@ def test_predictor_contradictions(predict: list[str], tmp_path: Path, words: str
     words = words.replace("LORA", str(tmp_path / "lora")).replace("PREFIX", str(tmp_path / "prefix"))
     [fault] = faults([*predict, *words.split()], PredictArguments)
     assert message in fault
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_static_programs_have_their_adapter_inside(predict: list[str], tmp_path: Path, kind: str) -> None:
+    """Both faults are told: there is no exported model of that name, and an adapter is not given beside one."""
+    for name in (f"{kind}_config.json", f"{kind}_model_state.safetensors"):
+        (tmp_path / name).touch()
+    found = faults([*predict, "--mode", "static", f"--{kind}_path", str(tmp_path)], PredictArguments)
+    assert len(found) == 2
+    assert any("no such folder; --mode static runs an exported model: python export_model.py" in one for one in found)
+    assert any(
+        f"an exported model has its adapter inside: python export_model.py --{kind}_path" in one for one in found
+    )
 
 
 def test_predictor_files(data: Path, tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def prompts() -> list[list[int]]:
     return found
 
 
-def answers(name: str | Path, prompts: list[list[int]], batch_sizes: tuple[int, ...], **corner: object) -> list[Answers]:
+def answers(
+    name: str | Path, prompts: list[list[int]], batch_sizes: tuple[int, ...], **corner: object
+) -> list[Answers]:
     """Greedy answers of one corner at each batch size."""
     prepared = prepare(str(name), device="cpu", dtype="float32", **corner)  # type: ignore[arg-type]
     generator = load(prepared, "cpu")

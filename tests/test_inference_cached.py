@@ -103,6 +103,7 @@ def test_an_interrupted_call_changes_nothing(kind: type[Cache], call: str, done:
     for place in range(4):
         attempts = (
             lambda: engine.advance([slots[2], slots[1]], [[4], [5, 6]]),  # rows change places
+            lambda: in_pieces(engine, [slots[1], slots[2]], [[5, 6], [4]]),
             lambda: engine.open([[1] * 30, [2] * 5, [3] * 90]),  # read one after another; the cache grows
         )
         for attempt in attempts:
@@ -134,6 +135,11 @@ def test_an_interrupted_call_changes_nothing(kind: type[Cache], call: str, done:
                 assert np.abs(logits - wanted).max() < TOLERANCE
                 engine.rewind(slot, 1)
     assert interrupted >= 2
+
+
+def in_pieces(engine: CachedEngine, slots: list[int], tokens: list[list[int]]) -> None:
+    with mock.patch("utils.inference.cached.CHUNK", 1):
+        engine.advance(slots, tokens, last=True)
 
 
 def engine_slots(engine: CachedEngine) -> list[int]:

@@ -119,8 +119,8 @@ def test_chat_in_the_terminal(root: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--mode", "static"), "--mode static: not in this version yet"),
-        (("--inference_model",), "--inference_model: not in this version yet"),
+        (("--mode", "static"), "holds no exported model"),
+        (("--inference_model", "--quant_type", "a8w8"), "low-bit inference is not part of this version yet"),
         (("--model_type", "gpt-3"), "holds a LLaMA v1/v2 model"),
         (("--model_name_or_path", "./nowhere"), "no such folder"),
         (("--lora_path", "."), "lora_config.json"),

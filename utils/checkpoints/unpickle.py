@@ -33,6 +33,7 @@ _DAMAGE = (
     AttributeError,
     AssertionError,
     OverflowError,
+    MemoryError,  # a damaged length
     RecursionError,
     struct.error,
     zipfile.BadZipFile,

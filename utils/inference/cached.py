@@ -101,27 +101,17 @@ class CachedEngine(Engine):
             for number in range(first, first + len(rows)):
                 self.cache.write(stored, [0], [self._before], number)
         step = longest if any(row.text.context for row in rows) else CHUNK
-        texts = [row.text for row in rows]
-        return self._feed(rows, texts, first, [text.ids for text in texts], step, is_new=True)
+        return self._feed(rows, first, [row.text.ids for row in rows], step, is_new=True)
 
     def _feed(
-        self,
-        rows: list[_Row],
-        texts: Sequence[Text],
-        first: int,
-        tokens: Sequence[Sequence[int]],
-        step: int,
-        *,
-        is_new: bool = False,
+        self, rows: list[_Row], first: int, texts: Sequence[Sequence[int]], step: int, *, is_new: bool = False
     ) -> list[Tensor]:
-        """Computes new tokens piece by piece, see `_step`; the last logits [1, vocabulary] of each row."""
+        """Computes texts piece by piece; the last logits [1, vocabulary] of each."""
         last: list[Any] = [None] * len(rows)
-        for start in range(0, max(map(len, tokens)), step):
-            parts = [each[start : start + step] for each in tokens]
+        for start in range(0, max(map(len, texts)), step):
+            parts = [text[start : start + step] for text in texts]
             ends = [len(part) - 1 for part in parts]
-            logits = self._step(
-                rows, texts, first, parts, [[max(end, 0)] for end in ends], is_first=is_new and start == 0
-            )
+            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=is_new and start == 0)
             for number, end in enumerate(ends):
                 if end >= 0:
                     last[number] = logits[number : number + 1]
@@ -138,19 +128,19 @@ class CachedEngine(Engine):
                     self._swap(number, place)
                 place += 1
         rows = self._rows[:place]
-        texts = [row.text.copy() for row in rows]  # an interrupted call leaves them as they were
-        for row, text in zip(rows, texts, strict=True):
-            text.append(wanted[row.slot])
-        parts = [list(wanted[row.slot]) for row in rows]
         before = [(row.text, row.length) for row in rows]
         try:
+            for row in rows:
+                row.text = row.text.copy()
+                row.text.append(wanted[row.slot])
+            parts = [list(wanted[row.slot]) for row in rows]
             if last:
-                values = paddle.concat(self._feed(rows, texts, 0, parts, CHUNK))
+                values = paddle.concat(self._feed(rows, 0, parts, CHUNK))
             else:
-                values = self._step(rows, texts, 0, parts, [range(len(part)) for part in parts])
-        except BaseException:  # also an interrupt, between two pieces of a long text
-            for row, (text, length) in zip(rows, before, strict=True):
-                row.text, row.length = text, length
+                values = self._step(rows, 0, parts, [range(len(part)) for part in parts])
+        except BaseException:  # also an interrupt: nothing was advanced
+            for row, state in zip(rows, before, strict=True):
+                row.text, row.length = state
             raise
         starts = np.cumsum([0, *(1 if last else len(part) for part in parts)])
         at = {row.slot: range(starts[n], starts[n + 1]) for n, row in enumerate(rows)}
@@ -206,7 +196,6 @@ class CachedEngine(Engine):
     def _step(
         self,
         rows: Sequence[_Row],
-        texts: Sequence[Text],
         first: int,
         parts: Sequence[Sequence[int]],
         wanted: Sequence[Sequence[int] | range],
@@ -216,7 +205,6 @@ class CachedEngine(Engine):
         """Computes new tokens of consecutive rows and stores what the model keeps of them.
 
         Args:
-            texts: of the rows, which become theirs when the step is done.
             first: the place of the first of them in the cache.
             parts: the new tokens of each row; they are in its text already.
             wanted: the tokens of each part whose logits are returned, one after another.
@@ -226,20 +214,20 @@ class CachedEngine(Engine):
         counts = [len(part) for part in parts]
         ids = np.zeros((batch, length), dtype=np.int64)
         order = np.full((batch, length), NOWHERE, dtype=np.int64)
-        positions = np.zeros((texts[0].positions(len(texts[0].ids)).shape[0], batch, length), dtype=np.int64)
-        for number, (row, text, part) in enumerate(zip(rows, texts, parts, strict=True)):
+        positions = np.zeros((rows[0].text.positions(len(rows[0].text.ids)).shape[0], batch, length), dtype=np.int64)
+        for number, (row, part) in enumerate(zip(rows, parts, strict=True)):
             end = row.length + len(part)
             ids[number, : len(part)] = part
             order[number, : len(part)] = np.arange(row.length, end)
-            positions[:, number, : len(part)] = text.positions(row.length)[:, : len(part)]
+            positions[:, number, : len(part)] = row.text.positions(row.length)[:, : len(part)]
         past = [] if is_first and not self._before else self._past(first, batch)
         keys = order if not past else np.concatenate([self._places(rows), order], axis=1)
         where = places(
             positions,
             np.where(order == NOWHERE, 0, order),
             keys,
-            np.array([text.context for text in texts], dtype=np.int64),
-            np.array([text.stretch for text in texts], dtype=np.float32),
+            np.array([row.text.context for row in rows], dtype=np.int64),
+            np.array([row.text.stretch for row in rows], dtype=np.float32),
             self._window,
         )
         chosen = [number * length + place for number, places_ in enumerate(wanted) for place in places_]
@@ -257,8 +245,8 @@ class CachedEngine(Engine):
             len(self._rows), self._before + max(row.length + len(part) for row, part in zip(rows, parts, strict=True))
         )
         self.cache.write(new, [self._before + row.length for row in rows], counts, first)
-        for row, text, number in zip(rows, texts, counts, strict=True):
-            row.text, row.length = text, row.length + number
+        for row, number in zip(rows, counts, strict=True):
+            row.length += number
         return logits
 
     def _past(self, first: int, batch: int) -> list[Tensor]:
