@@ -124,6 +124,7 @@ def test_chat_in_the_terminal(root: Path, model: Path) -> None:
         (("--model_type", "gpt-3"), "holds a LLaMA v1/v2 model"),
         (("--model_name_or_path", "./nowhere"), "no such folder"),
         (("--lora_path", "."), "lora_config.json"),
+        (("--max_length", "4096"), "has 512 positions for prompt and answer together; set it to 512 or less"),
         (("--output_file", "no/such/folder/out.json"), "there is no folder"),
     ],
 )
