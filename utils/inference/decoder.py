@@ -35,15 +35,15 @@ def input_names(architecture: Architecture) -> tuple[str, ...]:
 class Decoder(nn.Layer):
     """A model of one family: token ids and the cache in, logits and new keys and values out.
 
-    Query, key and value are one matrix, and so are gate and up of a gated MLP; the factor on attention
-    scores is in the query's, and the dimensions of heads stand in `Rotary.order`.
+    Query, key and value are one matrix; the factor on attention scores is in the query's, and the dimensions of
+    heads stand in `Rotary.order`. The weights of RMS norms are in the matrices behind them.
     """
 
     def __init__(self, architecture: Architecture, parameters: Container[str], read: Read, dtype: str) -> None:
         """
         Args:
             parameters: names of the model's parameters.
-            read: gives their values in the Paddle layout; each is asked for once, in layer order.
+            read: gives their values in the Paddle layout, in layer order.
             dtype: of weights and hidden states.
         """
         super().__init__()
@@ -180,11 +180,8 @@ class Decoder(nn.Layer):
         return attended, key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        inner = layer.mlp_in(x)
-        if not self.architecture.gated:
-            return layer.mlp_out(self.activation(inner))
-        gate, up = paddle.split(inner, 2, axis=-1)
-        return layer.mlp_out(self.activation(gate) * up)
+        inner = self.activation(layer.mlp_in(x))
+        return layer.mlp_out(inner * layer.mlp_up(x) if self.architecture.gated else inner)
 
 
 def _chosen(x: Tensor, rows: Tensor) -> Tensor:
@@ -197,12 +194,30 @@ class _Layer(nn.Layer):
 
     def __init__(self, weights: _Weights, names: LayerNames) -> None:
         super().__init__()
-        self.attention_norm = weights.norm(names.attention_norm)
-        self.attention_in = weights.joined(names.query_key_value, weights.by_part(names))
-        self.attention_out = weights.joined((names.attention_out,))
-        self.mlp_norm = weights.norm(names.mlp_norm)
-        self.mlp_in = weights.joined(names.mlp_in)
-        self.mlp_out = weights.joined((names.mlp_out,))
+        self.attention_norm = weights.norm(names.attention_norm, folded=weights.folds)
+        self.attention_in = weights.joined(names.query_key_value, weights.by_part(names), behind=names.attention_norm)
+        self.attention_out = weights.linear(names.attention_out)
+        self.mlp_norm = weights.norm(names.mlp_norm, folded=weights.folds)
+        if len(names.mlp_in) == 2 or not weights.architecture.gated:
+            ways = [(source, _whole) for source in names.mlp_in]
+        else:  # the gate's columns come first
+            ways = [(names.mlp_in[0], _first_half), (names.mlp_in[0], _second_half)]
+        self.mlp_in, *up = (weights.joined((source,), part, behind=names.mlp_norm) for source, part in ways)
+        if up:  # not one matrix with the gate: parting their outputs costs more than a second product
+            self.mlp_up = up[0]
+        self.mlp_out = weights.linear(names.mlp_out)
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def _first_half(values: np.ndarray) -> np.ndarray:
+    return values[:, : values.shape[1] // 2]
+
+
+def _second_half(values: np.ndarray) -> np.ndarray:
+    return values[:, values.shape[1] // 2 :]
 
 
 class _Rotary(nn.Layer):
@@ -257,6 +272,8 @@ class _Weights:
 
     def __init__(self, architecture: Architecture, parameters: Container[str], read: Read, dtype: str) -> None:
         self.architecture, self._known, self._read, self._dtype = architecture, parameters, read, dtype
+        # the weight of a norm is a factor on the rows of the Linears behind it, if nothing else sees the norm
+        self.folds = architecture.norm == "rms" and architecture.norm_first and architecture.residual == "hidden"
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return _tensor(values, self._dtype)
@@ -269,10 +286,15 @@ class _Weights:
     def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,))
 
-    def norm(self, source: str) -> kernels.Operator:
-        weight = self._tensor(self._read(f"{source}.weight"))
+    def norm(self, source: str, *, folded: bool = False) -> kernels.Operator:
+        """
+        Args:
+            folded: its weight is in the Linears behind it.
+        """
         if self.architecture.norm == "rms":
-            return kernels.RMSNorm(weight, self.architecture.epsilon)
+            weight = None if folded else self._tensor(self._read(f"{source}.weight"))
+            return kernels.RMSNorm(self.architecture.shape.hidden, weight, self.architecture.epsilon, self._dtype)
+        weight = self._tensor(self._read(f"{source}.weight"))
         return kernels.LayerNorm(weight, self._tensor(self._read(f"{source}.bias")), self.architecture.epsilon)
 
     def some(self, norm: str | None, linear: str | None) -> nn.LayerList:
@@ -285,13 +307,25 @@ class _Weights:
         return nn.LayerList(found)
 
     def joined(
-        self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray] = lambda values: values
+        self,
+        sources: tuple[str, ...],
+        arrange: Callable[[np.ndarray], np.ndarray] = _whole,
+        *,
+        behind: str | None = None,
     ) -> kernels.Linear:
-        """Several Linears side by side as one. Some may lack a bias: theirs is 0."""
+        """Several Linears side by side as one. Some may lack a bias: theirs is 0.
+
+        Args:
+            arrange: what becomes of their columns.
+            behind: the norm whose output they take, and whose weight is theirs where norms are folded.
+        """
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]
-        matrix = self._tensor(arrange(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)))
+        values = arrange(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1))
         del weights
+        if behind is not None and self.folds:
+            values = values * self._read(f"{behind}.weight")[:, None]
+        matrix = self._tensor(values)
         if not any(f"{source}.bias" in self._known for source in sources):
             return kernels.Linear(matrix)
         biases = [

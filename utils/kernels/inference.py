@@ -103,18 +103,23 @@ class Table(Operator):
 class RMSNorm(Operator):
     """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
+    def __init__(self, width: int, weight: Tensor | None, epsilon: float, dtype: str) -> None:
+        """
+        Args:
+            weight: None where it is in the Linears that follow.
+        """
         super().__init__()
-        self.weight = fixed(weight)
-        self.epsilon = epsilon
-        self.half = weight.dtype != paddle.float32
+        self.weighted, self.epsilon, self.half = weight is not None, epsilon, dtype != "float32"
+        if weight is not None:
+            self.weight = fixed(weight)
         # a product with a column of 1 / width is the fastest mean on CPUs
-        self.mean = fixed(paddle.full([weight.shape[0], 1], 1.0 / weight.shape[0], dtype="float32"))
+        self.mean = fixed(paddle.full([width, 1], 1.0 / width, dtype="float32"))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.astype("float32") if self.half else x
         normal = wide * paddle.rsqrt(paddle.matmul(wide * wide, self.mean) + self.epsilon)
-        return (normal.astype(x.dtype) if self.half else normal) * self.weight
+        normal = normal.astype(x.dtype) if self.half else normal
+        return normal * self.weight if self.weighted else normal
 
 
 class LayerNorm(Operator):
