@@ -90,8 +90,8 @@ def merge_tp(
     beside = target is None or target.resolve() == folder.resolve()
     if not beside and target is not None:
         check_target(target, MERGE_RECORD, (folder,))
-    earlier = _earlier(folder) if beside else []
     shards = open_shards(folder)
+    earlier = _earlier(folder) if beside else []
     checkpoint = shards.checkpoint
     tensors = [(weight, _typed(tensor, dtype)) for weight, tensor in shards.tensors]
     record = {"shards": [file.name for file in shards.files], "tensor_parallel_degree": shards.degree}
@@ -369,8 +369,6 @@ def _earlier(folder: Path) -> list[str]:
     Raises:
         UserError: there are weights that are not of an earlier merge.
     """
-    if not folder.is_dir():
-        return []
     try:
         record = json.loads((folder / MERGE_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
