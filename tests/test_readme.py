@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,15 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_llama
 
+from utils.checkpoints import locate, shards
+from utils.checkpoints.match import match
+from utils.checkpoints.tensors import write_safetensors
+
 NAMING = ("model_name_or_path", "tokenizer_name_or_path")
 MODELS = ("smollm2-135m-instruct",)
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_prefix_tokens": 4}
 LINKED = ("utils", "data/tools", "finetune_generation.py", "run_pretrain.py", "predictor.py", "merge_lora_params.py")
-LINKED += ("export_model.py",)
+LINKED += ("export_model.py", "merge_tp_params.py")
 PARAGRAPHS = 60
 
 
@@ -46,7 +51,23 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = {key: value for key, value in SMALL.items() if key != "num_prefix_tokens" or "prefix_tuning" in content}
         content.update({key: str(folder / "model") for key in content if key in NAMING}, **small)
         (folder / "llama" / path.name).write_text(json.dumps(content), encoding="utf-8")
+    write_shards(folder / "model", folder / "checkpoints" / "llama_sft_ckpts" / "checkpoint-100")
     return folder
+
+
+def write_shards(model: Path, folder: Path) -> None:
+    """A checkpoint as a run of two tensor-parallel processes leaves it."""
+    checkpoint = locate(model)
+    shape = checkpoint.family.shape(checkpoint.config)
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    (folder / "config.json").write_text(json.dumps({**checkpoint.config, "tensor_parallel_degree": 2}))
+    whole = {name: tensor.read() for name, (tensor, _) in match(checkpoint).items()}
+    for rank in range(2):
+        parts = [
+            (weight.parameter, shards.split(whole[weight.parameter], weight.split, shape, 2, rank))
+            for weight in checkpoint.family.weights(checkpoint.config)
+        ]
+        write_safetensors(folder / f"model.tp{rank:02d}.safetensors", parts, {"format": "np"})
 
 
 def run(words: list[str], folder: Path) -> str:
@@ -72,6 +93,8 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
     written = workplace / "checkpoints"
     assert (written / "llama_lora_merged" / "model.safetensors").is_file()
     assert (written / "llama_lora_hf" / "config.json").is_file()
+    assert (written / "llama_sft_ckpts" / "checkpoint-100" / "model.safetensors").is_file()
+    assert (written / "llama_sft_merged" / "tokenizer.json").is_file()
     assert (workplace / "inference" / "model.pdiparams").is_file()
     assert (written / "llama_pt_ckpts" / "prefix_model_state.safetensors").is_file()
     assert (written / "llama_lora_peft" / "adapter_model.safetensors").is_file()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("finetune_generation", "run_pretrain", "predictor", "merge_lora_params", "export_model")
+SCRIPTS = ("finetune_generation", "run_pretrain", "predictor", "merge_lora_params", "merge_tp_params", "export_model")
 # package -> packages that it must never import
 FORBIDDEN = {
     "arguments": {"adapters", "checkpoints", "data", "families", "inference", "kernels", "training"},
@@ -60,7 +60,7 @@ def test_nothing_imports_a_script(root: Path) -> None:
         "utils.arguments, utils.families, utils.errors, utils.runtime",
         "utils.checkpoints.locate, utils.checkpoints.fingerprint, utils.checkpoints.merge",
         "utils.data.dataset, utils.data.template, utils.families.tokenizers, utils.adapters.check",
-        "finetune_generation, run_pretrain, predictor, merge_lora_params, export_model",
+        "finetune_generation, run_pretrain, predictor, merge_lora_params, merge_tp_params, export_model",
         "utils.data.pretrain_build, utils.data.pretrain_dataset, utils.training.pretraining, utils.training.finish",
     ],
 )

@@ -389,6 +389,19 @@ def merge_folders(run: Any) -> Iterator[str]:
             yield f"{run.where('merge_model_path')} would overwrite {run.where(name)}; name another folder"
 
 
+def shard_folder(run: Any) -> Iterator[str]:
+    """Shards are in a folder; the result goes into another, or beside them."""
+    source = run.model_name_or_path
+    if source is None:
+        yield "model_name_or_path is missing; name the folder with the shards model_state.tp00.pdparams, ..."
+    elif not os.path.isdir(source):
+        yield f"{run.where('model_name_or_path')}: no such folder; expected one with shards model_state.tp00.pdparams"
+    elif run.merge_model_path is None:
+        yield from unwritable(run, "model_name_or_path")
+    if run.merge_model_path is not None:
+        yield from unwritable(run, "merge_model_path")
+
+
 def shard_size(run: Any) -> Iterator[str]:
     size = run.max_shard_size
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?([KMGT]?B)?", size) or not bytes_of(size):

@@ -381,6 +381,22 @@ class MergeArguments(Arguments):
 
 
 @dataclass
+class MergeShardsArguments(Arguments):
+    """Merging the shards of a tensor-parallel run."""
+
+    group: ClassVar[str] = "Merge"
+
+    model_name_or_path: str | None = arg(None, "folder with the shards model_state.tp00.pdparams, ...", path=True)
+    merge_model_path: str | None = arg(
+        None, "folder for the merged model; by default it is written beside the shards", path=True
+    )
+    device: str = arg("gpu", DEVICE_HELP)
+    dtype: str | None = arg(None, "type of the merged weights; that of the shards by default", choices=DTYPES)
+    export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))
+    max_shard_size: str = arg("5GB", "largest weights file, such as 500MB or 5GB")
+
+
+@dataclass
 class WorkArguments(Arguments):
     """How a data tool works."""
 

@@ -12,6 +12,7 @@ from utils.arguments.groups import (
     ExportingArguments,
     GenerateArguments,
     MergeArguments,
+    MergeShardsArguments,
     ModelArguments,
     ParallelArguments,
     PredictorArguments,
@@ -184,6 +185,19 @@ class MergeLoraArguments(MergeArguments):
         "output_path": "merge_model_path",
     }
     checks: ClassVar = (checks.merge_required, checks.merge_folders, checks.shard_size, checks.named_files)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes (units of 1000)."""
+        return checks.bytes_of(self.max_shard_size)
+
+
+@dataclass
+class MergeTpArguments(MergeShardsArguments):
+    """Merges the shards of a tensor-parallel run into one ordinary model."""
+
+    renamed: ClassVar[dict[str, str]] = {"output_path": "merge_model_path"}
+    checks: ClassVar = (checks.shard_folder, checks.shard_size)
 
     @property
     def max_shard_bytes(self) -> int:

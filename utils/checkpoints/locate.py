@@ -26,6 +26,7 @@ _KINDS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ("model_state.pdparams", "model_state.pdparams.index.json"),
 )
+_SHARD = re.compile(r"(model_state|model)\.(tp\d+|pp\d+|tp\d+_pp\d+)\.(pdparams|safetensors)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -169,10 +170,18 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             return _indexed_files(folder / index)
         if (folder / single).is_file():
             return (folder / single,)
-    if any(folder.glob("model_state.tp*.pdparams")):
-        raise UserError(f"{folder}: holds tensor-parallel shards; merge them first with merge_tp_params.py")
+    if shard_files(folder) or any(folder.glob("model_state.tp*.pdparams")):
+        raise UserError(
+            f"{folder}: holds the shards of a tensor-parallel run; merge them first: "
+            f"python merge_tp_params.py --model_name_or_path {folder}"
+        )
     expected = " or ".join(single for single, _ in _KINDS)
     raise UserError(f"{folder}: holds no weights; expected {expected} (or shards with their index)")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The weights of the processes of one run (tensor parallel, and by pipeline stage), sorted by name."""
+    return sorted(file for file in folder.iterdir() if _SHARD.fullmatch(file.name))
 
 
 def _indexed_files(index: Path) -> tuple[Path, ...]:

@@ -13,16 +13,19 @@ from utils.families import Weight
 _SHOWN = 10  # names listed of each kind of fault
 
 
-def match(checkpoint: Checkpoint) -> dict[str, tuple[LazyTensor, bool]]:
+def match(checkpoint: Checkpoint, stored: Mapping[str, LazyTensor] | None = None) -> dict[str, tuple[LazyTensor, bool]]:
     """Which stored tensor fills which parameter: parameter -> (tensor, whether it must be transposed).
 
     Names may lack the prefix of the backbone ("model." or "llama."). Shapes are checked later, by
     whoever knows them.
 
+    Args:
+        stored: the tensors, if not those of the checkpoint's files.
+
     Raises:
         UserError: parameters without a tensor, or tensors that belong nowhere; all are named.
     """
-    stored = checkpoint.tensors()
+    stored = checkpoint.tensors() if stored is None else stored
     weights = checkpoint.family.weights(checkpoint.config)
     published = checkpoint.layout == "hf"
     names: dict[str, list[Weight]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def merge_lora(
         UserError: an adapter of another base or one that does not fit, a damaged file, or a `target`
             that holds anything but an earlier merge.
     """
-    _check_target(target, base, adapter)
+    check_target(target, MERGE_RECORD, (base.folder, adapter))
     merged = parameters(base, adapter, dtype)
     tensors = [(weight, merged[weight.parameter]) for weight in base.family.weights(base.config)]
     scale = scaling(check_adapter(adapter, LORA_CONFIG, base))
@@ -77,13 +78,21 @@ def parameters(base: Checkpoint, adapter: Path | None = None, dtype: str | None 
     }
 
 
-def _check_target(target: Path, base: Checkpoint, adapter: Path) -> None:
-    """Only an earlier merge is ever replaced: whatever else stands there may be somebody's work."""
+def check_target(target: Path, record: str, inputs: Sequence[Path]) -> None:
+    """Only an earlier merge is ever replaced: whatever else stands there may be somebody's work.
+
+    Args:
+        record: the file that marks an earlier merge.
+        inputs: folders that are read.
+
+    Raises:
+        UserError: something else is there.
+    """
     place = target.resolve()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    holds_input = any(place in (path.resolve(), *path.resolve().parents) for path in (base.folder, adapter))
-    if holds_input or not (target / MERGE_RECORD).is_file() or not holds_nothing_else(target):
+    holds_input = any(place in (path.resolve(), *path.resolve().parents) for path in inputs)
+    if holds_input or not (target / record).is_file() or not holds_nothing_else(target):
         raise UserError(f"{target}: is there already and holds more than an earlier merge; name a new folder")
 
 

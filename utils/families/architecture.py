@@ -120,6 +120,33 @@ class Architecture:
         learned = max((table.part + 1 for table in self.tables), default=1)
         return learned if self.rotary is None else self.rotary.inverse.shape[0]
 
+    def matrices(self) -> dict[str, tuple[int, int | None]]:
+        """The shapes of the big parameters in the Paddle layout, by whole name; None is a width not known here.
+
+        Linears are [in, out], tables [vocabulary, width].
+        """
+        shape = self.shape
+        wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        found: dict[str, tuple[int, int | None]] = {}
+        width = None if self.embedding_projection else shape.hidden
+        found[f"{self.embedding}.weight"] = (shape.vocabulary, width)
+        for number in range(shape.layers):
+            layer = self.layer(number)
+            apart = len(layer.query_key_value) > 1
+            outputs = (wide, narrow, narrow) if apart else (wide + 2 * narrow,)
+            for name, size in zip(layer.query_key_value, outputs, strict=True):
+                found[f"{name}.weight"] = (shape.hidden, size)
+            inner = shape.intermediate * (2 if self.gated and len(layer.mlp_in) == 1 else 1)
+            for name in layer.mlp_in:
+                found[f"{name}.weight"] = (shape.hidden, inner)
+            found[f"{layer.attention_out}.weight"] = (wide, shape.hidden)
+            found[f"{layer.mlp_out}.weight"] = (shape.intermediate, shape.hidden)
+        if self.head is not None and self.head_is_table:
+            found[self.head] = (shape.vocabulary, width)
+        elif self.head is not None:
+            found[self.head] = (shape.hidden, shape.vocabulary)
+        return found
+
 
 def partial_order(head_dim: int, rotated: int) -> NDArray[np.int64] | None:
     """`Rotary.order` of heads whose first `rotated` dimensions turn in halves and whose others do not."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from utils.families.text import Places, Text
 
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 
 Layers = list[tuple[Any, Any]]  # (key, value) tensors of every layer
+
+# How tensor parallelism shares a parameter (in the Paddle layout: a Linear's matrix is [in, out]) among processes:
+# "column", "row": equal parts of the outputs (also of their bias), or of the inputs.
+# "vocabulary", "vocabulary_columns": rows of a table, or columns of a head; where the degree does not divide
+#     them every process has all, or the last ones are padded.
+# "key_value": outputs by whole heads; too few heads are not shared.
+# "query_key_value": all queries, then all keys, then all values; each of the three is shared by heads.
+# "by_head": the same, but a share has the query, key and value of one head behind those of another.
+# "halves": two halves, such as gate and up, of which each is shared.
+Split = Literal[
+    "column", "row", "vocabulary", "vocabulary_columns", "key_value", "query_key_value", "by_head", "halves"
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Weight:
         conv1d: the matrix of a Linear that is published as [in, out] too (GPT-2's Conv1D).
         part: (index, count): the parameter is one of `count` equal parts of the published tensor along
             its output axis, such as the query of a fused query, key and value.
+        split: how tensor parallelism shares the parameter; None gives every process all of it.
     """
 
     published: str
@@ -41,6 +54,7 @@ class Weight:
     transpose: bool = False
     conv1d: bool = False
     part: tuple[int, int] | None = None
+    split: Split | None = None
 
     @property
     def is_linear(self) -> bool:

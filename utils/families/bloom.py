@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.families.architecture import Architecture, LayerNames, alibi_slopes
-from utils.families.base import ModelShape, Weight
+from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places
 
-_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_LINEARS: dict[str, Split] = {
+    "self_attention.query_key_value": "column",  # head after head, each with all three
+    "self_attention.dense": "row",
+    "mlp.dense_h_to_4h": "column",
+    "mlp.dense_4h_to_h": "row",
+}
 _KEPT = (
     "vocab_size",
     "layer_norm_epsilon",
@@ -56,18 +61,19 @@ class Bloom(DecoderFamily):
         def norm(published: str, parameter: str) -> list[Weight]:
             return [Weight(f"{published}.{kind}", f"{parameter}.{kind}") for kind in both]
 
-        found = [Weight("transformer.word_embeddings.weight", "bloom.word_embeddings.weight")]
+        found = [Weight("transformer.word_embeddings.weight", "bloom.word_embeddings.weight", split="vocabulary")]
         found += norm("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm")
         for layer in range(self.shape(config).layers):
             source, target = f"transformer.h.{layer}", f"bloom.h.{layer}"
             for name in ("input_layernorm", "post_attention_layernorm"):
                 found += norm(f"{source}.{name}", f"{target}.{name}")
-            for name in _LINEARS:
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", transpose=True))
-                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias"))
+            for name, split in _LINEARS.items():
+                shared = None if split == "row" else split
+                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", True, split=split))
+                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias", split=shared))
         found += norm("transformer.ln_f", "bloom.ln_f")
         if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
+            found.append(Weight("lm_head.weight", "lm_head.decoder_weight", split="vocabulary"))
         return found
 
     def ignored_weights(self) -> tuple[str, ...]:

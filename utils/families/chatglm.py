@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import ModelShape, Weight
+from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
 
@@ -95,22 +95,24 @@ class ChatGLM(DecoderFamily):
         }
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        found = [Weight("transformer.word_embeddings.weight", "chatglm.transformer.word_embeddings.weight")]
+        root = "chatglm.transformer"
+        found = [Weight("transformer.word_embeddings.weight", f"{root}.word_embeddings.weight", split="vocabulary")]
 
-        def add(name: str, *, linear: bool) -> None:
-            published, parameter = f"transformer.{name}", f"chatglm.transformer.{name}"
-            found.append(Weight(f"{published}.weight", f"{parameter}.weight", transpose=linear))
-            found.append(Weight(f"{published}.bias", f"{parameter}.bias"))
+        def add(name: str, split: Split | None = None) -> None:
+            published, parameter = f"transformer.{name}", f"{root}.{name}"
+            shared = None if split == "row" else split
+            found.append(Weight(f"{published}.weight", f"{parameter}.weight", transpose=bool(split), split=split))
+            found.append(Weight(f"{published}.bias", f"{parameter}.bias", split=shared))
 
         for layer in range(layers(config)):
             place = f"layers.{layer}"
-            add(f"{place}.input_layernorm", linear=False)
-            add(f"{place}.attention.query_key_value", linear=True)
-            add(f"{place}.attention.dense", linear=True)
-            add(f"{place}.post_attention_layernorm", linear=False)
-            add(f"{place}.mlp.dense_h_to_4h", linear=True)
-            add(f"{place}.mlp.dense_4h_to_h", linear=True)
-        add("final_layernorm", linear=False)
+            add(f"{place}.input_layernorm")
+            add(f"{place}.attention.query_key_value", "column")  # head after head, each with all three
+            add(f"{place}.attention.dense", "row")
+            add(f"{place}.post_attention_layernorm")
+            add(f"{place}.mlp.dense_h_to_4h", "column")
+            add(f"{place}.mlp.dense_4h_to_h", "row")
+        add("final_layernorm")
         return found
 
     def ignored_weights(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.errors import UserError, notice
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import ModelShape, Weight
+from utils.families.base import ModelShape, Split, Weight
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
 
@@ -49,6 +49,13 @@ DEFAULTS: dict[str, Any] = {
 # Switches of the published code that no published model of this family turns.
 FIXED = {"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True, "fp32_residual_connection": False}
 HEAD = "chatglm_v2.output_layer"
+# The Linears of a layer.
+SPLITS: dict[str, Split] = {
+    "self_attention.query_key_value": "query_key_value",
+    "self_attention.dense": "row",
+    "mlp.dense_h_to_4h": "halves",
+    "mlp.dense_4h_to_h": "row",
+}
 
 
 class ChatGLM2(DecoderFamily):
@@ -115,27 +122,25 @@ class ChatGLM2(DecoderFamily):
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
         known = _known(config)
         biased = {"query_key_value": known["add_bias_linear"] or known["add_qkv_bias"]}
-        found = [Weight("transformer.embedding.word_embeddings.weight", "chatglm_v2.embedding.word_embeddings.weight")]
+        found: list[Weight] = []
 
-        def add(name: str) -> None:
-            found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}"))
+        def add(name: str, split: Split | None = None) -> None:
+            found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}", split=split))
+
+        add("embedding.word_embeddings.weight", "vocabulary")
 
         for layer in range(layers(config)):
             place = f"encoder.layers.{layer}"
             for name in ("input_layernorm", "post_attention_layernorm"):
                 add(f"{place}.{name}.weight")
-            for part in (
-                "self_attention.query_key_value",
-                "self_attention.dense",
-                "mlp.dense_h_to_4h",
-                "mlp.dense_4h_to_h",
-            ):
+            for part, split in SPLITS.items():
                 name = f"{place}.{part}.weight"
-                found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}", transpose=True))
+                found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}", transpose=True, split=split))
                 if biased.get(part.split(".")[1], known["add_bias_linear"]):
-                    add(f"{place}.{part}.bias")
+                    add(f"{place}.{part}.bias", None if split == "row" else split)
         add("encoder.final_layernorm.weight")
-        found.append(Weight("transformer.output_layer.weight", f"{HEAD}.weight", transpose=True))
+        head = "transformer.output_layer.weight"
+        found.append(Weight(head, f"{HEAD}.weight", transpose=True, split="vocabulary_columns"))
         return found
 
     def ignored_weights(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
 from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
@@ -61,6 +61,18 @@ FIELDS = (
     *ID_NAMES,
 )
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+# Of the Linears, in their order; the library keeps queries, keys and values in another order when it shares them.
+_SPLITS: tuple[Split, ...] = ("by_head", "row", "column", "row")
+
+
+def _split(name: str) -> Split | None:
+    """How a parameter is shared."""
+    if name == "word_embeddings.weight":
+        return "vocabulary"
+    path, kind = name.rsplit(".", 1)
+    split = next((split for linear, split in zip(LINEARS, _SPLITS, strict=True) if path.endswith(linear)), None)
+    return None if split == "row" and kind == "bias" else split
 
 
 class Glm(FamilySpec):
@@ -129,7 +141,9 @@ class Glm(FamilySpec):
                 names += [f"{place}.{part}.weight", f"{place}.{part}.bias"]
         names += ["transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
         turned = tuple(f"{linear}.weight" for linear in LINEARS)
-        return [Weight(f"glm.{name}", f"glm.{name}", transpose=name.endswith(turned)) for name in names]
+        return [
+            Weight(f"glm.{name}", f"glm.{name}", transpose=name.endswith(turned), split=_split(name)) for name in names
+        ]
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]

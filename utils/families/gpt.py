@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import ModelShape, Weight
+from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
@@ -84,28 +84,31 @@ class Gpt(DecoderFamily):
         return _DEFAULTS[published] if published in _DEFAULTS else config[published]
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        def both(published: str, parameter: str, conv1d: bool, part: tuple[int, int] | None = None) -> list[Weight]:
+        def both(
+            published: str, parameter: str, split: Split | None = None, part: tuple[int, int] | None = None
+        ) -> list[Weight]:
+            shared = None if split == "row" else split
             return [
-                Weight(f"{published}.weight", f"{parameter}.weight", conv1d=conv1d, part=part),
-                Weight(f"{published}.bias", f"{parameter}.bias", part=part),
+                Weight(f"{published}.weight", f"{parameter}.weight", conv1d=bool(split), part=part, split=split),
+                Weight(f"{published}.bias", f"{parameter}.bias", part=part, split=shared),
             ]
 
         found = [
-            Weight("transformer.wte.weight", "gpt.embeddings.word_embeddings.weight"),
+            Weight("transformer.wte.weight", "gpt.embeddings.word_embeddings.weight", split="vocabulary"),
             Weight("transformer.wpe.weight", "gpt.embeddings.position_embeddings.weight"),
         ]
         for layer in range(self.shape(config).layers):
             source, target = f"transformer.h.{layer}", f"gpt.decoder.layers.{layer}"
-            found += both(f"{source}.ln_1", f"{target}.norm1", conv1d=False)
+            found += both(f"{source}.ln_1", f"{target}.norm1")
             for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                found += both(f"{source}.attn.c_attn", f"{target}.self_attn.{name}", conv1d=True, part=(index, 3))
-            found += both(f"{source}.attn.c_proj", f"{target}.self_attn.out_proj", conv1d=True)
-            found += both(f"{source}.ln_2", f"{target}.norm2", conv1d=False)
-            found += both(f"{source}.mlp.c_fc", f"{target}.linear1", conv1d=True)
-            found += both(f"{source}.mlp.c_proj", f"{target}.linear2", conv1d=True)
-        found += both("transformer.ln_f", "gpt.decoder.norm", conv1d=False)
+                found += both(f"{source}.attn.c_attn", f"{target}.self_attn.{name}", "column", part=(index, 3))
+            found += both(f"{source}.attn.c_proj", f"{target}.self_attn.out_proj", "row")
+            found += both(f"{source}.ln_2", f"{target}.norm2")
+            found += both(f"{source}.mlp.c_fc", f"{target}.linear1", "column")
+            found += both(f"{source}.mlp.c_proj", f"{target}.linear2", "row")
+        found += both("transformer.ln_f", "gpt.decoder.norm")
         if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.weight"))
+            found.append(Weight("lm_head.weight", "lm_head.weight", split="vocabulary"))
         return found
 
     def ignored_weights(self) -> tuple[str, ...]:

@@ -8,9 +8,12 @@ from typing import Any
 
 from utils.errors import UserError, raise_if
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
+
+# of the seven Linears of a layer
+_SPLITS: tuple[Split, ...] = ("column", "key_value", "key_value", "row", "column", "column", "row")
 
 
 class Llama(FamilySpec):
@@ -91,20 +94,21 @@ class Llama(FamilySpec):
         }
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        found = [Weight("model.embed_tokens.weight", f"{self.backbone}.embed_tokens.weight")]
+        found = [Weight("model.embed_tokens.weight", f"{self.backbone}.embed_tokens.weight", split="vocabulary")]
         biased = self.biased(config)
         for layer in range(config["num_hidden_layers"]):
             source, target = f"model.layers.{layer}", f"{self.backbone}.layers.{layer}"
-            for number, name in enumerate(self.lora_targets):
+            for number, (name, split) in enumerate(zip(self.lora_targets, _SPLITS, strict=True)):
                 path = f"{'self_attn' if number < 4 else 'mlp'}.{name}"
-                found.append(Weight(f"{source}.{path}.weight", f"{target}.{path}.weight", transpose=True))
+                found.append(Weight(f"{source}.{path}.weight", f"{target}.{path}.weight", True, split=split))
                 if name in biased:
-                    found.append(Weight(f"{source}.{path}.bias", f"{target}.{path}.bias"))
+                    shared = None if split == "row" else split
+                    found.append(Weight(f"{source}.{path}.bias", f"{target}.{path}.bias", split=shared))
             for name in ("input_layernorm", "post_attention_layernorm"):
                 found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
         found.append(Weight("model.norm.weight", f"{self.backbone}.norm.weight"))
         if not config.get("tie_word_embeddings", False):
-            found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True))
+            found.append(Weight("lm_head.weight", "lm_head.weight", True, split="vocabulary_columns"))
         return found
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:

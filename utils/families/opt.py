@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import ModelShape, Weight
+from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
@@ -20,6 +20,7 @@ _NAMES = {  # of a layer: published -> of the Paddle model
     "fc1": "linear1",
     "fc2": "linear2",
 }
+_ROWS = ("self_attn.out_proj", "linear2")  # shared by their inputs in tensor parallelism
 _NORMS = {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
 _SAME = (
     "vocab_size",
@@ -86,30 +87,32 @@ class Opt(DecoderFamily):
         return config.get("word_embed_proj_dim") or config["hidden_size"]
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        def both(published: str, parameter: str, transpose: bool = False) -> list[Weight]:
+        def both(published: str, parameter: str, split: Split | None = None) -> list[Weight]:
+            shared = None if split == "row" else split
             return [
-                Weight(f"{published}.weight", f"{parameter}.weight", transpose),
-                Weight(f"{published}.bias", f"{parameter}.bias"),
+                Weight(f"{published}.weight", f"{parameter}.weight", transpose=bool(split), split=split),
+                Weight(f"{published}.bias", f"{parameter}.bias", split=shared),
             ]
 
         projected = self._width(config) != config["hidden_size"]
         root = "model.decoder"
-        found = [Weight(f"{root}.embed_tokens.weight", "opt.embeddings.word_embeddings.weight")]
+        found = [Weight(f"{root}.embed_tokens.weight", "opt.embeddings.word_embeddings.weight", split="vocabulary")]
         if projected:
-            found.append(Weight(f"{root}.project_in.weight", "opt.embeddings.project_in.weight", transpose=True))
+            found.append(Weight(f"{root}.project_in.weight", "opt.embeddings.project_in.weight", True, split="column"))
         found.append(Weight(f"{root}.embed_positions.weight", "opt.embeddings.position_embeddings.weight"))
         for layer in range(config["num_hidden_layers"]):
             source, target = f"{root}.layers.{layer}", f"opt.decoder.layers.{layer}"
             for published, parameter in _NAMES.items():
-                found += both(f"{source}.{published}", f"{target}.{parameter}", transpose=True)
+                split: Split = "row" if parameter in _ROWS else "column"
+                found += both(f"{source}.{published}", f"{target}.{parameter}", split)
             for published, parameter in _NORMS.items():
                 found += both(f"{source}.{published}", f"{target}.{parameter}")
         if self._get(config, "do_layer_norm_before") and not config.get("_remove_final_layer_norm"):
             found += both(f"{root}.final_layer_norm", "opt.decoder.final_layer_norm")
         if projected:
-            found.append(Weight(f"{root}.project_out.weight", "opt.decoder.project_out.weight", transpose=True))
+            found.append(Weight(f"{root}.project_out.weight", "opt.decoder.project_out.weight", True, split="column"))
         if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.decoder_weight"))
+            found.append(Weight("lm_head.weight", "lm_head.decoder_weight", split="vocabulary"))
         return found
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
-from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
 from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
@@ -65,6 +65,15 @@ FIELDS = (
 DEFAULTS = {"kv_channels": 128, "max_position_embeddings": 8192, "no_bias": True, "tie_word_embeddings": False}
 DEFAULTS |= {"use_dynamic_ntk": False, "use_logn_attn": False}  # the library's own are True
 
+# The Linears of a layer; the first has a bias in every model.
+SPLITS: dict[str, Split] = {
+    "attn.c_attn": "query_key_value",
+    "attn.c_proj": "row",
+    "mlp.w1": "column",
+    "mlp.w2": "column",
+    "mlp.c_proj": "row",
+}
+
 
 class Qwen(FamilySpec):
     name = "qwen"
@@ -115,20 +124,19 @@ class Qwen(FamilySpec):
 
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
         known = self.paddle_config(config)
-        biased = ["attn.c_attn"]
-        if not known["no_bias"]:
-            biased += ["attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
-        found = [Weight("transformer.wte.weight", "qwen.wte.weight")]
+        biased = list(SPLITS)[: 1 if known["no_bias"] else None]
+        found = [Weight("transformer.wte.weight", "qwen.wte.weight", split="vocabulary")]
         for layer in range(known["num_hidden_layers"]):
             source, target = f"transformer.h.{layer}", f"qwen.h.{layer}"
-            for name in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"):
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", transpose=True))
+            for name, split in SPLITS.items():
+                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", True, split=split))
             for name in biased:
-                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias"))
+                shared = None if SPLITS[name] == "row" else SPLITS[name]
+                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias", split=shared))
             for name in ("ln_1", "ln_2"):
                 found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
         found.append(Weight("transformer.ln_f.weight", "qwen.ln_f.weight"))
-        found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True))
+        found.append(Weight("lm_head.weight", "lm_head.weight", True, split="vocabulary_columns"))
         return found
 
     def ignored_weights(self) -> tuple[str, ...]:
