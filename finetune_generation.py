@@ -33,6 +33,8 @@ def main() -> None:
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.data.rows import check_dataset
+    from utils.parallel.peers import start as connect
+    from utils.parallel.topology import Layout
     from utils.training.batches import run_steps
     from utils.training.plan import (
         check_output,
@@ -42,9 +44,10 @@ def main() -> None:
         make_plan,
     )
     from utils.training.reporters import check_reporters
-    from utils.training.start import check_adapters, check_world
+    from utils.training.start import check_adapters
 
-    check_world()
+    layout = Layout.of(args)
+    layout.check_supported(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     splits = [
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
@@ -55,13 +58,18 @@ def main() -> None:
         check_output(args)
         start = checkpoint_to_resume(args)
 
+    # ----- other processes of the run ------------------------------------------------------------------
+    peers = connect(layout, device)
+
     # ----- model folder, tokenizer, template -----------------------------------------------------------
     from utils.data.template import ChatTemplate
     from utils.families.tokenizers import load_tokenizer
 
-    checkpoint = locate(args.model_name_or_path)
+    with peers.one_after_first():
+        checkpoint = locate(args.model_name_or_path)
+        source = locate(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else checkpoint
+    layout.check_model(checkpoint.family.shape(checkpoint.config))
     check_adapters(args, checkpoint)
-    source = locate(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else checkpoint
     tokenizer = load_tokenizer(source.folder, checkpoint.config)
     override = Path(args.chat_template) if args.chat_template else None
     template = ChatTemplate.load(source.folder, default=checkpoint.family.chat_template, override=override)
@@ -70,22 +78,23 @@ def main() -> None:
     from utils.data.collate import Collator
     from utils.data.dataset import load_dataset, load_rows
 
-    data = {split: load_dataset(args, tokenizer, template, split) for split in splits}
+    with peers.one_after_first():
+        data = {split: load_dataset(args, tokenizer, template, split) for split in splits}
     for split, dataset in data.items():
         if dataset.report.counts:
             notice(f"{split} data: {dataset.summary()}")
     check_positions(data, checkpoint, args.max_length)
     plan = None
     if args.do_train:
-        run = describe(args, checkpoint, data["train"], tokenizer, template)
+        run = describe(args, layout, checkpoint, data["train"], tokenizer, template)
         rows: Any = data["train"]
-        steps = run_steps(args, None if args.lazy else len(rows))
+        steps = run_steps(args, layout, None if args.lazy else len(rows))
         plan = make_plan(args, run, rows, steps, start)
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         from utils.training.dry_run import report
 
-        print(report(args, checkpoint, dtype, device, data, tokenizer, template, plan))
+        print(report(args, layout, checkpoint, dtype, device, data, tokenizer, template, plan))
         return
 
     # ----- is there anything to do? --------------------------------------------------------------------
@@ -128,6 +137,7 @@ def main() -> None:
             src_length=args.src_length,
             batch_size=args.per_device_eval_batch_size,
             output_dir=output if kept else None,
+            peers=peers,
             show_progress=not args.disable_tqdm,
         )
 
@@ -146,6 +156,7 @@ def main() -> None:
         extra_files=companions,
         callbacks=console_callbacks(args, output),
         evaluate_first=args.eval_on_start and args.do_eval,
+        peers=peers,
     )
 
     # ----- train ---------------------------------------------------------------------------------------
@@ -153,10 +164,10 @@ def main() -> None:
 
     # ----- evaluate and predict ------------------------------------------------------------------------
     if args.do_eval:
-        write_results(output, "eval", trainer.evaluate())
+        write_results(output, "eval", trainer.evaluate(), peers)
     if test_answers is not None:
         found = test_answers(trainer.weights_step, "test_generated_output.json")
-        write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()})
+        write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()}, peers)
     print(f"done: {output}")
 
 

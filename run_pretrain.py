@@ -30,40 +30,48 @@ def main() -> None:
     output = Path(args.output_dir)
 
     # ----- checks that need files, not weights ---------------------------------------------------------
+    from utils.parallel.peers import start as connect
+    from utils.parallel.topology import Layout
     from utils.training.plan import check_output, checkpoint_to_resume, make_plan
     from utils.training.reporters import check_reporters
-    from utils.training.start import check_world
 
-    check_world()
+    layout = Layout.of(args)
+    layout.check_supported(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     start = None
     if args.do_train:
         check_output(args)
         start = checkpoint_to_resume(args)
 
+    # ----- other processes of the run ------------------------------------------------------------------
+    peers = connect(layout, device)
+
     # ----- model folder, tokenizer ---------------------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.families.tokenizers import load_tokenizer
     from utils.training import pretraining
 
-    checkpoint = locate(args.model_name_or_path, weights=args.continue_training)
+    with peers.one_after_first():
+        checkpoint = locate(args.model_name_or_path, weights=args.continue_training)
+        source = locate(args.tokenizer_name_or_path, weights=False) if args.tokenizer_name_or_path else checkpoint
+    layout.check_model(checkpoint.family.shape(checkpoint.config))
     pretraining.check_length(args, checkpoint)
-    source = locate(args.tokenizer_name_or_path, weights=False) if args.tokenizer_name_or_path else checkpoint
     tokenizer = load_tokenizer(source.folder, checkpoint.config)
     template = pretraining.choose_template(args, checkpoint, source.folder)
 
     # ----- data ----------------------------------------------------------------------------------------
     wanted = {"train": args.do_train, "dev": args.do_eval, "test": args.do_predict}
     splits = [split for split, asked in wanted.items() if asked]
-    data = pretraining.load_text(args, checkpoint, tokenizer, splits)
+    with peers.one_after_first():
+        data = pretraining.load_text(args, layout, checkpoint, tokenizer, splits)
     plan = None
     if args.do_train:
-        run = pretraining.describe(args, checkpoint, data["train"])
-        plan = make_plan(args, run, data["train"], pretraining.steps_of(args, data["train"]), start)
+        run = pretraining.describe(args, layout, checkpoint, data["train"])
+        plan = make_plan(args, run, data["train"], pretraining.steps_of(args, layout, data["train"]), start)
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         runtime.load_paddle()
-        print(pretraining.report(args, checkpoint, dtype, device, data, tokenizer, plan))
+        print(pretraining.report(args, layout, checkpoint, dtype, device, data, tokenizer, plan))
         return
 
     # ----- is there anything to do? --------------------------------------------------------------------
@@ -96,14 +104,15 @@ def main() -> None:
         callbacks=console_callbacks(args, output),
         evaluate_first=args.eval_on_start and args.do_eval,
         last_rate=args.min_learning_rate,
+        peers=peers,
     )
 
     # ----- train, evaluate -----------------------------------------------------------------------------
     train(trainer, args, plan, companions)
     if args.do_eval:
-        write_results(output, "eval", trainer.evaluate())
+        write_results(output, "eval", trainer.evaluate(), peers)
     if args.do_predict:
-        write_results(output, "predict", trainer.evaluate(data["test"], metric_key_prefix="predict"))
+        write_results(output, "predict", trainer.evaluate(data["test"], metric_key_prefix="predict"), peers)
     print(f"done: {output}")
 
 

@@ -15,7 +15,7 @@ from tiny_runs import Result, Tiny, tensors, tiny, write_rows  # noqa: F401
 
 # Everything at once that has a state: accumulation, packing, dropout, a warm-up, evaluation in between.
 HARD = [
-    *("--do_train", "--do_eval", "--intokens", "--max_length", 176, "--per_device_train_batch_size", 1),
+    *("--do_train", "--do_eval", "--intokens", "--max_length", 196, "--per_device_train_batch_size", 1),
     *(
         "--gradient_accumulation_steps",
         3,
@@ -283,7 +283,7 @@ def test_a_changed_run_is_refused_before_weights_load(tiny: Tiny, tmp_path: Path
     other = write_rows(tmp_path.parent / "other_rows" / "train.json", 50, seed=9).parent
     changes = {
         "other data": ["--dataset_name_or_path", other],
-        "per_device_train_batch_size = 8, now it is 4": ["--per_device_train_batch_size", 4],
+        "processes) = 8, now it is 4": ["--per_device_train_batch_size", 4],
         "lora_rank = 8, now it is 2": ["--lora_rank", 2],
         "seed": ["--seed", 1],
     }

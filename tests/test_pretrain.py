@@ -260,10 +260,11 @@ def test_text_of_another_tokenizer_is_refused(home: Path, tmp_path: Path) -> Non
     assert "the model has ids from 0 to" in said
 
 
-def test_several_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitting_a_model_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
-    said = pretrain(home / "model", home / "text", tmp_path / "out", "--do_train", expect=2).err
-    assert "started as 2 processes: parallel training is not part of this version yet" in said
+    options = ["--do_train", "--tensor_parallel_degree", 2]
+    said = pretrain(home / "model", home / "text", tmp_path / "out", *options, expect=2).err
+    assert "tensor parallel is not part of this version yet" in said
 
 
 def test_all_faults_come_at_once_and_soon(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
         words = [str(workplace / "model") if word in MODELS else word for word in words[1:]]
         run([sys.executable, *words], workplace)
     written = workplace / "checkpoints"
+    assert (written / "llama_lora_2" / "lora_model_state.safetensors").is_file()
     assert (written / "llama_lora_merged" / "model.safetensors").is_file()
     assert (written / "llama_lora_hf" / "config.json").is_file()
     assert (written / "llama_sft_ckpts" / "checkpoint-100" / "model.safetensors").is_file()

@@ -19,6 +19,7 @@ FORBIDDEN = {
     "data": {"adapters", "arguments", "inference", "training"},
     "adapters": {"arguments", "data", "inference", "training"},
     "inference": {"training"},
+    "parallel": {"adapters", "arguments", "checkpoints", "data", "families", "inference", "kernels", "training"},
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import Tiny, tiny  # noqa: F401
 
+from utils.parallel.topology import Layout
 from utils.training.batches import batch_sizes, epoch_steps, run_steps
 from utils.training.metrics import likelihood_metrics, text_metrics
 from utils.training.model import summed_loss
@@ -147,7 +148,7 @@ def test_training_evaluation_and_prediction_see_the_same_prompts(tiny: Tiny, tmp
     from utils.data.rows import read_rows
     from utils.inference.generator import Generator
     from utils.inference.loading import prepare
-    from utils.training.trainer import SizingCollator
+    from utils.training.inputs import SizingCollator
 
     row = {
         "messages": [
@@ -197,12 +198,12 @@ def test_training_evaluation_and_prediction_see_the_same_prompts(tiny: Tiny, tmp
 
 
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 9))
-def test_micro_batches_hold_every_example_once(examples: int, batch_size: int, accumulation: int) -> None:
-    sizes = batch_sizes(examples, batch_size, accumulation)
-    assert sum(sizes) == examples and min(sizes) >= 1
-    assert len(sizes) % accumulation == 0 or len(sizes) == examples < accumulation
-    assert max(sizes) <= batch_size + 1
-    assert epoch_steps(examples, batch_size, accumulation) == max(1, len(sizes) // accumulation)
+def test_micro_batches_hold_every_example_once(examples: int, batch_size: int, parts: int) -> None:
+    sizes = batch_sizes(examples, batch_size, parts)
+    assert sum(sizes) == examples and min(sizes) >= 0 and max(sizes) <= batch_size
+    steps = [sum(sizes[first : first + parts]) for first in range(0, len(sizes), parts)]
+    assert len(sizes) == parts * len(steps) and len(steps) == epoch_steps(examples, batch_size * parts)
+    assert set(steps[:-1]) <= {batch_size * parts} and steps[-1] >= 1  # whatever the parts
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_micro_batches_hold_every_example_once(examples: int, batch_size: int, a
 def test_steps_of_a_run(epochs: float, max_steps: int, examples: int | None, steps: int) -> None:
     args = mock.Mock(num_train_epochs=epochs, max_steps=max_steps)
     args.per_device_train_batch_size = args.gradient_accumulation_steps = 1
-    assert run_steps(args, examples) == steps
+    assert run_steps(args, Layout(), examples) == steps
 
 
 def test_evaluation_before_the_first_step_is_on_the_curve(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811

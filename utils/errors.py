@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+FIRST_SPEAKS_SECONDS = 2.0
+
+
+class Ending(Protocol):
+    """How a process of several ends: each method ends it."""
+
+    def failed(self, faults: Sequence[str]) -> None: ...
+
+    def crashed(self, error: BaseException) -> None: ...
+
+    def leave(self, code: int) -> None: ...
+
+
+ending: Ending | None = None  # set once several processes are connected
+silent = False  # whether another process of this run speaks to the user
 
 
 class UserError(Exception):
@@ -32,7 +48,15 @@ def raise_if(faults: Sequence[str]) -> None:
 
 def notice(text: str) -> None:
     """Says one useful thing to the user on standard error (standard output is for results)."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    if not silent:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def show(faults: Sequence[str]) -> None:
+    """Prints each fault on an `error:` line of its own on standard error."""
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
@@ -40,13 +64,18 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     Exit codes: 0 success, 2 a `UserError` (each fault on its own `error:` line on standard error),
     130 interrupted by Ctrl-C, 141 nobody reads the output. Anything else is a bug and keeps its traceback.
+    Of several processes the first says what all of them have found.
     """
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+        if ending is not None:
+            ending.failed(error.faults)
+        if int(os.environ.get("PADDLE_RANK_IN_NODE") or 0) == 0:
+            show(error.faults)
+        else:  # the first process of this machine finds the same, and the launcher ends it when we are gone
+            time.sleep(FIRST_SPEAKS_SECONDS)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,4 +83,14 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
+    except SystemExit as error:
+        if ending is not None:
+            ending.leave(error.code if isinstance(error.code, int) else EXIT_USER_ERROR)
+        raise
+    except Exception as error:
+        if ending is not None:
+            ending.crashed(error)
+        raise
+    if ending is not None:
+        ending.leave(0)
     sys.exit(0)

@@ -42,7 +42,7 @@ def cpu_flags() -> tuple[str, frozenset[str]]:
 def prepare() -> None:
     """Sets the environment that Paddle reads once, when it loads. What the user has set wins.
 
-    - OMP_NUM_THREADS: the processors that this process may use (a launcher sets its own share).
+    - OMP_NUM_THREADS: the processors that this process may use, its share of them under a launcher.
     - MKL_DEBUG_CPU_TYPE=5 on AMD processors with AVX2: the MKL inside the Paddle wheel otherwise
       takes a path there that is 3 to 4 times slower in float32 matrix products.
     - FLAGS_use_stride_kernel=0 without a GPU: transposes are copied once, not in every product.
@@ -52,7 +52,8 @@ def prepare() -> None:
     if "paddle" in sys.modules:
         raise RuntimeError("runtime.prepare() must run before Paddle is imported")
     environment = os.environ
-    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    neighbours = int(environment.get("PADDLE_LOCAL_SIZE") or 1)  # processes of the same run on this machine
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // neighbours)))
     _keep_freed_memory()
     vendor, flags = cpu_flags()
     if vendor == "AuthenticAMD" and "avx2" in flags:

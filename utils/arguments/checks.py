@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from utils.parallel.topology import world_size
+
 ANSWER_METRICS = ("bleu4", "rouge1", "rouge2", "rougel")
 TOKEN_METRICS = ("accuracy", "ppl", "loss")
 TASKS = ("do_train", "do_eval", "do_predict", "do_ptq", "do_gptq")
@@ -151,11 +153,6 @@ def parallel_degrees(run: Any) -> Iterator[str]:
             f'paddle.distributed.launch --gpus "{cards}" {run.command} (without GPUs --nproc_per_node '
             f"{wanted} instead of --gpus), or add {alone}"
         )
-
-
-def world_size() -> int:
-    """The number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM") or 1)
 
 
 # --- files and folders ---------------------------------------------------------------------------

@@ -5,31 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from utils.parallel.topology import Layout
 
-def batch_sizes(examples: int, batch_size: int, accumulation: int) -> list[int]:
+
+def batch_sizes(examples: int, batch_size: int, parts: int) -> list[int]:
     """Sizes of an epoch's micro-batches: every example once, in a whole number of optimizer steps.
 
-    What does not fill a step at the end of the epoch makes a smaller one; if it has too few examples
-    for that (one per micro-batch), the step before takes them. Losses are weighted by tokens, so
-    micro-batches of different sizes are exact.
+    What does not fill a step at the end of the epoch makes a smaller one, spread evenly; some of its
+    micro-batches may be empty. So the examples of each step depend on the size of the whole batch only,
+    not on how it is divided. Losses are weighted by tokens: micro-batches of different sizes are exact.
+
+    Args:
+        parts: micro-batches of one step, those of all ranks together.
     """
-    steps, rest = divmod(examples, batch_size * accumulation)
-    sizes = [batch_size] * (steps * accumulation)
-    if rest >= accumulation or not steps:
-        parts = min(accumulation, rest)
+    steps, rest = divmod(examples, batch_size * parts)
+    sizes = [batch_size] * (steps * parts)
+    if rest:
         sizes += [rest // parts + (place < rest % parts) for place in range(parts)]
-    else:
-        for place in range(rest):
-            sizes[place - accumulation] += 1
     return sizes
 
 
-def epoch_steps(examples: int, batch_size: int, accumulation: int) -> int:
-    """Optimizer steps of one epoch; an epoch with fewer examples than micro-batches is one step."""
-    return max(1, len(batch_sizes(examples, batch_size, accumulation)) // accumulation)
+def epoch_steps(examples: int, global_batch: int) -> int:
+    """Optimizer steps of one epoch."""
+    return -(-examples // global_batch)
 
 
-def run_steps(args: Any, examples: int | None) -> int:
+def run_steps(args: Any, layout: Layout, examples: int | None) -> int:
     """Optimizer steps of a whole run.
 
     Args:
@@ -39,6 +40,6 @@ def run_steps(args: Any, examples: int | None) -> int:
     limit: int = args.max_steps
     if limit > 0 or examples is None:
         return limit
-    per_epoch = epoch_steps(examples, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    per_epoch = epoch_steps(examples, layout.global_batch(args))
     # a rounding error must not cost a step: 0.7 * 10 is 6.999...
     return max(1, math.floor(per_epoch * args.num_train_epochs + 1e-6))

@@ -139,13 +139,28 @@ class Reports(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
+    With several processes a signal counts once all of them have agreed on it, so that all stop after the same step.
+
     Attributes:
-        received: the number of the signal that came first, or None.
+        received: the number of the signal that came to this process first, or None.
+        agreed: the number of the signal that ends all processes, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
+        self.several = several
         self.received: int | None = None
+        self.agreed: int | None = None
         self.before: dict[int, Any] = {}
+
+    @property
+    def wanted(self) -> int | None:
+        """The number of the signal that is to be followed now."""
+        return self.agreed if self.several else self.received
+
+    def agree(self, stopping: bool) -> None:
+        """Takes over whether any process has received a signal."""
+        if self.several and stopping and self.agreed is None:
+            self.agreed = self.received or signal.SIGTERM
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -159,7 +174,7 @@ class StopOnSignal(TrainerCallback):
             self.before[number] = signal.signal(number, self._handle)
 
     def _stop(self, control: Any) -> None:
-        if self.received is not None:
+        if self.wanted is not None:
             control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,12 +185,13 @@ class StopOnSignal(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The loop ends the epoch when it stops within it; what belongs to a true end must wait for that.
-        if self.received is not None and not float(state.epoch).is_integer():
+        if self.wanted is not None and not float(state.epoch).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # a launcher sends its signal several times; a process that is ending already must not die of it
+            signal.signal(number, signal.SIG_IGN if self.agreed is not None else handler)
         self.before.clear()
 
 

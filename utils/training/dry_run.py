@@ -10,6 +10,7 @@ from utils.data.encode import IGNORED
 from utils.data.template import ChatTemplate
 from utils.families.base import ModelShape
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.topology import Layout
 from utils.training.batches import epoch_steps
 from utils.training.plan import Plan, method
 from utils.training.start import trained_parameters
@@ -68,12 +69,12 @@ def memory_line(memory: dict[str, float], case: str) -> str:
     return f"memory per device, estimated: {math.fsum(memory.values()) / 2**30:.2f} GiB at {case} ({parts})"
 
 
-def training_lines(args: Any, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
+def training_lines(args: Any, layout: Layout, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
     """Steps, tokens per step, and one example with its loss mask visible."""
     if args.lazy:
         per_epoch = "a stream has no epochs"
     else:
-        steps = epoch_steps(len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        steps = epoch_steps(len(dataset), layout.global_batch(args))
         per_epoch = f"{steps:,} per epoch, about {dataset.report.tokens / steps:,.0f} tokens each"
     return [
         f"steps: {plan.steps:,} ({per_epoch})",
@@ -84,6 +85,7 @@ def training_lines(args: Any, dataset: Any, tokenizer: Tokenizer, plan: Plan) ->
 
 def report(
     args: Any,
+    layout: Layout,
     checkpoint: Checkpoint,
     dtype: str,
     device: str,
@@ -99,6 +101,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
+        *layout.lines(args),
         f"model: {whole:,} parameters, {trained:,} of them trained ({method(args)})"
         if method(args) == "sft"
         else f"model: {whole:,} parameters, {trained:,} trained beside them ({method(args)})",
@@ -107,7 +110,7 @@ def report(
     for split, dataset in data.items():
         lines += [f"{split} data: {line}" for line in dataset.summary().splitlines()]
     if plan is not None:
-        lines += training_lines(args, data["train"], tokenizer, plan)
+        lines += training_lines(args, layout, data["train"], tokenizer, plan)
         lines += [
             memory_line(memory_bytes(args, shape, args.max_length, whole, trained, dtype), "rows of max_length"),
             f"starts: {plan}",

@@ -17,6 +17,7 @@ from utils.families.tokenizers import Tokenizer
 from utils.inference.eager import EagerEngine
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import Alone
 from utils.training.metrics import text_metrics
 from utils.training.model import TrainingModel
 
@@ -32,6 +33,7 @@ class GenerationEvaluation:
         options: how to generate; greedy unless the user said otherwise.
         output_dir: where `generated_output.json` goes, or None to keep no outputs. The outputs of
             each evaluation stay in `generated_output-step-N.json`.
+        peers: the processes that share the rows.
     """
 
     def __init__(
@@ -46,13 +48,19 @@ class GenerationEvaluation:
         src_length: int,
         batch_size: int,
         output_dir: Path | None,
+        peers: Alone | None = None,
         show_progress: bool = True,
     ) -> None:
         self.model, self.config, self.tokenizer, self.rows = model, config, tokenizer, rows
         self.stop_ids = template.stop_ids(tokenizer)
         self.options, self.batch_size, self.output_dir = options, batch_size, output_dir
-        self.show_progress = show_progress
-        self.prompts = [encode_source(row.question, tokenizer, template, src_length)[0] for row in rows]
+        self.peers = peers or Alone()
+        self.show_progress = show_progress and self.peers.first
+        ranks, rank = self.peers.layout.readers, self.peers.layout.reader(self.peers.layout.rank)
+        self.numbers = range(len(rows))[rank::ranks]  # of the rows that this rank answers
+        self.prompts = [
+            encode_source(rows[number].question, tokenizer, template, src_length)[0] for number in self.numbers
+        ]
 
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
@@ -60,12 +68,18 @@ class GenerationEvaluation:
         engine = EagerEngine(self.model.family, self.model.base, self.config, prefix=self.model.prefix)
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
-            total=len(self.rows), unit="row", desc="answering", leave=False, disable=not self.show_progress
+            total=len(self.prompts), unit="row", desc="answering", leave=False, disable=not self.show_progress
         ) as bar:
-            found = generator.generate(self.prompts, self.options, self.batch_size, on_row=lambda *_: bar.update())
-        outputs = [completion.text for completion in found]
+            found = generator.generate(
+                self.prompts,
+                self.options,
+                self.batch_size,
+                on_row=lambda *_: bar.update(),
+                numbers=list(self.numbers),
+            )
+        outputs = self._of_all_ranks([completion.text for completion in found])
         references = [row.answer or "" for row in self.rows]
-        if self.output_dir is not None:
+        if self.output_dir is not None and self.peers.first:
             lines = [
                 json.dumps(
                     {"src": row.question[-1]["content"], "tgt": row.answer, "output": text},
@@ -77,3 +91,12 @@ class GenerationEvaluation:
             atomic_write(self.output_dir / name, text)
             atomic_write(self.output_dir / name.replace(".json", f"-step-{step}.json"), text)
         return text_metrics(outputs, references)
+
+    def _of_all_ranks(self, texts: list[str]) -> list[str]:
+        """The answers to all rows in their order, on every rank."""
+        self.peers.gate("waiting for the answers of other ranks")
+        outputs = [""] * len(self.rows)
+        parts = self.peers.gather(texts)
+        for rank, part in enumerate(parts):
+            outputs[self.peers.layout.reader(rank) :: self.peers.layout.readers] = part
+        return outputs

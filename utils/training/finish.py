@@ -39,11 +39,17 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
     """
     if plan is None:
         return
-    output = Path(args.output_dir)
+    output, peers = Path(args.output_dir), trainer.peers
+    peers.alike(
+        [plan.run, plan.steps, str(plan.start), plan.finished],
+        f"the ranks of this run see different data, arguments or checkpoints in {output}; start every machine with "
+        "the same command, on a file system that all of them share",
+    )
     if plan.finished:
         trainer.take_result(output, plan.result_step)
         return
-    clear_output(args)
+    if peers.first:
+        clear_output(args)
     results = trainer.train_by(plan)
     if trainer.stopped_early:
         notice(
@@ -59,6 +65,8 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
         companions(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    install(output, result)
-    write_results(output, "train", results)
-    mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
+    if peers.first:
+        install(output, result)
+        write_results(output, "train", results)
+        mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
+    peers.gate("waiting for rank 0 to write the result")

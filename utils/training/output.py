@@ -13,6 +13,7 @@ from typing import Any
 from utils.checkpoints.files import write_json
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.peers import Alone
 
 ARGUMENTS = "arguments.json"
 
@@ -53,8 +54,10 @@ def missing_results(folder: Path, splits: Sequence[str]) -> list[str]:
     return [RESULTS[split] for split in splits if not (folder / RESULTS[split]).is_file()]
 
 
-def write_results(folder: Path, split: str, values: Mapping[str, float]) -> None:
-    """Writes `SPLIT_results.json` and adds the values to `all_results.json`."""
+def write_results(folder: Path, split: str, values: Mapping[str, float], peers: Alone | None = None) -> None:
+    """Writes `SPLIT_results.json` and adds the values to `all_results.json`; of several processes, the first does."""
+    if peers is not None and not peers.first:
+        return
     write_json(folder / f"{split}_results.json", dict(values))
     everything = folder / "all_results.json"
     before = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}

@@ -15,8 +15,10 @@ from utils.checkpoints.files import write_json
 from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
 from utils.errors import UserError, notice, raise_if
+from utils.parallel.topology import Layout
 from utils.training import resume
 
+GLOBAL_BATCH = "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
 FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
 RESULTS = (FINISHED, "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.tmp-(\d+)-\w+$")
@@ -53,13 +55,15 @@ def method(args: Any) -> str:
     return "lora" if args.lora else "prefix" if args.prefix_tuning else "sft"
 
 
-def describe(args: Any, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any) -> dict[str, Any]:
+def describe(
+    args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any
+) -> dict[str, Any]:
     """What must not change between a run and its continuation, as JSON values.
 
     A stream has no fingerprint of its tokens: it is described by what makes them, and checks its own
     files (see `StreamDataset.restore`).
     """
-    names = ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "intokens", "lazy"]
+    names = ["seed", "intokens", "lazy"]
     names += {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "rslora", "lora_target_modules"],
         "prefix": ["num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size"],
@@ -76,6 +80,7 @@ def describe(args: Any, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, te
         "model": fingerprint(checkpoint),
         "method": method(args),
         "data": data,
+        GLOBAL_BATCH: layout.global_batch(args),
         **{name: getattr(args, name) for name in names},
     }
 

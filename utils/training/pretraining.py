@@ -15,8 +15,9 @@ from utils.data.pretrain_dataset import EvaluationText, PretrainData, PretrainDa
 from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.topology import Layout
 from utils.training.dry_run import argument_lines, memory_bytes, memory_line
-from utils.training.plan import Plan
+from utils.training.plan import GLOBAL_BATCH, Plan
 
 if TYPE_CHECKING:
     from utils.training.model import TrainingModel
@@ -48,7 +49,9 @@ def check_length(args: Any, checkpoint: Checkpoint) -> None:
         raise UserError(f"{args.where('max_seq_length')}: {found}; set it to {positions} or less")
 
 
-def load_text(args: Any, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: Sequence[str]) -> dict[str, Any]:
+def load_text(
+    args: Any, layout: Layout, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: Sequence[str]
+) -> dict[str, Any]:
     """The data of each split: a `PretrainDataset` for "train" as long as the run, `EvaluationText` for others.
 
     Raises:
@@ -72,23 +75,18 @@ def load_text(args: Any, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: S
         if split == "train":
             streams = [TokenStream(one, args.max_seq_length, args.seed) for one in documents]
             data[split] = PretrainDataset(streams, text.weights)
-            data[split].samples = steps_of(args, data[split]) * samples_per_step(args)
+            data[split].samples = steps_of(args, layout, data[split]) * layout.global_batch(args)
         else:
             limit = None if args.eval_iters is None else args.eval_iters * args.per_device_eval_batch_size
             data[split] = EvaluationText(documents, args.max_seq_length, limit)
     return data
 
 
-def samples_per_step(args: Any) -> int:
-    """Samples of one update."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps)
-
-
-def steps_of(args: Any, dataset: PretrainDataset) -> int:
+def steps_of(args: Any, layout: Layout, dataset: PretrainDataset) -> int:
     """Updates of the run: max_steps, else what num_train_epochs take, at least one."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    per_epoch = dataset.tokens / (dataset.length * samples_per_step(args))
+    per_epoch = dataset.tokens / (dataset.length * layout.global_batch(args))
     return max(1, math.floor(args.num_train_epochs * per_epoch + 1e-6))
 
 
@@ -107,14 +105,15 @@ class SampleNames:
 # --- the run ---------------------------------------------------------------------------------------
 
 
-def describe(args: Any, checkpoint: Checkpoint, dataset: PretrainDataset) -> dict[str, Any]:
+def describe(args: Any, layout: Layout, checkpoint: Checkpoint, dataset: PretrainDataset) -> dict[str, Any]:
     """What must not change between a run and its continuation, see `plan.describe`."""
-    names = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_seq_length")
     return {
         "model": fingerprint(checkpoint) if args.continue_training else sizes(checkpoint),
         "method": "continued pretraining" if args.continue_training else "pretraining",
         "data": dataset.fingerprint(),
-        **{name: getattr(args, name) for name in names},
+        GLOBAL_BATCH: layout.global_batch(args),
+        "seed": args.seed,
+        "max_seq_length": args.max_seq_length,
     }
 
 
@@ -148,6 +147,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str) -> tuple[TrainingModel,
 
 def report(
     args: Any,
+    layout: Layout,
     checkpoint: Checkpoint,
     dtype: str,
     device: str,
@@ -167,6 +167,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
+        *layout.lines(args),
         f"model: {checkpoint.family.title}, {whole:,} parameters, all of them trained, from {start}",
     ]
     for split, dataset in data.items():
@@ -174,7 +175,7 @@ def report(
     written = "results"
     if plan is not None:
         dataset = data["train"]
-        step = samples_per_step(args)
+        step = layout.global_batch(args)
         first = tokenizer.decode([int(i) for i in dataset[0]["input_ids"][:SHOWN_TOKENS]], skip_special=False)
         memory = memory_bytes(
             args, checkpoint.family.shape(checkpoint.config), args.max_seq_length, whole, whole, dtype

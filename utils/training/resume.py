@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The good checkpoints of a run, oldest first."""
     named = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _CHECKPOINT.match(path.name))]
     return [path for _, path in sorted(named) if is_good(path)]
+
+
+def delete_old(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keeps the newest `limit` checkpoints (None or a negative number: all) and the one named `best`."""
+    if limit and limit > 0:
+        for folder in checkpoints(output_dir)[:-limit]:
+            if folder.name != best:
+                shutil.rmtree(folder)
 
 
 def incomplete(output_dir: Path) -> list[Path]:

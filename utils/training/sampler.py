@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from typing import Any
 
 import numpy as np
-from paddle.io import DistributedBatchSampler
+from paddle.io import BatchSampler, DistributedBatchSampler
 
+from utils.data.encode import IGNORED
 from utils.training.batches import batch_sizes
+
+BLANK = "blank"  # key of an item that only keeps a rank busy
+
+
+class WithBlanks:
+    """A dataset in which number -1 - k is example k with nothing of it supervised.
+
+    Such an example stands for an empty micro-batch: every rank takes part in every step.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number >= 0:
+            return self.dataset[number]
+        item = dict(self.dataset[-1 - number])
+        return {**item, "labels": np.full_like(item["labels"], IGNORED), BLANK: True}
 
 
 class EpochSampler(DistributedBatchSampler):
@@ -21,21 +44,21 @@ class EpochSampler(DistributedBatchSampler):
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas=ranks, rank=rank, shuffle=True)
         self.examples, self.seed = len(dataset), seed
-        self.sizes = batch_sizes(-(-self.examples // ranks), batch_size, accumulation)
+        self.sizes = batch_sizes(self.examples, batch_size, accumulation * ranks)
         self.start_epoch, self.skipped = 0, 0
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.sizes) // self.nranks
 
     def resume_at(self, epoch: int, batches: int) -> None:
         """Leaves out the first `batches` batches of `epoch`: they were trained on before."""
         self.start_epoch, self.skipped = epoch, batches
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The example numbers of every batch of this rank; ranks are padded to equal length."""
+        """The example numbers of every batch of this rank, see `WithBlanks`."""
         order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.examples)
-        order = np.resize(order, -(-self.examples // self.nranks) * self.nranks)[self.local_rank :: self.nranks]
-        return [part.tolist() for part in np.split(order, np.cumsum(self.sizes)[:-1])]
+        parts = np.split(order, np.cumsum(self.sizes)[:-1])[self.local_rank :: self.nranks]
+        return [part.tolist() or [-1] for part in parts]
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.skipped if self.epoch == self.start_epoch else 0
@@ -63,3 +86,18 @@ class OrderedSampler(DistributedBatchSampler):
         for batch in range(self.skipped, len(self)):
             first = (batch * self.nranks + self.local_rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
+
+
+class EvaluationSampler(BatchSampler):
+    """Batches in order, of which each rank takes one in turn; every example once."""
+
+    def __init__(self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, batch_size=batch_size)
+        self.examples, self.starts = len(dataset), range(0, len(dataset), batch_size)[rank::ranks]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in self.starts:
+            yield list(range(first, min(first + self.batch_size, self.examples)))

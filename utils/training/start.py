@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -158,16 +157,6 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
         inputs_need_gradient=args.recompute,
     )
     return model, trained
-
-
-def check_world() -> None:
-    """Refuses a launch of several processes: parallel training is not part of this version yet."""
-    processes = int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
-    if processes > 1:
-        raise UserError(
-            f"started as {processes} processes: parallel training is not part of this version yet; "
-            "run the script without paddle.distributed.launch and set the parallel degrees to 1"
-        )
 
 
 def typical_ids(dataset: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,29 +15,19 @@ from tqdm import tqdm
 from utils.checkpoints.files import atomic_directory
 from utils.data.encode import IGNORED
 from utils.errors import UserError, notice
+from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.callbacks import StopOnSignal, memory_gib
+from utils.training.inputs import SIZES, SizingCollator, rows_of
 from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
 from utils.training.plan import Plan
-from utils.training.sampler import EpochSampler, OrderedSampler
+from utils.training.sampler import EpochSampler, EvaluationSampler, OrderedSampler, WithBlanks
 from utils.training.schedule import ending_at
 from utils.training.trained import Trained
 from utils.training.window import Window
 
-SIZES = "sizes"  # int64 [batch]: real tokens of each row of a batch, beside the model's inputs
 BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
-
-
-class SizingCollator:
-    """A collator that also says how many real tokens each row has."""
-
-    def __init__(self, collator: Callable[[list[Any]], dict[str, np.ndarray]]) -> None:
-        self.collator = collator
-
-    def __call__(self, items: list[Any]) -> dict[str, np.ndarray]:
-        sizes = np.array([len(item["input_ids"]) for item in items], dtype=np.int64)
-        return {**self.collator(items), SIZES: sizes}
 
 
 class _Boundaries(library.TrainerCallback):
@@ -79,6 +68,8 @@ class Trainer(library.Trainer):
       epoch's end and in later epochs; a checkpoint appears whole or not at all.
     - It stops before an update whose loss or gradient is not finite.
     - SIGTERM and Ctrl-C end it after the step under way, with a checkpoint.
+    - Several processes train as one that has all their rows: gradients are added up once a step, after
+      the last micro-batch, and every figure is that of all ranks.
     """
 
     def __init__(
@@ -96,6 +87,7 @@ class Trainer(library.Trainer):
         callbacks: Sequence[Any] = (),
         evaluate_first: bool = False,
         last_rate: float = 0.0,
+        peers: Alone | None = None,
     ) -> None:
         """
         Args:
@@ -106,11 +98,14 @@ class Trainer(library.Trainer):
             extra_files: writes tokenizer, template and arguments beside the weights.
             evaluate_first: whether to evaluate before the first step of a new run.
             last_rate: where the learning rate ends.
+            peers: the processes of the run.
         """
         self.evaluate_first = evaluate_first
         self.last_rate = last_rate
         self.control: Any
-        self.signals = StopOnSignal()
+        self.train_dataset: Any
+        self.peers = peers or Alone()
+        self.signals = StopOnSignal(several=self.peers.several)
         super().__init__(
             model=model,
             args=args,
@@ -126,11 +121,11 @@ class Trainer(library.Trainer):
         self.extra_files = extra_files
         self.run: dict[str, Any] = {}
         self.window = Window()
-        self.step_targets, self.step_scale = 0, 1.0  # of the optimizer step under way
+        self.step_scale = 1.0  # of the optimizer step under way
+        self.step_counts = np.zeros(3, dtype=np.int64)  # its targets, tokens and positions on this rank
         self.step_batches: list[tuple[paddle.Tensor, dict[str, Any]]] = []  # its losses and inputs
         self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
         self.total_loss, self.total_targets, self.total_tokens = 0.0, 0, 0
-        self.micro_batches = 0  # of the whole run, for the place in streamed data
         self.resumed: dict[str, Any] | None = None
         self.random_state_due = False
         self.loaded_step: int | None = None  # of the best checkpoint, once its weights are in the model
@@ -152,11 +147,17 @@ class Trainer(library.Trainer):
     def get_train_dataloader(self) -> Any:
         if self.streams:  # several loader processes would each read all of a stream
             self.args.dataloader_num_workers = 0
-        return super().get_train_dataloader()
+        whole = self.train_dataset
+        if not self.streams and not getattr(whole, "ordered", False):
+            self.train_dataset = WithBlanks(whole)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
 
     def _get_train_sampler(self) -> EpochSampler | OrderedSampler:
         batch = self.args.per_device_train_batch_size
-        ranks, rank = max(1, self.args.dataset_world_size), max(0, self.args.dataset_rank)
+        ranks, rank = self._readers()
         self.sampler: EpochSampler | OrderedSampler
         if getattr(self.train_dataset, "ordered", False):
             self.sampler = OrderedSampler(self.train_dataset, batch, ranks=ranks, rank=rank)
@@ -168,14 +169,29 @@ class Trainer(library.Trainer):
             self.sampler.resume_at(epoch, steps * self.args.gradient_accumulation_steps)
         return self.sampler
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> EvaluationSampler:
+        ranks, rank = self._readers()
+        return EvaluationSampler(eval_dataset, self.args.per_device_eval_batch_size, ranks=ranks, rank=rank)
+
+    def _readers(self) -> tuple[int, int]:
+        """(in how many parts a batch is read, which of them this rank reads)."""
+        layout = self.peers.layout
+        return layout.readers, layout.reader(layout.rank)
+
+    def _wrap_model(self, model: Any, training: bool = True) -> Any:
+        """The library's preparation without its DataParallel, which would exchange gradients at every micro-batch."""
+        rank, self.args.local_rank = self.args.local_rank, -1
+        try:
+            return super()._wrap_model(model, training)
+        finally:
+            self.args.local_rank = rank
+
     @property
     def epochs(self) -> float:
         """How often the training data has been seen, for the log."""
         if not getattr(self.train_dataset, "ordered", False):
             return float(self.state.epoch or 0.0)
-        ranks = max(1, self.args.dataset_world_size)
-        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * ranks
-        return float(self.train_dataset.epochs(self.state.global_step * step))
+        return float(self.train_dataset.epochs(self.state.global_step * self.peers.layout.global_batch(self.args)))
 
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The library's schedule, from the highest rate to `last_rate`."""
@@ -199,37 +215,42 @@ class Trainer(library.Trainer):
         targets = int((inputs["labels"] != IGNORED).sum())
         with self.autocast_smart_context_manager():
             loss = model(**inputs)
-        if not self.step_targets:
+        if not self.step_batches:
             self.step_scale = float(max(targets, 1))  # keeps the scaled loss near a mean, for float16
         scaled = loss / self.step_scale
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
-        self.step_targets += targets
+        self.step_counts += (targets, tokens, inputs["input_ids"].size if tokens else 0)
         self.step_batches.append((loss.detach(), batch))
-        self.micro_batches += 1
-        window = self.window
-        window.targets += targets
-        window.tokens += tokens
-        window.positions += inputs["input_ids"].size
-        self.total_targets += targets
-        self.total_tokens += tokens
         return loss.detach()
 
     @paddle.no_grad()
     def weight_gradients(self) -> None:
-        """Makes the summed gradients of the step those of the mean over its targets; checks them."""
-        factor = self.step_scale / max(self.step_targets, 1)
+        """Makes the summed gradients of the step those of the mean over its targets on all ranks; checks them."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        loss = float(paddle.add_n([loss for loss, _ in self.step_batches]))
+        stopping = self.signals.received is not None
+        found = self.peers.sums([loss, *self.step_counts.tolist(), stopping, len(gradients)])
+        if found[5] != len(gradients) * self.peers.layout.world:
+            raise RuntimeError(f"{len(gradients)} gradients on rank {self.peers.layout.rank}, {found[5]:.0f} on all")
+        self.signals.agree(found[4] > 0)
+        targets, tokens, positions = (int(count) for count in found[1:4])
+        self.window.add(found[0], targets, tokens, positions)
+        self.total_loss += found[0]
+        self.total_targets += targets
+        self.total_tokens += tokens
+        factor = self.step_scale / max(targets, 1)
         if factor != 1.0:
             for gradient in gradients:
                 gradient.scale_(factor)
+        self.peers.add_up(gradients)
         self.step_figures = {"learning_rate": self._get_learning_rate()}
         if not self.do_grad_scaling:  # a scaler skips such steps by itself
             flat = [gradient.astype("float32").reshape([-1]) for gradient in gradients]
             norm = float(paddle.add_n([paddle.dot(values, values) for values in flat]).sqrt())
             self.step_figures["grad_norm"] = norm
             if not np.isfinite(norm):
-                self._stop_at("gradient's norm", norm, [batch for _, batch in self.step_batches])
-        self.step_targets = 0
+                self._stop_at("gradient's norm", norm, [batch for _, batch in self.step_batches], together=True)
+        self.step_counts[:] = 0
         self.step_batches = []
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
@@ -238,11 +259,16 @@ class Trainer(library.Trainer):
         bad = [batch for own, batch in self.step_batches if not np.isfinite(float(own))]
         self._stop_at("loss", float(loss), bad)
 
-    def _stop_at(self, what: str, value: float, batches: list[dict[str, Any]]) -> NoReturn:
-        """Ends the run before the update of a step with numbers that are not finite."""
+    def _stop_at(self, what: str, value: float, batches: list[dict[str, Any]], together: bool = False) -> NoReturn:
+        """Ends the run before the update of a step with numbers that are not finite.
+
+        Args:
+            together: all ranks have found the same, and each has some of the rows.
+        """
         named = ""
         if self.name_rows is not None:
-            named = f" on {self.name_rows([ids for batch in batches for ids in rows_of(batch)])}"
+            names = self.name_rows([ids for batch in batches for ids in rows_of(batch)])
+            named = " on " + "; ".join(filter(None, self.peers.gather(names) if together else [names]))
         good = resume.checkpoints(Path(self.args.output_dir))
         kept = f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
         raise UserError(
@@ -255,8 +281,6 @@ class Trainer(library.Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: paddle.Tensor, model: Any, epoch: int, ignore_keys_for_eval: Any, **kwargs: Any
     ) -> None:
-        self.window.loss += float(tr_loss)
-        self.total_loss += float(tr_loss)
         tr_loss.subtract_(tr_loss)
         if self.control.should_log and self.window.targets:
             self.log({**self.window.values(), **self.step_figures, "memory_gib": memory_gib()})
@@ -294,15 +318,17 @@ class Trainer(library.Trainer):
         if self.evaluate_generation is not None:
             found = self.evaluate_generation(self.weights_step)
         else:
-            loss, right, targets = 0.0, 0, 0
+            scores = np.zeros(3)  # sum of losses, right guesses, targets
             loader = self.get_eval_dataloader(eval_dataset)
-            for inputs in tqdm(loader, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False):
+            bar = {"desc": "evaluating", "unit": "batch", "delay": BAR_DELAY, "leave": False}
+            for inputs in tqdm(loader, disable=not self.peers.first, **bar):
                 inputs = dict(self._prepare_inputs(inputs))
                 inputs.pop(SIZES)
                 with self.autocast_smart_context_manager():
-                    scored = self.model.score(**inputs)
-                loss, right, targets = loss + scored[0], right + scored[1], targets + scored[2]
-            found = likelihood_metrics(loss, right, targets)
+                    scores += self.model.score(**inputs)
+            loss, right, targets = self.peers.sums(scores.tolist())
+            found = likelihood_metrics(loss, int(right), int(targets))
+        self.signals.agree(self.peers.sums([self.signals.received is not None])[0] > 0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.loaded_step is None:
             self.log(metrics)
@@ -325,31 +351,37 @@ class Trainer(library.Trainer):
         """Writes `checkpoint-N`: weights, optimizer, scheduler, generators, place in the data."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._note_best(folder, metrics)
+        random = self.peers.gather(resume.random_state())
+        if self.peers.first:
+            self._write_checkpoint(folder, random)
+        self.peers.gate("waiting for rank 0 to save")
+
+    def _write_checkpoint(self, folder: Path, random: list[dict[str, Any]]) -> None:
         with atomic_directory(folder) as staging:
             self.trained.save(staging)
             if self.extra_files is not None:
                 self.extra_files(staging)
             resume.save_optimizer(staging / resume.OPTIMIZER, self.optimizer, self.model)
             self.state.save_to_json(str(staging / resume.STATE))
-            resume.save_progress(staging, self._progress())
-        self._delete_old_checkpoints()
+            resume.save_progress(staging, self._progress(random))
+        resume.delete_old(Path(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self, random: list[dict[str, Any]]) -> dict[str, Any]:
         progress: dict[str, Any] = {
             "global_step": self.state.global_step,
             "run": self.run,
             "scheduler": self.lr_scheduler.state_dict(),
-            "random": resume.random_state(),
+            "random": random[0],
+            "random_of_other_ranks": random[1:],
             "total_loss": self.total_loss,
             "total_targets": self.total_targets,
             "total_tokens": self.total_tokens,
-            "micro_batches": self.micro_batches,
             "window": self.window.to_json(),
         }
         if self.do_grad_scaling:
             progress["scaler"] = {k: np.asarray(v).tolist() for k, v in self.scaler.state_dict().items()}
         if self.streams:
-            items = self.micro_batches * self.args.per_device_train_batch_size
+            items = self.state.global_step * self.peers.layout.global_batch(self.args)
             progress["stream"] = self.train_dataset.state_after(items)
         return progress
 
@@ -369,26 +401,17 @@ class Trainer(library.Trainer):
         if best is None or (value > best if self.args.greater_is_better else value < best):
             self.state.best_metric, self.state.best_model_checkpoint = value, folder.name
 
-    def _delete_old_checkpoints(self) -> None:
-        """Keeps the newest `save_total_limit` checkpoints and the best one."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 0:
-            return
-        for folder in resume.checkpoints(Path(self.args.output_dir))[:-limit]:
-            if folder.name != self.state.best_model_checkpoint:
-                shutil.rmtree(folder)
-
     # --- resume --------------------------------------------------------------------------------------
 
     @property
     def stopped_early(self) -> bool:
         """Whether a signal ended the training before its last step."""
-        return self.signals.received is not None and self.state.global_step < self.state.max_steps
+        return self.signals.wanted is not None and self.state.global_step < self.state.max_steps
 
     @property
     def stopped_by(self) -> int:
         """The number of the signal that asked for a stop; 0 without one."""
-        return self.signals.received or 0
+        return self.signals.wanted or 0
 
     def train_by(self, plan: Plan) -> dict[str, float]:
         """Trains as planned, from a checkpoint if the plan has one; returns the figures of the whole run.
@@ -400,7 +423,7 @@ class Trainer(library.Trainer):
         if plan.progress is not None:
             self.resumed = plan.progress
             self.random_state_due = True
-            for name in ("total_loss", "total_targets", "total_tokens", "micro_batches"):
+            for name in ("total_loss", "total_targets", "total_tokens"):
                 setattr(self, name, self.resumed[name])
             notice(f"continuing after step {self.resumed['global_step']} from {plan.start}")
         before, started = self.total_tokens, time.monotonic()
@@ -435,6 +458,9 @@ class Trainer(library.Trainer):
 
     def continue_state(self) -> None:
         """Corrects the state that the library has read from a checkpoint, before the first step."""
+        self.peers.copy_from_first([p for p in self.model.parameters() if not p.stop_gradient])
+        if self.peers.layout.rank:
+            paddle.seed(self.args.seed + self.peers.layout.rank)  # other dropout than that of rank 0
         if self.resumed is None:
             return
         self.window = Window.from_json(self.resumed["window"])
@@ -446,7 +472,9 @@ class Trainer(library.Trainer):
     def restore_random_state(self) -> None:
         """Restores the generators right before the first step of a continued run."""
         if self.random_state_due and self.resumed is not None:
-            resume.set_random_state(self.resumed["random"])
+            states = [self.resumed["random"], *self.resumed.get("random_of_other_ranks", [])]
+            if (rank := self.peers.layout.rank) < len(states):  # the run may have had fewer ranks
+                resume.set_random_state(states[rank])
             self.random_state_due = False
 
     def take_result(self, output: Path, step: int) -> None:
@@ -462,16 +490,3 @@ class Trainer(library.Trainer):
             self.trained.restore(Path(self.args.output_dir) / name)
             self.loaded_step = int(name.rsplit("-", 1)[1])
         return name
-
-
-def rows_of(batch: dict[str, Any]) -> list[list[int]]:
-    """The token ids of every row of a batch, or of every segment of its packed rows."""
-    found = []
-    ends = batch["segment_ends"].numpy() if "segment_ends" in batch else None
-    for row, (ids, size) in enumerate(zip(batch["input_ids"].numpy(), batch[SIZES].numpy(), strict=True)):
-        start = 0
-        while start < size:
-            end = int(size) if ends is None else int(ends[row, 0, start, 0])
-            found.append([int(i) for i in ids[start:end]])
-            start = end
-    return found

@@ -20,6 +20,13 @@ class Window:
         self.loss, self.targets, self.tokens, self.positions, self.steps = 0.0, 0, 0, 0, 0
         self.started = time.monotonic()
 
+    def add(self, loss: float, targets: int, tokens: int, positions: int) -> None:
+        """Adds what one optimizer step has trained on all ranks."""
+        self.loss += loss
+        self.targets += targets
+        self.tokens += tokens
+        self.positions += positions
+
     def pause(self, seconds: float) -> None:
         """Leaves a time that was not training (evaluating, saving) out of the speed."""
         self.started += seconds

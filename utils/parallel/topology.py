@@ -1,0 +1,163 @@
+"""The layout of a run: how many processes there are and what each of them does. No Paddle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, raise_if
+
+if TYPE_CHECKING:
+    from utils.families.base import ModelShape
+
+SHOWN_RANKS = 16
+
+
+def world_size(environment: Mapping[str, str] | None = None) -> int:
+    """The number of processes that the launcher started; 1 without a launcher."""
+    return int((os.environ if environment is None else environment).get("PADDLE_TRAINERS_NUM") or 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a run share its work.
+
+    Ranks are numbered as fleet numbers them: tensor-parallel neighbours first, then sharding, pipeline
+    stages, and data parallel outermost, so that what talks most lies on one machine.
+
+    Attributes:
+        world, rank: processes in all, and the number of this one.
+        local_size, local_rank: the same on this machine.
+        tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
+    """
+
+    world: int = 1
+    rank: int = 0
+    local_size: int = 1
+    local_rank: int = 0
+    tensor: int = 1
+    pipeline: int = 1
+    sharding: int = 1
+
+    @classmethod
+    def of(cls, args: Any, environment: Mapping[str, str] | None = None) -> Layout:
+        """The layout that the arguments ask for and the launcher has started.
+
+        Raises:
+            UserError: degrees that do not divide the number of processes.
+        """
+        env = os.environ if environment is None else environment
+        world = world_size(env)
+        tensor, pipeline = max(1, args.tensor_parallel_degree), max(1, args.pipeline_parallel_degree)
+        sharding = 1
+        if args.sharding and world > 1:  # without a degree it takes what tensor and pipeline leave
+            degree = args.sharding_parallel_degree
+            sharding = degree if degree > 0 else max(1, world // (tensor * pipeline))
+        split = tensor * pipeline * sharding
+        if world % split:
+            raise UserError(
+                f"tensor_parallel_degree {tensor} times pipeline_parallel_degree {pipeline} times "
+                f"sharding_parallel_degree {sharding} is {split}, which does not divide the {world} processes"
+            )
+        return cls(
+            world=world,
+            rank=int(env.get("PADDLE_TRAINER_ID") or 0),
+            local_size=int(env.get("PADDLE_LOCAL_SIZE") or world),
+            local_rank=int(env.get("PADDLE_RANK_IN_NODE") or 0),
+            tensor=tensor,
+            pipeline=pipeline,
+            sharding=sharding,
+        )
+
+    @property
+    def data(self) -> int:
+        """How many whole models there are, each trained on rows of its own."""
+        return self.world // (self.tensor * self.pipeline * self.sharding)
+
+    @property
+    def readers(self) -> int:
+        """How many different parts of a batch there are: data and sharding groups read their own rows."""
+        return self.data * self.sharding
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(data, pipeline, sharding, tensor) place of a rank."""
+        rest, tensor = divmod(rank, self.tensor)
+        rest, sharding = divmod(rest, self.sharding)
+        data, pipeline = divmod(rest, self.pipeline)
+        return data, pipeline, sharding, tensor
+
+    def reader(self, rank: int) -> int:
+        """Which part of a batch a rank reads, 0 to `readers` - 1."""
+        data, _, sharding, _ = self.coordinates(rank)
+        return data * self.sharding + sharding
+
+    def global_batch(self, args: Any) -> int:
+        """Rows of one update, all ranks and micro-batches together."""
+        return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * self.readers)
+
+    # --- checks ------------------------------------------------------------------------------------
+
+    def check_supported(self, args: Any) -> None:
+        """Refuses what is not part of this version yet.
+
+        Raises:
+            UserError: names every such option.
+        """
+        alone = "several processes share the rows of a batch (data parallel); for that set it to"
+        faults = [
+            f"{args.where(name)}: {what} parallel is not part of this version yet; {alone} 1"
+            for name, what, degree in (
+                ("tensor_parallel_degree", "tensor", self.tensor),
+                ("pipeline_parallel_degree", "pipeline", self.pipeline),
+            )
+            if degree > 1
+        ]
+        if args.sharding and self.world > 1:
+            faults.append(f'{args.where("sharding")}: sharding is not part of this version yet; {alone} ""')
+        kind, _, index = args.device.partition(":")
+        if self.world > 1 and index:
+            faults.append(f"{args.where('device')}: the launcher gives every process a device of its own; write {kind}")
+        raise_if(faults)
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Refuses degrees by which a model cannot be split.
+
+        Raises:
+            UserError: names every such degree.
+        """
+        raise_if(list(self._unfit(shape)))
+
+    def _unfit(self, shape: ModelShape) -> Iterator[str]:
+        if shape.heads % self.tensor:
+            yield f"tensor_parallel_degree {self.tensor} does not divide the model's {shape.heads} attention heads"
+        elif shape.kv_heads % self.tensor and self.tensor % shape.kv_heads:
+            yield (
+                f"tensor_parallel_degree {self.tensor} neither divides the model's {shape.kv_heads} key-value heads "
+                "nor is a multiple of them"
+            )
+        if self.pipeline > shape.layers:
+            yield f"pipeline_parallel_degree {self.pipeline} is more than the model's {shape.layers} layers"
+
+    # --- in words ----------------------------------------------------------------------------------
+
+    def lines(self, args: Any) -> list[str]:
+        """What `--dry_run` says about the layout."""
+        if self.world == 1:
+            return ["layout: 1 process"]
+        machines = self.world // self.local_size
+        where = "1 machine" if machines == 1 else f"{machines} machines"
+        found = [
+            f"layout: {self.world} processes on {where}, data parallel {self.data}; a step has "
+            f"{self.global_batch(args)} rows: {args.per_device_train_batch_size} a device x "
+            f"{args.gradient_accumulation_steps} micro-batches x {self.readers}"
+        ]
+        for rank in range(min(self.world, SHOWN_RANKS)):
+            tasks = f"whole model, part {self.reader(rank) + 1} of {self.readers} of every batch"
+            if rank == 0:
+                tasks += "; logs, checkpoints, results"
+            found.append(f"  rank {rank} (machine {rank // self.local_size}): {tasks}")
+        if self.world > SHOWN_RANKS:
+            found.append(f"  and {self.world - SHOWN_RANKS} more ranks like these")
+        return found
