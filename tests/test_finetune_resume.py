@@ -60,19 +60,26 @@ def interrupt(tiny: Tiny, output: Path, step: int, options: list[object]) -> Non
 
 
 def same_run(resumed: Result, whole: Result) -> None:
-    """Losses to 1e-6, and everything else that the run leaves."""
+    """Losses to 1e-6, those of evaluations too, and everything else that the run leaves.
+
+    Between two processes a sum in float32 may differ in its last digit: the math library adds up in
+    another order where a buffer lies at another address.
+    """
     assert [row["step"] for row in resumed.curve] == [row["step"] for row in whole.curve]
     np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-6, rtol=0)
-    for column in ("eval_loss", "learning_rate", "epoch"):
+    for column in ("learning_rate", "epoch"):
         assert [row[column] for row in resumed.curve] == [row[column] for row in whole.curve], column
+    evaluated = [[float(row["eval_loss"] or "nan") for row in run.curve] for run in (resumed, whole)]
+    np.testing.assert_allclose(*evaluated, atol=1e-6, rtol=0)  # the same steps are without one in both
     mine, wanted = resumed.json("all_results.json"), whole.json("all_results.json")
     for name in ("train_loss", "eval_loss", "train_tokens", "global_step"):
         assert mine[name] == pytest.approx(wanted[name], abs=1e-6), name
     states = [run.json("trainer_state.json") for run in (resumed, whole)]
-    assert [(log["step"], log.get("eval_loss")) for log in states[0]["log_history"]] == [
-        (log["step"], log.get("eval_loss")) for log in states[1]["log_history"]
+    assert [(log["step"], "eval_loss" in log) for log in states[0]["log_history"]] == [
+        (log["step"], "eval_loss" in log) for log in states[1]["log_history"]
     ]
-    for name in ("best_metric", "best_model_checkpoint", "global_step"):
+    assert states[0]["best_metric"] == pytest.approx(states[1]["best_metric"], abs=1e-6)
+    for name in ("best_model_checkpoint", "global_step"):
         assert states[0][name] == states[1][name]
     for path in whole.output.glob("*.safetensors"):
         for name, value in tensors(path).items():
