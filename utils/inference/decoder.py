@@ -90,8 +90,8 @@ class Decoder(nn.Layer):
         length = given["ids"].shape[1]
         if length >= 0:
             return self._layers(given, past, one=length == 1 and bool(past))
-        # left open in a static program, which then has both ways. Only two pieces: what the executor needs to
-        # put operators in order grows with their number squared (350 MB for four pieces of 30 layers)
+        # left open in a static program, which then has both ways; only two pieces, since the first run of a way
+        # takes memory by its operators (hundreds of megabytes for four pieces of 30 layers)
         ways = [partial(self._layers, given, past, one=one, pieces=pieces) for one, pieces in ((True, 1), (False, 2))]
         return paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways)
 

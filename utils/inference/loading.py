@@ -233,7 +233,7 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
         order = None if architecture.rotary is None else architecture.rotary.order
     else:
         from utils.checkpoints.load import build, fill_model
-        from utils.inference.library import LibraryProgram
+        from utils.inference.plain import LibraryProgram
 
         model = build(checkpoint, prepared.dtype)
         fill_model(model, checkpoint, known)

@@ -12,7 +12,7 @@ from paddle import Tensor
 from utils.families import ModelShape
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
-from utils.inference.library import LibraryProgram
+from utils.inference.plain import LibraryProgram
 
 
 class DynamicProgram:
