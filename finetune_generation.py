@@ -156,6 +156,7 @@ def main() -> None:
         extra_files=companions,
         callbacks=console_callbacks(args, output),
         evaluate_first=args.eval_on_start and args.do_eval,
+        max_grad_norm=args.max_grad_norm,
         peers=peers,
     )
 

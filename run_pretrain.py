@@ -104,6 +104,7 @@ def main() -> None:
         callbacks=console_callbacks(args, output),
         evaluate_first=args.eval_on_start and args.do_eval,
         last_rate=args.min_learning_rate,
+        max_grad_norm=args.max_grad_norm,
         peers=peers,
     )
 

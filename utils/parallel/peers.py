@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from utils import errors, runtime
 from utils.errors import UserError
+from utils.parallel.groups import Groups
 from utils.parallel.topology import Layout
 
 STEP_SECONDS = 1800.0  # ranks do the same work: one that is so much later hangs
@@ -40,11 +41,13 @@ class Alone:
 
     Attributes:
         layout: who does what.
+        groups: fleet's process groups along the layout's axes.
         first: whether this process writes files and speaks to the user.
     """
 
     def __init__(self, layout: Layout | None = None) -> None:
         self.layout = layout or Layout()
+        self.groups = Groups()
         self.first = self.layout.rank == 0
 
     @property
@@ -70,11 +73,15 @@ class Alone:
         """The JSON value of every rank, in their order."""
         return [value]
 
-    def add_up(self, tensors: Sequence[Any]) -> None:
-        """Replaces each tensor by its sum over all ranks, worked out in float32; all have the same result."""
+    def add_up(self, tensors: Sequence[Any], group: Any) -> None:
+        """Replaces each tensor by its sum over a group, worked out in float32; all have the same result.
 
-    def copy_from_first(self, tensors: Sequence[Any]) -> None:
-        """Replaces each tensor by that of rank 0."""
+        Args:
+            group: one of `groups`; nothing happens in None. No gate stands before: the ranks must be together.
+        """
+
+    def copy_from_first(self, tensors: Sequence[Any], group: Any) -> None:
+        """Replaces each tensor by that of the first rank of a group, see `add_up`."""
 
     def alike(self, value: Any, fault: str) -> None:
         """Raises `UserError` with `fault` unless all ranks have the same JSON value."""
@@ -162,21 +169,22 @@ class Peers(Alone):
             json.loads(bytes(self.store.get(f"gather/{number}/{rank}")).decode()) for rank in range(self.layout.world)
         ]
 
-    def add_up(self, tensors: Sequence[Any]) -> None:
+    def add_up(self, tensors: Sequence[Any], group: Any) -> None:
         import paddle.distributed as dist
 
-        self._in_buckets(tensors, dist.all_reduce)
+        self._in_buckets(tensors, group, lambda flat: dist.all_reduce(flat, group=group))
 
-    def copy_from_first(self, tensors: Sequence[Any]) -> None:
+    def copy_from_first(self, tensors: Sequence[Any], group: Any) -> None:
         import paddle.distributed as dist
 
-        self._in_buckets(tensors, lambda flat: dist.broadcast(flat, 0))
+        self._in_buckets(tensors, group, lambda flat: dist.broadcast(flat, group.ranks[0], group=group))
 
-    def _in_buckets(self, tensors: Sequence[Any], exchange: Callable[[Any], Any]) -> None:
+    def _in_buckets(self, tensors: Sequence[Any], group: Any, exchange: Callable[[Any], Any]) -> None:
         """Few large messages instead of one per tensor."""
+        if group is None:
+            return
         import paddle
 
-        self.gate("exchanging tensors", STEP_SECONDS)
         with paddle.no_grad():
             for bucket in buckets(tensors, BUCKET_BYTES // 4):
                 flat = paddle.concat([tensor.astype("float32").reshape([-1]) for tensor in bucket])
@@ -303,6 +311,7 @@ def start(layout: Layout, device: str) -> Alone:
     store = core.create_or_get_global_tcp_store()
     send_at_once()
     peers = Peers(layout, store)
+    peers.groups = Groups(data=dist.get_group(0), readers=dist.get_group(0))
     errors.ending = peers
     if not peers.first:
         errors.silent = True

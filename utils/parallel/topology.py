@@ -93,6 +93,12 @@ class Layout:
         data, _, sharding, _ = self.coordinates(rank)
         return data * self.sharding + sharding
 
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's losses and tokens are the ones that count: ranks that share a model have the same."""
+        _, pipeline, _, tensor = self.coordinates(self.rank)
+        return pipeline == self.pipeline - 1 and tensor == 0
+
     def global_batch(self, args: Any) -> int:
         """Rows of one update, all ranks and micro-batches together."""
         return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * self.readers)

@@ -9,7 +9,7 @@ from typing import Any
 def paddlenlp_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
     """PaddleNLP's TrainingArguments for a run of `steps` optimizer steps.
 
-    What our trainer does itself (resume, best model, reports, progress) is switched off there.
+    What our trainer does itself (resume, best model, clipping, parallelism, reports, progress) is switched off there.
     """
     from paddlenlp.trainer import TrainingArguments
 
@@ -26,7 +26,7 @@ def paddlenlp_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
         adam_beta1=args.adam_beta1,
         adam_beta2=args.adam_beta2,
         adam_epsilon=args.adam_epsilon,
-        max_grad_norm=args.max_grad_norm,
+        max_grad_norm=0.0,
         max_steps=steps,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_ratio=args.warmup_ratio,
@@ -47,11 +47,6 @@ def paddlenlp_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
         dataloader_num_workers=args.dataloader_num_workers,
         metric_for_best_model=args.metric_for_best_model,
         greater_is_better=args.greater_is_better,
-        tensor_parallel_degree=args.tensor_parallel_degree,
-        pipeline_parallel_degree=args.pipeline_parallel_degree,
-        sharding=args.sharding,
-        sharding_parallel_degree=args.sharding_parallel_degree,
-        sequence_parallel=args.sequence_parallel,
         ignore_data_skip=True,
         load_best_model_at_end=False,
         report_to=[],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.callbacks import StopOnSignal, memory_gib
+from utils.training.gradients import Gradients
 from utils.training.inputs import SIZES, SizingCollator, rows_of
 from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
@@ -86,6 +88,7 @@ class Trainer(library.Trainer):
         extra_files: Callable[[Path], None] | None = None,
         callbacks: Sequence[Any] = (),
         evaluate_first: bool = False,
+        max_grad_norm: float = 0.0,
         last_rate: float = 0.0,
         peers: Alone | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class Trainer(library.Trainer):
             name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
             evaluate_first: whether to evaluate before the first step of a new run.
+            max_grad_norm: to which gradients are clipped; 0 for none.
             last_rate: where the learning rate ends.
             peers: the processes of the run.
         """
@@ -116,12 +120,13 @@ class Trainer(library.Trainer):
         )
         self.remove_callback(library.PrinterCallback)
         self.trained = trained
+        self.gradients = Gradients(model.parameters(), self.peers, limit=max_grad_norm)
         self.evaluate_generation = evaluate_generation
         self.name_rows = name_rows
         self.extra_files = extra_files
         self.run: dict[str, Any] = {}
         self.window = Window()
-        self.step_scale = 1.0  # of the optimizer step under way
+        self.step_scale = 0.0  # losses are divided by it for their gradients; 0 is not known yet
         self.step_counts = np.zeros(3, dtype=np.int64)  # its targets, tokens and positions on this rank
         self.step_batches: list[tuple[paddle.Tensor, dict[str, Any]]] = []  # its losses and inputs
         self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
@@ -215,41 +220,36 @@ class Trainer(library.Trainer):
         targets = int((inputs["labels"] != IGNORED).sum())
         with self.autocast_smart_context_manager():
             loss = model(**inputs)
-        if not self.step_batches:
-            self.step_scale = float(max(targets, 1))  # keeps the scaled loss near a mean, for float16
+        if not self.step_scale:
+            # Keeps the scaled loss near a mean, for float16; a power of two leaves no trace in the figures.
+            mean = self.peers.sums([targets])[0] / self.peers.layout.world
+            self.step_scale = 2.0 ** round(math.log2(max(mean, 1.0)))
         scaled = loss / self.step_scale
         (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
         self.step_counts += (targets, tokens, inputs["input_ids"].size if tokens else 0)
         self.step_batches.append((loss.detach(), batch))
         return loss.detach()
 
-    @paddle.no_grad()
     def weight_gradients(self) -> None:
-        """Makes the summed gradients of the step those of the mean over its targets on all ranks; checks them."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        loss = float(paddle.add_n([loss for loss, _ in self.step_batches]))
+        """Makes the gradients of the step those of the mean over its targets on all ranks; checks them."""
+        layout = self.peers.layout
+        loss = float(paddle.add_n([loss for loss, _ in self.step_batches])) if self.step_batches else 0.0
         stopping = self.signals.received is not None
-        found = self.peers.sums([loss, *self.step_counts.tolist(), stopping, len(gradients)])
-        if found[5] != len(gradients) * self.peers.layout.world:
-            raise RuntimeError(f"{len(gradients)} gradients on rank {self.peers.layout.rank}, {found[5]:.0f} on all")
+        counted = [loss, *self.step_counts.tolist()]
+        found = self.peers.sums([*(counted if layout.counts else np.zeros(4)), stopping])
         self.signals.agree(found[4] > 0)
         targets, tokens, positions = (int(count) for count in found[1:4])
         self.window.add(found[0], targets, tokens, positions)
         self.total_loss += found[0]
         self.total_targets += targets
         self.total_tokens += tokens
-        factor = self.step_scale / max(targets, 1)
-        if factor != 1.0:
-            for gradient in gradients:
-                gradient.scale_(factor)
-        self.peers.add_up(gradients)
-        self.step_figures = {"learning_rate": self._get_learning_rate()}
-        if not self.do_grad_scaling:  # a scaler skips such steps by itself
-            flat = [gradient.astype("float32").reshape([-1]) for gradient in gradients]
-            norm = float(paddle.add_n([paddle.dot(values, values) for values in flat]).sqrt())
-            self.step_figures["grad_norm"] = norm
-            if not np.isfinite(norm):
+        scale = float(self.scaler._scale) if self.do_grad_scaling else 1.0
+        norm = self.gradients.finish(self.step_scale / max(targets, 1), scale)
+        self.step_figures = {"learning_rate": self._get_learning_rate(), "grad_norm": norm}
+        if not np.isfinite(norm):
+            if not self.do_grad_scaling:  # a scaler leaves such steps out by itself
                 self._stop_at("gradient's norm", norm, [batch for _, batch in self.step_batches], together=True)
+            del self.step_figures["grad_norm"]
         self.step_counts[:] = 0
         self.step_batches = []
 
@@ -458,9 +458,11 @@ class Trainer(library.Trainer):
 
     def continue_state(self) -> None:
         """Corrects the state that the library has read from a checkpoint, before the first step."""
-        self.peers.copy_from_first([p for p in self.model.parameters() if not p.stop_gradient])
-        if self.peers.layout.rank:
-            paddle.seed(self.args.seed + self.peers.layout.rank)  # other dropout than that of rank 0
+        layout = self.peers.layout
+        self.peers.gate("waiting for the model on other ranks")
+        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
+        if reader := layout.reader(layout.rank):
+            paddle.seed(self.args.seed + reader)  # other dropout than that of the first
         if self.resumed is None:
             return
         self.window = Window.from_json(self.resumed["window"])

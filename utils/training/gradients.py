@@ -1,0 +1,102 @@
+"""The gradients of an optimizer step: added up over ranks, measured once, clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import paddle
+from paddle import Tensor
+
+from utils.parallel.peers import Alone
+
+
+class Share(Protocol):
+    """Gradients of which each rank of a sharding group owns a part (sharding stages 1 to 3)."""
+
+    def exchange(self) -> None:
+        """Makes the gradients that this rank owns the sum over its sharding group."""
+
+    def owned(self) -> list[tuple[Any, Tensor]]:
+        """(parameter, its gradient or the slice of it) that this rank owns."""
+
+
+class Gradients:
+    """The gradients of all trained parameters of this rank.
+
+    Three marks on a parameter say what a layout makes of it:
+    - `is_distributed` (fleet's): each tensor-parallel rank has another part of it;
+    - `summed_over`: axes ("tensor", "pipeline") of which every rank has all of it and works out a part of
+      its gradient;
+    - `counted`: False where the same parameter is counted on another pipeline stage.
+
+    Args:
+        parameters: with those that are frozen.
+        limit: of the global norm; 0 for none.
+        share: with sharding, who owns what.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Any], peers: Alone, *, limit: float = 0.0, share: Share | None = None
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if not parameter.stop_gradient]
+        self.peers, self.limit, self.share = peers, limit, share
+
+    @paddle.no_grad()
+    def finish(self, factor: float, scaled_by: float = 1.0) -> float:
+        """Makes the gradients those of the step; returns their norm before it was clipped.
+
+        Args:
+            factor: from the summed gradients to those of the mean.
+            scaled_by: the scale of mixed precision, which stays in the gradients. A norm that is not finite
+                is then left to the scaler, on every rank.
+        """
+        found = [parameter for parameter in self.parameters if parameter.grad is not None]
+        if factor != 1.0:
+            for parameter in found:
+                parameter.grad.scale_(factor)
+        groups = self.peers.groups
+        if self.share is not None:
+            self.share.exchange()
+            owned = self.share.owned()
+            self.peers.add_up([gradient for _, gradient in owned], groups.data)
+        else:
+            owned = [(parameter, parameter.grad) for parameter in found]
+            self.peers.add_up([gradient for _, gradient in owned], groups.readers)
+        for axis in ("tensor", "pipeline"):
+            partial = [gradient for parameter, gradient in owned if axis in getattr(parameter, "summed_over", ())]
+            self.peers.add_up(partial, getattr(groups, axis))
+        norm = self._norm(owned) / scaled_by
+        finite = math.isfinite(norm)
+        if not finite and scaled_by != 1.0:
+            for _, gradient in owned[:1]:  # the scaler of every rank is to see it and leave the step out
+                gradient.fill_(math.inf)
+        factor = self.limit / norm if finite and 0.0 < self.limit < norm else 1.0
+        for _, gradient in owned if factor != 1.0 else ():
+            gradient.scale_(factor)
+        return norm
+
+    def _norm(self, owned: Sequence[tuple[Any, Tensor]]) -> float:
+        """The norm of the gradients of the whole model, each parameter counted once."""
+        layout = self.peers.layout
+        data, _, sharding, tensor = layout.coordinates(layout.rank)
+        alike = layout.tensor == layout.pipeline == 1 and self.share is None  # on all ranks
+        counted = [
+            gradient
+            for parameter, gradient in owned
+            if alike
+            or (getattr(parameter, "counted", True) and (tensor == 0 or getattr(parameter, "is_distributed", False)))
+        ]
+        squares = _squares(counted)
+        if alike:
+            return math.sqrt(squares)
+        copy = data > 0 or (self.share is None and sharding > 0)
+        return math.sqrt(self.peers.sums([0.0 if copy else squares])[0])
+
+
+def _squares(gradients: Sequence[Tensor]) -> float:
+    if not gradients:
+        return 0.0
+    flat = [gradient.astype("float32").reshape([-1]) for gradient in gradients]
+    return float(paddle.add_n([paddle.dot(values, values) for values in flat]))
