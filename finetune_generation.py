@@ -107,7 +107,7 @@ def main() -> None:
     runtime.use_device(device)
     from utils.training.start import build, typical_ids
 
-    model, trained = build(args, checkpoint, dtype, typical_ids(data.get("train")))
+    model, trained = build(args, checkpoint, dtype, typical_ids(data.get("train")), peers)
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.inference.sampling import SamplingOptions

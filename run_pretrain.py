@@ -82,7 +82,7 @@ def main() -> None:
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
-    model, trained = pretraining.build(args, checkpoint, dtype)
+    model, trained = pretraining.build(args, checkpoint, dtype, peers)
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.data.collate import Collator

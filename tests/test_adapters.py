@@ -10,10 +10,11 @@ import numpy as np
 import paddle
 import pytest
 from family_cases import placed_logits
+from saved import save_lora, save_prefix
 from tiny_runs import Tiny, tensors, tiny  # noqa: F401
 
-from utils.adapters.lora import add_lora, load_lora, save_lora
-from utils.adapters.prefix import PrefixTuning, load_prefix, save_prefix
+from utils.adapters.lora import add_lora, load_lora
+from utils.adapters.prefix import PrefixTuning, load_prefix
 from utils.adapters.targets import adapted_shapes, target_patterns
 from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import Checkpoint, locate

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from saved import save_lora
 
-from utils.adapters.lora import add_lora, load_lora, save_lora
+from utils.adapters.lora import add_lora, load_lora
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.convert_peft import from_peft, to_peft

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from family_cases import placed_logits
+from saved import save_lora, save_prefix
 from tiny_models import write_tiny_llama
 
-from utils.adapters.lora import add_lora, save_lora
-from utils.adapters.prefix import PrefixTuning, save_prefix
+from utils.adapters.lora import add_lora
+from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.inference.batch import answer_file

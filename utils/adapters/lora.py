@@ -14,14 +14,14 @@ from typing import Any
 import paddle
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
-from utils.adapters.check import LORA_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.adapters.check import LORA_CONFIG, adapter_weights, check_adapter
 from utils.adapters.fill import fill_parameters
 from utils.adapters.targets import target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.tensors import write_safetensors
 from utils.families import FamilySpec
+from utils.parallel.tensor import Held
 
 
 def add_lora(
@@ -58,12 +58,11 @@ def add_lora(
     return LoRAModel(model, config)
 
 
-def save_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
-    """Writes `lora_config.json` and `lora_model_state.safetensors` (a few MB) into `folder`."""
-    tensors = [(n, p.numpy()) for n, p in adapted.model.named_parameters() if not p.stop_gradient]
-    write_safetensors(folder / f"{WEIGHTS[LORA_CONFIG]}.safetensors", tensors, {"format": "np"})
+def describe_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
+    """Writes the `lora_config.json` that belongs beside the weights of `lora_parameters`."""
     config = {
         **adapted.lora_config.to_dict(),
+        "tensor_parallel_degree": -1,  # files hold whole tensors
         "scaling": adapted.lora_config.scaling,
         "base_model_name_or_path": base.name,
         "base_fingerprint": fingerprint(base),
@@ -71,15 +70,21 @@ def save_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
     atomic_write(folder / LORA_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def restore_lora(adapted: LoRAModel, folder: Path) -> None:
+def lora_parameters(adapted: LoRAModel) -> dict[str, Any]:
+    """The weights of the LoRA layers, by their names in files."""
+    return {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
+
+
+def restore_lora(adapted: LoRAModel, folder: Path, held: Held | None = None) -> None:
     """Fills the LoRA weights of `adapted` from an adapter folder.
+
+    Args:
+        held: what this rank holds of them, if not all.
 
     Raises:
         UserError: a weight that is missing, left over or of another shape; all are named.
     """
-    path = adapter_weights(folder, LORA_CONFIG)
-    wanted = {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
-    fill_parameters(wanted, path)
+    fill_parameters(lora_parameters(adapted), adapter_weights(folder, LORA_CONFIG), held)
 
 
 def load_lora(
@@ -90,11 +95,13 @@ def load_lora(
     *,
     dropout: float = 0.0,
     lora_plus_scale: float = 1.0,
+    held: Held | None = None,
 ) -> LoRAModel:
     """`model` with the LoRA layers of an adapter folder in it, weights filled, ready to run or train.
 
     Args:
         dropout, lora_plus_scale: for further training; what the adapter was trained with is history.
+        held: what this rank holds of `model`, if not all.
 
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
@@ -111,5 +118,5 @@ def load_lora(
         use_quick_lora=dropout == 0.0,
     )
     adapted = LoRAModel(model, LoRAConfig(**settings))
-    restore_lora(adapted, Path(path))
+    restore_lora(adapted, Path(path), held)
     return adapted

@@ -11,12 +11,11 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from utils.adapters.check import PREFIX_CONFIG, WEIGHTS, adapter_weights, check_adapter
+from utils.adapters.check import PREFIX_CONFIG, adapter_weights, check_adapter
 from utils.adapters.fill import fill_parameters
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.tensors import write_safetensors
 from utils.families import FamilySpec, Layers, ModelShape
 from utils.families.text import places
 
@@ -93,10 +92,8 @@ class PrefixTuning(nn.Layer):
         weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))
 
 
-def save_prefix(folder: Path, prefix: PrefixTuning, base: Checkpoint) -> None:
-    """Writes `prefix_config.json` and `prefix_model_state.safetensors` into `folder`."""
-    tensors = [(name, value.numpy()) for name, value in prefix.encoder.state_dict().items()]
-    write_safetensors(folder / f"{WEIGHTS[PREFIX_CONFIG]}.safetensors", tensors, {"format": "np"})
+def describe_prefix(folder: Path, prefix: PrefixTuning, base: Checkpoint) -> None:
+    """Writes the `prefix_config.json` that belongs beside the weights of the encoder."""
     shape = prefix.shape
     config = {
         "num_prefix_tokens": prefix.length,

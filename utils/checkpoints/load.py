@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,9 +11,14 @@ from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import check_shapes, match
 from utils.checkpoints.tensors import LazyTensor, cast
 
+if TYPE_CHECKING:
+    from utils.parallel.tensor import Held
 
-def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The model of a checkpoint with its parameters not yet allocated."""
+
+def build(
+    checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | None = None, held: Held | None = None
+) -> Any:
+    """The model of a checkpoint, or what a rank holds of it, with its parameters not yet allocated."""
     import paddle
 
     from utils.runtime import load_library
@@ -25,18 +30,27 @@ def build(checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | Non
     paddle.set_default_dtype(dtype)
     try:
         with no_init_weights(_enable=True), paddle.LazyGuard():
-            return checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(overrides or {})})
+            model = checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(overrides or {})})
+            if held is not None:
+                held.divide(model)
+            return model
     finally:
         paddle.set_default_dtype(before)
 
 
-def new_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None) -> Any:
+def new_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    family_overrides: Mapping[str, Any] | None = None,
+    held: Held | None = None,
+) -> Any:
     """The Paddle model of a configuration with new random weights, as its family initialises them.
 
     Paddle's generator decides the values: seed it before. Weights of the checkpoint are not read.
 
     Args:
-        dtype, family_overrides: as in `load_model`.
+        dtype, family_overrides, held: as in `load_model`. Every rank draws the whole model.
     """
     import paddle
 
@@ -47,35 +61,51 @@ def new_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[s
     paddle.set_default_dtype(dtype)
     try:
         model = checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(family_overrides or {})})
+        if held is not None:
+            held.divide(model)
     finally:
         paddle.set_default_dtype(before)
     model.eval()
     return model
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, *, family_overrides: Mapping[str, Any] | None = None) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    family_overrides: Mapping[str, Any] | None = None,
+    held: Held | None = None,
+) -> Any:
     """The Paddle model of a checkpoint, in eval mode.
 
     Args:
         checkpoint: from `locate`.
         dtype: "float32", "float16" or "bfloat16"; each tensor is cast by itself as it is read.
         family_overrides: fields of the model's configuration that replace those of config.json.
+        held: what this rank is to hold of the model, if not all.
 
     Raises:
         UserError: tensors missing, left over or of a wrong shape (all named), or a damaged file.
     """
     match(checkpoint)  # before the model is built, which takes seconds
-    model = build(checkpoint, dtype, family_overrides)
-    fill_model(model, checkpoint)
+    model = build(checkpoint, dtype, family_overrides, held)
+    fill_model(model, checkpoint, held=held)
     model.eval()
     return model
 
 
-def fill_model(model: Any, checkpoint: Checkpoint, sources: Mapping[str, LazyTensor] | None = None) -> None:
+def fill_model(
+    model: Any,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, LazyTensor] | None = None,
+    *,
+    held: Held | None = None,
+) -> None:
     """Sets every parameter of a model from a checkpoint, in the parameter's own type.
 
     Args:
         sources: every parameter in the Paddle layout, instead of the checkpoint's tensors.
+        held: what this rank holds of the model, if not all.
 
     Raises:
         UserError: as `load_model`; the model is then unchanged.
@@ -84,16 +114,21 @@ def fill_model(model: Any, checkpoint: Checkpoint, sources: Mapping[str, LazyTen
 
     tensors = match(checkpoint) if sources is None else {name: (tensor, False) for name, tensor in sources.items()}
     parameters = dict(model.named_parameters())
-    check_shapes(checkpoint, tensors, {name: tuple(value.shape) for name, value in parameters.items()})
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    if held is not None:
+        tensors = {name: found for name, found in tensors.items() if held.here(name)}
+        shapes = {name: held.parts.whole_shape(name, shape) for name, shape in shapes.items()}
+    check_shapes(checkpoint, tensors, shapes)
     for name in tqdm(list(tensors), desc="loading", unit="tensor", delay=5, leave=False):
         tensor, transpose = tensors.pop(name)  # popped, so that what was read as a whole can be freed
-        _fill(parameters[name], tensor.read(), transpose)
+        values = tensor.read().T if transpose else tensor.read()
+        fill(parameters[name], values if held is None else held.parts.cut(name, values))
 
 
-def _fill(parameter: Any, values: np.ndarray, transpose: bool) -> None:
-    """Sets a parameter, and allocates it if it is not; Paddle takes uint16 as bfloat16."""
+def fill(parameter: Any, values: np.ndarray) -> None:
+    """Sets a parameter in its own type, and allocates it if it is not; Paddle takes uint16 as bfloat16."""
     import paddle
 
-    values = cast(values.T if transpose else values, str(parameter.dtype).removeprefix("paddle."))
+    values = cast(values, str(parameter.dtype).removeprefix("paddle."))
     place = paddle.framework._current_expected_place()
     parameter.get_tensor().set(np.require(values, requirements=["C", "ALIGNED"]), place)

@@ -164,6 +164,21 @@ def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
     return Checkpoint(name, folder, config, family, layout, files)
 
 
+def stored_tensors(folder: Path, stem: str) -> dict[str, LazyTensor]:
+    """The tensors of `STEM.safetensors`, or of the files that its index names, values not read.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        raise UserError(f"{folder}: has no {single.name}")
+    found: dict[str, LazyTensor] = {}
+    for file in _indexed_files(index) if index.is_file() else (single,):
+        found.update(open_tensors(file))
+    return found
+
+
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     for single, index in _KINDS:
         if (folder / index).is_file():

@@ -95,7 +95,12 @@ def write_model(
     """
     stored = in_layout(tensors, export_format)
     files = write_shards(folder, stored, _METADATA[export_format], max_shard_bytes)
-    dtype = max(stored, key=lambda tensor: tensor.nbytes).dtype
+    describe_model(folder, family, config, export_format, max(stored, key=lambda tensor: tensor.nbytes).dtype)
+    return files
+
+
+def describe_model(folder: Path, family: FamilySpec, config: Mapping[str, Any], export_format: str, dtype: str) -> None:
+    """Writes the config.json and generation_config.json that belong to a model's weights of a type."""
     if export_format == "hf":
         described = {**family.published_config(config), "torch_dtype": dtype}
     else:
@@ -105,4 +110,3 @@ def write_model(
     if not (folder / "generation_config.json").exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         write_json(folder / "generation_config.json", {n: config[n] for n in names if n in config})
-    return files

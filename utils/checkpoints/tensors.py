@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,37 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]], met
     write_lazy(path, [in_memory(name, array) for name, array in tensors], metadata)
 
 
+def divided(tensors: Sequence[LazyTensor], max_bytes: int) -> list[list[LazyTensor]]:
+    """Tensors in the groups that make a file each: at most `max_bytes`, one tensor at least."""
+    shards: list[list[LazyTensor]] = []
+    filled = 0
+    for tensor in tensors:
+        if not shards or filled + tensor.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The names of the files of a set of tensors."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, stem: str, files: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes `STEM.safetensors.index.json`: which file holds which tensor.
+
+    Args:
+        files: the bytes of every tensor, by file and name.
+    """
+    size = sum(nbytes for tensors in files.values() for nbytes in tensors.values())
+    places = {name: file for file, tensors in files.items() for name in tensors}
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
 def write_shards(
     folder: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str], max_shard_bytes: int
 ) -> list[Path]:
@@ -180,22 +211,11 @@ def write_shards(
     Returns:
         The files of tensors, in order.
     """
-    shards: list[list[LazyTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    if len(shards) == 1:
-        write_lazy(folder / "model.safetensors", shards[0], metadata)
-        return [folder / "model.safetensors"]
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    shards = divided(tensors, max_shard_bytes)
+    names = shard_names("model", len(shards))
     for name, shard in zip(names, shards, strict=True):
         write_lazy(folder / name, shard, metadata)
-    places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    size = sum(tensor.nbytes for tensor in tensors)
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    write_json(folder / "model.safetensors.index.json", index)
+    if len(names) > 1:
+        sizes = [{tensor.name: tensor.nbytes for tensor in shard} for shard in shards]
+        write_index(folder, "model", dict(zip(names, sizes, strict=True)))
     return [folder / name for name in names]

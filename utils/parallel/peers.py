@@ -65,6 +65,9 @@ class Alone:
             UserError: a rank has failed, or did not come.
         """
 
+    def check(self) -> None:
+        """Raises `UserError` if another rank has failed."""
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all ranks, in float64."""
         return list(values)
@@ -130,6 +133,13 @@ class Peers(Alone):
                     f"{what}: rank {', '.join(map(str, late))} did not come within {seconds:.0f} s; "
                     "look at the end of its workerlog file"
                 )
+
+    def check(self) -> None:
+        try:
+            if self.store.add("failed", 0):
+                self._raise_failure()
+        except RuntimeError as error:  # the store is gone
+            self._lost(error)
 
     def _raise_failure(self) -> None:
         self.relayed = True

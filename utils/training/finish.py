@@ -60,13 +60,13 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
     if args.load_best_model_at_end and (best := trainer.load_best()):
         notice(f"the best checkpoint is {best}; its weights are the result")
 
-    def result(folder: Path) -> None:
-        trainer.trained.save(folder)
+    def beside(folder: Path) -> None:
+        trainer.trained.describe(folder)
         companions(folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
+    trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
     if peers.first:
-        install(output, result)
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
     peers.gate("waiting for rank 0 to write the result")

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, sou
     return write
 
 
-def install(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes files beside and then moves each into `folder`, so that none is ever half-written there."""
+@contextmanager
+def install(folder: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well each file moves into `folder`, so that none is ever half-written
+    there."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".final.tmp-{os.getpid()}-") as name:
         staging = Path(name)
-        write(staging)
+        yield staging
         for path in sorted(staging.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from utils.data.pretrain_dataset import EvaluationText, PretrainData, PretrainDa
 from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 from utils.training.dry_run import argument_lines, memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
@@ -117,7 +118,7 @@ def describe(args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Pretrai
     }
 
 
-def build(args: Any, checkpoint: Checkpoint, dtype: str) -> tuple[TrainingModel, FullModel]:
+def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[TrainingModel, FullModel]:
     """The model to train: with the weights of the checkpoint, or with new ones that the seed decides.
 
     Args:
@@ -126,6 +127,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str) -> tuple[TrainingModel,
     from paddlenlp.trainer import set_seed
 
     from utils.checkpoints.load import load_model, new_model
+    from utils.parallel.tensor import Held
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel
 
@@ -135,14 +137,15 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str) -> tuple[TrainingModel,
         "sequence_parallel": args.sequence_parallel,
         "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
     }
+    held = Held.of(checkpoint.family, checkpoint.config, peers)
     if args.continue_training:
-        base = load_model(checkpoint, weights_dtype, family_overrides=overrides)
+        base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
         set_seed(args.seed)
     else:
         set_seed(args.seed)
-        base = new_model(checkpoint, weights_dtype, family_overrides=overrides)
+        base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     model = TrainingModel(checkpoint.family, base, inputs_need_gradient=args.recompute)
-    return model, FullModel(checkpoint, base)
+    return model, FullModel(checkpoint, held, base)
 
 
 def report(

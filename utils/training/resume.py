@@ -8,15 +8,19 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.checkpoints.files import is_complete, write_json
-from utils.checkpoints.tensors import LazyTensor, read_tensors, write_lazy
+from utils.checkpoints.locate import stored_tensors
+from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
 
-OPTIMIZER = "optimizer.safetensors"
+if TYPE_CHECKING:
+    from utils.parallel.tensor import Held
+
+OPTIMIZER = "optimizer"
 PROGRESS = "progress.json"
 STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -56,15 +60,14 @@ def incomplete(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("checkpoint-*") if is_checkpoint(path) and not is_good(path))
 
 
-def named_parameters(model: Any) -> dict[str, str]:
-    """Paddle's internal parameter name -> name in the model. The internal one depends on how many
-    layers the process built before, so files keep the other."""
-    return {parameter.name: name for name, parameter in model.named_parameters()}
+def optimizer_tensors(optimizer: Any, parameters: Mapping[str, Any], held: Held) -> list[LazyTensor]:
+    """What the optimizer keeps, as whole tensors "PARAMETER|SLOT" (slots: moments, powers, master weights).
 
-
-def save_optimizer(path: Path, optimizer: Any, model: Any) -> None:
-    """Writes the optimizer's tensors as "PARAMETER|SLOT" (slots: moments, powers, master weights)."""
-    names = named_parameters(model)
+    Args:
+        parameters: the trained ones by their names in files. Paddle's internal names depend on how many layers
+            the process built before.
+    """
+    names = {parameter.name: name for name, parameter in parameters.items()}
     tensors = []
     for key, value in optimizer.state_dict().items():
         if key == "LR_Scheduler":
@@ -72,26 +75,33 @@ def save_optimizer(path: Path, optimizer: Any, model: Any) -> None:
         entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
         for slot, tensor in entries.items():
             internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
-            name, kind = f"{names[internal]}|{slot[len(internal) + 1 :]}", str(tensor.dtype).removeprefix("paddle.")
-            tensors.append(LazyTensor(name, kind, tuple(tensor.shape), tensor.numpy))
-    write_lazy(path, tensors, {"format": "np"})  # one tensor at a time: together they are twice the model
+            name = names[internal]
+            tensors.append(held.whole(name, tensor, key=f"{name}|{slot[len(internal) + 1 :]}"))
+    return tensors
 
 
-def load_optimizer(path: Path, optimizer: Any, model: Any) -> None:
-    """Fills the optimizer from what `save_optimizer` wrote."""
+def load_optimizer(folder: Path, optimizer: Any, parameters: Mapping[str, Any], held: Held) -> None:
+    """Fills the optimizer from what `optimizer_tensors` gave.
+
+    Raises:
+        UserError: the file holds the state of what this run does not train.
+    """
     import paddle
 
-    internal = {name: key for key, name in named_parameters(model).items()}
     state: dict[str, Any] = {}
-    for key, value in read_tensors(path):
+    for key, stored in stored_tensors(folder, OPTIMIZER).items():
         name, slot = key.split("|")
-        if name not in internal:
-            raise UserError(f"{path}: holds the state of {name}, which this run does not train")
-        tensor = paddle.to_tensor(value)
+        name = name.removeprefix("base.").removeprefix("prefix.encoder.")  # as earlier versions wrote them
+        if not held.here(name):
+            continue
+        if name not in parameters:
+            raise UserError(f"{folder / OPTIMIZER}: holds the state of {name}, which this run does not train")
+        internal = parameters[name].name
+        tensor = paddle.to_tensor(np.ascontiguousarray(held.part(name, stored).read()))
         if slot == "master":
-            state.setdefault("master_weights", {})[internal[name]] = tensor
+            state.setdefault("master_weights", {})[internal] = tensor
         else:
-            state[f"{internal[name]}_{slot}"] = tensor
+            state[f"{internal}_{slot}"] = tensor
     optimizer.set_state_dict(state)
 
 

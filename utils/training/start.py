@@ -12,6 +12,7 @@ from utils.adapters.targets import adapted_shapes
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match
 from utils.errors import UserError, raise_if
+from utils.parallel.peers import Alone
 from utils.training.plan import method
 
 if TYPE_CHECKING:
@@ -84,8 +85,10 @@ def adapted_layers(args: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, in
     return adapted_shapes(checkpoint, args.lora_target_modules)
 
 
-def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[int]) -> tuple[TrainingModel, Trained]:
-    """Loads the base and puts the adapter of the run on it.
+def build(
+    args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[int], peers: Alone
+) -> tuple[TrainingModel, Trained]:
+    """Loads the base, or what this rank holds of it, and puts the adapter of the run on it.
 
     Args:
         dtype: the type to compute in. Weights are kept in it with fp16_opt_level O2 and for frozen
@@ -98,6 +101,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
     from utils.adapters.lora import add_lora, load_lora
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
+    from utils.parallel.tensor import Held
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel, Lora, Prefix
 
@@ -107,7 +111,8 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
         "sequence_parallel": args.sequence_parallel,
         "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
     }
-    base = load_model(checkpoint, weights_dtype, family_overrides=overrides)
+    held = Held.of(checkpoint.family, checkpoint.config, peers)
+    base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     set_seed(args.seed)
     family, prefix = checkpoint.family, None
     trained: Trained
@@ -120,6 +125,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
                 checkpoint,
                 dropout=args.lora_dropout,
                 lora_plus_scale=args.lora_plus_scale,
+                held=held,
             )
         else:
             adapted = add_lora(
@@ -132,7 +138,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
                 rslora=args.rslora,
                 lora_plus_scale=args.lora_plus_scale,
             )
-        trained = Lora(checkpoint, adapted)
+        trained = Lora(checkpoint, held, adapted)
     elif args.prefix_tuning:
         if args.prefix_path:
             prefix = load_prefix(base, family, args.prefix_path, checkpoint)
@@ -146,9 +152,9 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[i
                 dtype=weights_dtype,
             )
             prefix.start_from_text(base, typical_ids)
-        trained = Prefix(checkpoint, prefix)
+        trained = Prefix(checkpoint, held, prefix)
     else:
-        trained = FullModel(checkpoint, base)
+        trained = FullModel(checkpoint, held, base)
     model = TrainingModel(
         family,
         base,

@@ -3,62 +3,103 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.adapters.lora import restore_lora, save_lora
-from utils.adapters.prefix import PrefixTuning, restore_prefix, save_prefix
+from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, WEIGHTS
+from utils.adapters.lora import describe_lora, restore_lora
+from utils.adapters.prefix import PrefixTuning, describe_prefix, restore_prefix
 from utils.checkpoints.load import fill_model
 from utils.checkpoints.locate import Checkpoint, locate
-from utils.checkpoints.save import save_model
+from utils.checkpoints.save import describe_model
+from utils.parallel.tensor import Held
+from utils.training.saving import Piece
 
 
 class Trained(ABC):
-    """The trained part of a model: everything (SFT), LoRA layers, or a prefix."""
+    """The trained part of a model: everything (SFT), LoRA layers, or a prefix.
 
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
+    Attributes:
+        held: what this rank has of it.
+    """
+
+    def __init__(self, base: Checkpoint, held: Held) -> None:
+        self.base, self.held = base, held
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes the weights and their configuration into an existing folder."""
+    def parameters(self) -> Mapping[str, Any]:
+        """The trained parameters that this rank has a part of, by the names in files, in their order."""
+
+    @abstractmethod
+    def piece(self) -> Piece:
+        """The weights, to be written."""
+
+    @abstractmethod
+    def describe(self, folder: Path) -> None:
+        """Writes the configuration that belongs beside the weights."""
 
     @abstractmethod
     def restore(self, folder: Path) -> None:
-        """Fills the weights from what `save` wrote."""
+        """Fills the weights from a folder of `piece` and `describe`."""
+
+    def _piece(self, stem: str, **options: Any) -> Piece:
+        tensors = [self.held.whole(name, parameter) for name, parameter in self.parameters().items()]
+        return Piece(stem, tensors, writes=self.held.writes, **options)
 
 
 class FullModel(Trained):
-    def __init__(self, base: Checkpoint, model: Any) -> None:
-        super().__init__(base)
+    def __init__(self, base: Checkpoint, held: Held, model: Any) -> None:
+        super().__init__(base, held)
         self.model = model
 
-    def save(self, folder: Path) -> None:
-        save_model(folder, self.model, self.base.family, self.base.config)
+    def parameters(self) -> Mapping[str, Any]:
+        found = dict(self.model.named_parameters())
+        names = (weight.parameter for weight in self.base.family.weights(self.base.config))
+        return {name: found[name] for name in names if name in found}
+
+    def piece(self) -> Piece:
+        return self._piece("model")
+
+    def describe(self, folder: Path) -> None:
+        dtype = str(max(self.parameters().values(), key=lambda value: value.size).dtype).removeprefix("paddle.")
+        describe_model(folder, self.base.family, self.base.config, "paddle", dtype)
 
     def restore(self, folder: Path) -> None:
-        fill_model(self.model, locate(folder, allow_network=False))
+        fill_model(self.model, locate(folder, allow_network=False), held=self.held)
 
 
 class Lora(Trained):
-    def __init__(self, base: Checkpoint, adapted: Any) -> None:
-        super().__init__(base)
+    def __init__(self, base: Checkpoint, held: Held, adapted: Any) -> None:
+        super().__init__(base, held)
         self.adapted = adapted
 
-    def save(self, folder: Path) -> None:
-        save_lora(folder, self.adapted, self.base)
+    def parameters(self) -> Mapping[str, Any]:
+        return {name: value for name, value in self.adapted.model.named_parameters() if not value.stop_gradient}
+
+    def piece(self) -> Piece:
+        return self._piece(WEIGHTS[LORA_CONFIG], single=True)
+
+    def describe(self, folder: Path) -> None:
+        describe_lora(folder, self.adapted, self.base)
 
     def restore(self, folder: Path) -> None:
-        restore_lora(self.adapted, folder)
+        restore_lora(self.adapted, folder, self.held)
 
 
 class Prefix(Trained):
-    def __init__(self, base: Checkpoint, prefix: PrefixTuning) -> None:
-        super().__init__(base)
+    def __init__(self, base: Checkpoint, held: Held, prefix: PrefixTuning) -> None:
+        super().__init__(base, held)
         self.prefix = prefix
 
-    def save(self, folder: Path) -> None:
-        save_prefix(folder, self.prefix, self.base)
+    def parameters(self) -> Mapping[str, Any]:
+        return dict(self.prefix.encoder.named_parameters())
+
+    def piece(self) -> Piece:
+        return self._piece(WEIGHTS[PREFIX_CONFIG], single=True)
+
+    def describe(self, folder: Path) -> None:
+        describe_prefix(folder, self.prefix, self.base)
 
     def restore(self, folder: Path) -> None:
         restore_prefix(self.prefix, folder)

@@ -13,7 +13,7 @@ import paddle
 from paddlenlp import trainer as library
 from tqdm import tqdm
 
-from utils.checkpoints.files import atomic_directory
+from utils.checkpoints.files import atomic_directory, atomic_write
 from utils.data.encode import IGNORED
 from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
@@ -25,6 +25,7 @@ from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
 from utils.training.plan import Plan
 from utils.training.sampler import EpochSampler, EvaluationSampler, OrderedSampler, WithBlanks
+from utils.training.saving import Piece, Saver
 from utils.training.schedule import ending_at
 from utils.training.trained import Trained
 from utils.training.window import Window
@@ -91,6 +92,7 @@ class Trainer(library.Trainer):
         max_grad_norm: float = 0.0,
         last_rate: float = 0.0,
         peers: Alone | None = None,
+        save_in_background: bool = False,
     ) -> None:
         """
         Args:
@@ -103,6 +105,7 @@ class Trainer(library.Trainer):
             max_grad_norm: to which gradients are clipped; 0 for none.
             last_rate: where the learning rate ends.
             peers: the processes of the run.
+            save_in_background: whether training goes on while a checkpoint is written.
         """
         self.evaluate_first = evaluate_first
         self.last_rate = last_rate
@@ -120,6 +123,7 @@ class Trainer(library.Trainer):
         )
         self.remove_callback(library.PrinterCallback)
         self.trained = trained
+        self.saver = Saver(self.peers, background=save_in_background)
         self.gradients = Gradients(model.parameters(), self.peers, limit=max_grad_norm)
         self.evaluate_generation = evaluate_generation
         self.name_rows = name_rows
@@ -349,22 +353,30 @@ class Trainer(library.Trainer):
 
     def _save_checkpoint(self, model: Any, metrics: dict[str, float] | None = None) -> None:
         """Writes `checkpoint-N`: weights, optimizer, scheduler, generators, place in the data."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        output = Path(self.args.output_dir)
+        folder = output / f"checkpoint-{self.state.global_step}"
         self._note_best(folder, metrics)
-        random = self.peers.gather(resume.random_state())
-        if self.peers.first:
-            self._write_checkpoint(folder, random)
-        self.peers.gate("waiting for rank 0 to save")
+        progress = self._progress(self.peers.gather(resume.random_state()))
+        state, best = self.state.to_json(), self.state.best_model_checkpoint
 
-    def _write_checkpoint(self, folder: Path, random: list[dict[str, Any]]) -> None:
-        with atomic_directory(folder) as staging:
-            self.trained.save(staging)
+        def beside(staging: Path) -> None:
+            self.trained.describe(staging)
             if self.extra_files is not None:
                 self.extra_files(staging)
-            resume.save_optimizer(staging / resume.OPTIMIZER, self.optimizer, self.model)
-            self.state.save_to_json(str(staging / resume.STATE))
-            resume.save_progress(staging, self._progress(random))
-        resume.delete_old(Path(self.args.output_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            atomic_write(staging / resume.STATE, state)
+            resume.save_progress(staging, progress)
+
+        self.saver.save(
+            lambda: atomic_directory(folder),
+            [self.trained.piece(), self._optimizer_piece()],
+            beside,
+            after=lambda: resume.delete_old(output, self.args.save_total_limit, best),
+        )
+
+    def _optimizer_piece(self) -> Piece:
+        held = self.trained.held
+        tensors = resume.optimizer_tensors(self.optimizer, self.trained.parameters(), held)
+        return Piece(resume.OPTIMIZER, tensors, writes=held.writes)
 
     def _progress(self, random: list[dict[str, Any]]) -> dict[str, Any]:
         progress: dict[str, Any] = {
@@ -429,6 +441,7 @@ class Trainer(library.Trainer):
         before, started = self.total_tokens, time.monotonic()
         try:
             self.train(str(plan.start) if plan.start else None)
+            self.saver.wait()
         except BaseException:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, handlers, files
             raise
@@ -449,7 +462,7 @@ class Trainer(library.Trainer):
         if checkpoint is None:
             return
         assert self.resumed is not None
-        resume.load_optimizer(Path(checkpoint) / resume.OPTIMIZER, self.optimizer, self.model)
+        resume.load_optimizer(Path(checkpoint), self.optimizer, self.trained.parameters(), self.trained.held)
         self.lr_scheduler.set_state_dict(self.resumed["scheduler"])
         self.lr_scheduler.last_lr = self.lr_scheduler.get_lr()  # the user may have changed the rate
         if self.do_grad_scaling:

@@ -1,0 +1,35 @@
+"""Models and adapters of one process into folders, as a training run writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints.locate import Checkpoint
+from utils.parallel.parts import Parts
+from utils.parallel.peers import Alone
+from utils.parallel.tensor import Held
+from utils.training.saving import Saver
+from utils.training.trained import Lora, Prefix, Trained
+
+
+def _save(folder: Path, trained: Trained) -> None:
+    from contextlib import nullcontext
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Saver(Alone()).save(lambda: nullcontext(folder), [trained.piece()], trained.describe)
+
+
+def held(base: Checkpoint) -> Held:
+    """All of a model."""
+    return Held(Parts(base.family, base.config), Alone())
+
+
+def save_lora(folder: Path, adapted: Any, base: Checkpoint) -> None:
+    """Writes an adapter's folder."""
+    _save(folder, Lora(base, held(base), adapted))
+
+
+def save_prefix(folder: Path, prefix: Any, base: Checkpoint) -> None:
+    """Writes a prefix's folder."""
+    _save(folder, Prefix(base, held(base), prefix))

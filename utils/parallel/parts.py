@@ -1,0 +1,71 @@
+"""Which part of every parameter a rank holds under tensor parallelism. No Paddle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from utils.checkpoints.shards import axis_of, join, split
+from utils.families.base import FamilySpec, Split
+
+_ADAPTER = ("lora_A", "lora_B")
+
+
+class Parts:
+    """How the tensor-parallel ranks of a run share the parameters of a model.
+
+    A vocabulary or key and value heads that the degree does not divide are whole on every rank, as are the
+    fused queries, keys and values of such a model. Fused ones are cut so that a part is fused in the same order.
+
+    Attributes:
+        degree: ranks that share a model's layers.
+        rank: which of them this is.
+    """
+
+    def __init__(self, family: FamilySpec, config: Mapping[str, Any], degree: int = 1, rank: int = 0) -> None:
+        self.sizes, self.degree, self.rank = family.shape(config), degree, rank
+        self._stored = {weight.parameter: weight.split for weight in family.weights(config)}
+        self._running = {name: self._rule(rule) for name, rule in self._stored.items()}
+
+    def _rule(self, rule: Split | None) -> Split | None:
+        sizes = self.sizes
+        if self.degree == 1 or rule is None:
+            return None
+        if rule.startswith("vocabulary"):
+            return None if sizes.vocabulary % self.degree else rule
+        if rule in ("key_value", "query_key_value"):
+            return None if sizes.kv_heads % self.degree else rule
+        return "query_key_value" if rule == "by_head" else rule
+
+    @property
+    def shares_key_value(self) -> bool:
+        """Whether every rank has all key and value heads, and reads some of them."""
+        return self.sizes.kv_heads % self.degree > 0
+
+    def rule(self, name: str) -> Split | None:
+        """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.
+
+        Of W + A B, A takes the inputs of W and B gives its outputs.
+        """
+        path, _, kind = name.rpartition(".")
+        if kind not in _ADAPTER:
+            return self._running.get(name)
+        rule = self._running.get(f"{path}.weight")
+        return rule if (rule == "row") == (kind == "lora_A") else None
+
+    def cut(self, name: str, values: np.ndarray) -> np.ndarray:
+        """What this rank holds of a whole parameter, in the Paddle layout."""
+        return split(values, self.rule(name), self.sizes, self.degree, self.rank)
+
+    def whole_shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of a parameter of which a rank's part has this shape."""
+        sizes, rule = list(shape), self.rule(name)
+        if rule is not None:
+            sizes[axis_of(rule, len(sizes))] *= self.degree
+        return tuple(sizes)
+
+    def join(self, name: str, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """A whole parameter of a shape from the parts of all ranks, in their order."""
+        return join(parts, self.rule(name), shape, self.sizes, self.degree)
