@@ -158,6 +158,7 @@ def main() -> None:
         evaluate_first=args.eval_on_start and args.do_eval,
         max_grad_norm=args.max_grad_norm,
         peers=peers,
+        save_in_background=args.async_save,
     )
 
     # ----- train ---------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def main() -> None:
         last_rate=args.min_learning_rate,
         max_grad_norm=args.max_grad_norm,
         peers=peers,
+        save_in_background=args.async_save,
     )
 
     # ----- train, evaluate -----------------------------------------------------------------------------

@@ -40,9 +40,27 @@ class Parts:
         return "query_key_value" if rule == "by_head" else rule
 
     @property
+    def shares_vocabulary(self) -> bool:
+        """Whether every rank has other rows of the embedding and of the head."""
+        return self.degree > 1 and self.sizes.vocabulary % self.degree == 0
+
+    @property
     def shares_key_value(self) -> bool:
         """Whether every rank has all key and value heads, and reads some of them."""
         return self.sizes.kv_heads % self.degree > 0
+
+    def key_value_heads(self, rank: int | None = None) -> list[int]:
+        """The key and value heads that a rank (None: this one) reads, in the order in which it keeps them.
+
+        Each stands for equally many of the rank's query heads: where the model's groups do not allow that, a head
+        stands there once for every query head.
+        """
+        rank = self.rank if rank is None else rank
+        queries = self.sizes.heads // self.degree
+        group = self.sizes.heads // self.sizes.kv_heads
+        read = [(rank * queries + query) // group for query in range(queries)]
+        once = sorted(set(read))
+        return once if [head for head in once for _ in range(queries // len(once))] == read else read
 
     def rule(self, name: str) -> Split | None:
         """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.
@@ -54,6 +72,10 @@ class Parts:
             return self._running.get(name)
         rule = self._running.get(f"{path}.weight")
         return rule if (rule == "row") == (kind == "lora_A") else None
+
+    def stored_rule(self, name: str) -> Split | None:
+        """The rule by which shard files of tensor-parallel runs hold a parameter of the model."""
+        return self._stored.get(name)
 
     def cut(self, name: str, values: np.ndarray) -> np.ndarray:
         """What this rank holds of a whole parameter, in the Paddle layout."""

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ class Alone:
     def check(self) -> None:
         """Raises `UserError` if another rank has failed."""
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Iterable[float]) -> list[float]:
         """The sum of each value over all ranks, in float64."""
         return list(values)
 
@@ -161,7 +161,7 @@ class Peers(Alone):
 
     # --- exchanging ----------------------------------------------------------------------------------
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Iterable[float]) -> list[float]:
         import paddle
         import paddle.distributed as dist
 

@@ -6,7 +6,7 @@ Hidden states between layers are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 from paddle.distributed.fleet.layers.mpu import mp_layers, mp_ops
 
 from utils.checkpoints.load import fill
-from utils.checkpoints.shards import axis_of
+from utils.checkpoints.shards import axis_of, part_length, split
 from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
 from utils.parallel.parts import Parts
@@ -100,6 +100,30 @@ class Held:
         self.parts, self.peers = parts, peers
         self.elsewhere: frozenset[str] = frozenset()
 
+    def mark_whole(self, parameters: Iterable[Any]) -> None:
+        """Marks parameters that every rank of a model has and works out a part of the gradient of."""
+        layout = self.peers.layout
+        axes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+        _, pipeline, _, _ = layout.coordinates(layout.rank)
+        for parameter in parameters:
+            parameter.summed_over = tuple(axis for axis, degree in axes.items() if degree > 1)
+            parameter.counted = pipeline == 0
+
+    def all_heads(self, values: Tensor, axis: int) -> Tensor:
+        """Keys or values of all heads along an axis from the heads that each rank holds."""
+        if self.parts.degree == 1:
+            return values
+        found: list[Tensor] = []
+        paddle.distributed.all_gather(found, values.contiguous(), group=self.peers.groups.tensor)
+        held = [head for rank in range(self.parts.degree) for head in self.parts.key_value_heads(rank)]
+        places = [held.index(head) for head in range(self.parts.sizes.kv_heads)]
+        return paddle.concat(found, axis=axis).index_select(paddle.to_tensor(places), axis=axis)
+
+    @property
+    def vocabulary_group(self) -> Any:
+        """The ranks that share the vocabulary, or None where every rank has all of it."""
+        return self.peers.groups.tensor if self.parts.shares_vocabulary else None
+
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
         if self.parts.degree > 1:
@@ -142,6 +166,20 @@ class Held:
 
         return LazyTensor(key or name, kind, shape, read)
 
+    def shard(self, name: str, value: Tensor) -> LazyTensor:
+        """What a shard file of this rank holds of a parameter; reading may be an exchange, see `whole`."""
+        parts, whole = self.parts, self.whole(name, value)
+        rule = parts.stored_rule(name)
+        if rule == parts.rule(name):
+            return LazyTensor(name, whole.dtype, tuple(value.shape), value.numpy)
+        axis, shape = axis_of(rule, len(whole.shape)), list(whole.shape)
+        shape[axis] = part_length(rule, shape[axis], parts.sizes, parts.degree)
+
+        def read() -> np.ndarray:
+            return split(whole.read(), rule, parts.sizes, parts.degree, parts.rank)
+
+        return LazyTensor(name, whole.dtype, tuple(shape), read)
+
     def part(self, name: str, tensor: LazyTensor) -> LazyTensor:
         """This rank's part of a whole tensor like a parameter."""
         parts = self.parts
@@ -156,6 +194,12 @@ class Held:
 def for_split_use(x: Tensor, group: Any) -> Tensor:
     """`x`, which every rank has and of which each uses another part: its gradient is the sum of theirs."""
     return x if group is None else mp_ops._c_identity(x, group=group)
+
+
+def own_key_value(key: Tensor, model: Any) -> Tensor:
+    """The heads that a rank reads of keys or values [batch, length, kv_heads, head_dim] that every rank has whole."""
+    parts, group = model.tensor_part
+    return for_split_use(key, group).index_select(paddle.to_tensor(parts.key_value_heads()), axis=2)
 
 
 def gathered(x: Tensor, group: Any) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, raise_if
 
 if TYPE_CHECKING:
     from utils.families.base import ModelShape
-
-SHOWN_RANKS = 16
 
 
 def world_size(environment: Mapping[str, str] | None = None) -> int:
@@ -31,6 +30,7 @@ class Layout:
         world, rank: processes in all, and the number of this one.
         local_size, local_rank: the same on this machine.
         tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
+        stage: what sharding splits: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 without it.
     """
 
     world: int = 1
@@ -40,6 +40,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sharding: int = 1
+    stage: int = 0
 
     @classmethod
     def of(cls, args: Any, environment: Mapping[str, str] | None = None) -> Layout:
@@ -69,6 +70,7 @@ class Layout:
             tensor=tensor,
             pipeline=pipeline,
             sharding=sharding,
+            stage=int(args.sharding[len("stage")]) if sharding > 1 else 0,
         )
 
     @property
@@ -92,6 +94,12 @@ class Layout:
         """Which part of a batch a rank reads, 0 to `readers` - 1."""
         data, _, sharding, _ = self.coordinates(rank)
         return data * self.sharding + sharding
+
+    def stage_layers(self, layers: int) -> list[range]:
+        """The layers of every pipeline stage, as even as can be; the first stages have one more."""
+        few, more = divmod(layers, self.pipeline)
+        starts = [stage * few + min(stage, more) for stage in range(self.pipeline + 1)]
+        return [range(*pair) for pair in pairwise(starts)]
 
     @property
     def counts(self) -> bool:
@@ -145,25 +153,3 @@ class Layout:
             )
         if self.pipeline > shape.layers:
             yield f"pipeline_parallel_degree {self.pipeline} is more than the model's {shape.layers} layers"
-
-    # --- in words ----------------------------------------------------------------------------------
-
-    def lines(self, args: Any) -> list[str]:
-        """What `--dry_run` says about the layout."""
-        if self.world == 1:
-            return ["layout: 1 process"]
-        machines = self.world // self.local_size
-        where = "1 machine" if machines == 1 else f"{machines} machines"
-        found = [
-            f"layout: {self.world} processes on {where}, data parallel {self.data}; a step has "
-            f"{self.global_batch(args)} rows: {args.per_device_train_batch_size} a device x "
-            f"{args.gradient_accumulation_steps} micro-batches x {self.readers}"
-        ]
-        for rank in range(min(self.world, SHOWN_RANKS)):
-            tasks = f"whole model, part {self.reader(rank) + 1} of {self.readers} of every batch"
-            if rank == 0:
-                tasks += "; logs, checkpoints, results"
-            found.append(f"  rank {rank} (machine {rank // self.local_size}): {tasks}")
-        if self.world > SHOWN_RANKS:
-            found.append(f"  and {self.world - SHOWN_RANKS} more ranks like these")
-        return found

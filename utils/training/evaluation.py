@@ -65,7 +65,13 @@ class GenerationEvaluation:
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
-        engine = EagerEngine(self.model.family, self.model.base, self.config, prefix=self.model.prefix)
+        engine = EagerEngine(
+            self.model.family,
+            self.model.base,
+            self.config,
+            prefix=self.model.prefix,
+            vocabulary_group=self.model.vocabulary_group,
+        )
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
             total=len(self.prompts), unit="row", desc="answering", leave=False, disable=not self.show_progress

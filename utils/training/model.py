@@ -14,6 +14,7 @@ from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
 from utils.kernels.masks import packed
+from utils.parallel import tensor
 
 
 class TrainingModel(nn.Layer):
@@ -35,18 +36,21 @@ class TrainingModel(nn.Layer):
         prefix: PrefixTuning | None = None,
         neftune_alpha: float | None = None,
         inputs_need_gradient: bool = False,
+        vocabulary_group: Any = None,
     ) -> None:
         """
         Args:
             neftune_alpha: noise scale of NEFTune, None for none.
             inputs_need_gradient: recomputation needs it when the embedding is frozen: a recomputed
                 block whose inputs have no gradient gives none to the adapter inside.
+            vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
         """
         super().__init__()
         self.family, self.base, self.prefix = family, base, prefix
         self.config = base.config
         self.neftune_alpha = neftune_alpha
         self.inputs_need_gradient = inputs_need_gradient
+        self.vocabulary_group = vocabulary_group
         if prefix is not None:
             for parameter in base.parameters():
                 parameter.stop_gradient = True
@@ -75,12 +79,22 @@ class TrainingModel(nn.Layer):
         return self.family.forward_hidden(self.base, batch, self.prefix.cache(ids.shape[0]))
 
     def supervised(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [targets, vocabulary] and labels [targets] of the supervised positions."""
+        """Logits [targets, vocabulary] and labels [targets] of the supervised positions.
+
+        With a shared vocabulary the logits are this rank's part of it.
+        """
         flat = labels.reshape([-1])
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
         hidden = self.hidden(inputs)
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
+        hidden = tensor.for_split_use(hidden, self.vocabulary_group)
         return self.family.logits(self.base, hidden), flat.index_select(positions)
+
+    def summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
+        if self.vocabulary_group is None:
+            return summed_loss(logits, targets)
+        return tensor.cross_entropy(logits, targets, self.vocabulary_group).sum()
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch.
@@ -92,7 +106,7 @@ class TrainingModel(nn.Layer):
         logits, targets = self.supervised(labels, **inputs)
         if not targets.shape[0]:
             return logits.sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
-        return summed_loss(logits, targets)
+        return self.summed_loss(logits, targets)
 
     @paddle.no_grad()
     def score(self, labels: Tensor, **inputs: Tensor) -> tuple[float, int, int]:
@@ -100,7 +114,9 @@ class TrainingModel(nn.Layer):
         logits, targets = self.supervised(labels, **inputs)
         if not targets.shape[0]:
             return 0.0, 0, 0
-        loss = summed_loss(logits, targets)
+        loss = self.summed_loss(logits, targets)
+        if self.vocabulary_group is not None:
+            logits = tensor.gathered(logits, self.vocabulary_group)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
 

@@ -141,7 +141,7 @@ def build(
         trained = Lora(checkpoint, held, adapted)
     elif args.prefix_tuning:
         if args.prefix_path:
-            prefix = load_prefix(base, family, args.prefix_path, checkpoint)
+            prefix = load_prefix(base, family, args.prefix_path, checkpoint, held)
         else:
             prefix = PrefixTuning(
                 family,
@@ -150,17 +150,19 @@ def build(
                 projection=args.prefix_projection,
                 projection_hidden=args.prefix_projection_hidden_size,
                 dtype=weights_dtype,
+                held=held,
             )
             prefix.start_from_text(base, typical_ids)
         trained = Prefix(checkpoint, held, prefix)
     else:
-        trained = FullModel(checkpoint, held, base)
+        trained = FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
     model = TrainingModel(
         family,
         base,
         prefix=prefix,
         neftune_alpha=args.neftune_noise_alpha if args.neftune else None,
         inputs_need_gradient=args.recompute,
+        vocabulary_group=held.vocabulary_group,
     )
     return model, trained
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import paddle
 from paddlenlp import trainer as library
 from tqdm import tqdm
 
-from utils.checkpoints.files import atomic_directory, atomic_write
+from utils.checkpoints.files import atomic_directory, write_json
 from utils.data.encode import IGNORED
 from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
@@ -330,7 +331,7 @@ class Trainer(library.Trainer):
                 inputs.pop(SIZES)
                 with self.autocast_smart_context_manager():
                     scores += self.model.score(**inputs)
-            loss, right, targets = self.peers.sums(scores.tolist())
+            loss, right, targets = self.peers.sums(scores if self.peers.layout.counts else np.zeros(3))
             found = likelihood_metrics(loss, int(right), int(targets))
         self.signals.agree(self.peers.sums([self.signals.received is not None])[0] > 0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -357,18 +358,18 @@ class Trainer(library.Trainer):
         folder = output / f"checkpoint-{self.state.global_step}"
         self._note_best(folder, metrics)
         progress = self._progress(self.peers.gather(resume.random_state()))
-        state, best = self.state.to_json(), self.state.best_model_checkpoint
+        state, best = dataclasses.asdict(self.state), self.state.best_model_checkpoint
 
         def beside(staging: Path) -> None:
             self.trained.describe(staging)
             if self.extra_files is not None:
                 self.extra_files(staging)
-            atomic_write(staging / resume.STATE, state)
+            write_json(staging / resume.STATE, state)
             resume.save_progress(staging, progress)
 
         self.saver.save(
             lambda: atomic_directory(folder),
-            [self.trained.piece(), self._optimizer_piece()],
+            [self.trained.piece(result=False), self._optimizer_piece()],
             beside,
             after=lambda: resume.delete_old(output, self.args.save_total_limit, best),
         )
