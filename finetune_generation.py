@@ -47,7 +47,7 @@ def main() -> None:
     from utils.training.start import check_adapters
 
     layout = Layout.of(args)
-    layout.check_supported(args)
+    layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     splits = [
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted

@@ -36,7 +36,7 @@ def main() -> None:
     from utils.training.reporters import check_reporters
 
     layout = Layout.of(args)
-    layout.check_supported(args)
+    layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     start = None
     if args.do_train:

@@ -113,27 +113,17 @@ class Layout:
 
     # --- checks ------------------------------------------------------------------------------------
 
-    def check_supported(self, args: Any) -> None:
-        """Refuses what is not part of this version yet.
+    def check_device(self, args: Any) -> None:
+        """Refuses a numbered device for several processes.
 
         Raises:
-            UserError: names every such option.
+            UserError: the launcher gives every process a device of its own.
         """
-        alone = "several processes share the rows of a batch (data parallel); for that set it to"
-        faults = [
-            f"{args.where(name)}: {what} parallel is not part of this version yet; {alone} 1"
-            for name, what, degree in (
-                ("tensor_parallel_degree", "tensor", self.tensor),
-                ("pipeline_parallel_degree", "pipeline", self.pipeline),
-            )
-            if degree > 1
-        ]
-        if args.sharding and self.world > 1:
-            faults.append(f'{args.where("sharding")}: sharding is not part of this version yet; {alone} ""')
         kind, _, index = args.device.partition(":")
         if self.world > 1 and index:
-            faults.append(f"{args.where('device')}: the launcher gives every process a device of its own; write {kind}")
-        raise_if(faults)
+            raise UserError(
+                f"{args.where('device')}: the launcher gives every process a device of its own; write {kind}"
+            )
 
     def check_model(self, shape: ModelShape) -> None:
         """Refuses degrees by which a model cannot be split.
@@ -146,10 +136,5 @@ class Layout:
     def _unfit(self, shape: ModelShape) -> Iterator[str]:
         if shape.heads % self.tensor:
             yield f"tensor_parallel_degree {self.tensor} does not divide the model's {shape.heads} attention heads"
-        elif shape.kv_heads % self.tensor and self.tensor % shape.kv_heads:
-            yield (
-                f"tensor_parallel_degree {self.tensor} neither divides the model's {shape.kv_heads} key-value heads "
-                "nor is a multiple of them"
-            )
         if self.pipeline > shape.layers:
             yield f"pipeline_parallel_degree {self.pipeline} is more than the model's {shape.layers} layers"
