@@ -13,7 +13,6 @@ from paddle import Tensor, nn
 from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
-from utils.kernels.masks import packed
 
 
 class TrainingModel(nn.Layer):
@@ -69,10 +68,7 @@ class TrainingModel(nn.Layer):
         """Last hidden states [batch, length, hidden] of a collated batch."""
         if self.prefix is None:
             return self.family.forward_hidden(self.base, batch)
-        ids = batch["input_ids"]
-        if "segment_ends" in batch:
-            batch = {**batch, "attention_mask": packed(batch["segment_ends"], self.prefix.length)}
-        return self.family.forward_hidden(self.base, batch, self.prefix.cache(ids.shape[0]))
+        return self.family.forward_hidden(self.base, batch, self.prefix.cache(batch["input_ids"].shape[0]))
 
     def supervised(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [targets, vocabulary] and labels [targets] of the supervised positions."""
