@@ -78,7 +78,7 @@ class PrefixTuning(nn.Layer):
         with the heads that this rank holds."""
         flat = self.flat()
         if self.held is not None and self.held.parts.degree > 1:
-            flat = flat.index_select(paddle.to_tensor(self.held.parts.key_value_heads()), axis=3)
+            flat = flat[:, :, :, self.held.parts.key_value_heads]
         parts = flat.expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
         layers = self.shape.layers
         return [(parts[number], parts[layers + number]) for number in range(layers)]

@@ -53,6 +53,8 @@ class Opt(DecoderFamily):
     model_class = "utils.families.models.opt:OPTForCausalLM"
     backbone = "opt"
     embedding = "embeddings"
+    layers = "opt.decoder.layers"
+    head_weight = "lm_head.decoder_weight"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 

@@ -13,7 +13,7 @@ import paddle
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.engine import Engine, Logits, Prefix
-from utils.parallel.tensor import gathered
+from utils.kernels.split import gathered
 
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
 

@@ -49,18 +49,13 @@ class Parts:
         """Whether every rank has all key and value heads, and reads some of them."""
         return self.sizes.kv_heads % self.degree > 0
 
-    def key_value_heads(self, rank: int | None = None) -> list[int]:
-        """The key and value heads that a rank (None: this one) reads, in the order in which it keeps them.
-
-        Each stands for equally many of the rank's query heads: where the model's groups do not allow that, a head
-        stands there once for every query head.
-        """
-        rank = self.rank if rank is None else rank
-        queries = self.sizes.heads // self.degree
-        group = self.sizes.heads // self.sizes.kv_heads
-        read = [(rank * queries + query) // group for query in range(queries)]
-        once = sorted(set(read))
-        return once if [head for head in once for _ in range(queries // len(once))] == read else read
+    @property
+    def key_value_heads(self) -> slice:
+        """The key and value heads that this rank has."""
+        if self.shares_key_value:
+            return slice(None)
+        few = self.sizes.kv_heads // self.degree
+        return slice(self.rank * few, (self.rank + 1) * few)
 
     def rule(self, name: str) -> Split | None:
         """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor, nn
-from paddle.distributed.fleet.layers.mpu import mp_layers, mp_ops
+from paddle.distributed.fleet.layers.mpu import mp_layers
 
 from utils.checkpoints.load import fill
 from utils.checkpoints.shards import axis_of, part_length, split
@@ -63,6 +63,7 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         if new is not None and parameter._is_initialized():
             fill(new, parts.cut(name, parameter.numpy()))
     model.tensor_part = (parts.rank, parts.degree)
+    model.key_value_group = group if parts.shares_key_value else None
 
 
 def _shared(old: nn.Layer, rule: Any, group: Any, degree: int) -> nn.Layer | None:
@@ -111,13 +112,11 @@ class Held:
 
     def all_heads(self, values: Tensor, axis: int) -> Tensor:
         """Keys or values of all heads along an axis from the heads that each rank holds."""
-        if self.parts.degree == 1:
+        if self.parts.degree == 1 or self.parts.shares_key_value:
             return values
         found: list[Tensor] = []
         paddle.distributed.all_gather(found, values.contiguous(), group=self.peers.groups.tensor)
-        held = [head for rank in range(self.parts.degree) for head in self.parts.key_value_heads(rank)]
-        places = [held.index(head) for head in range(self.parts.sizes.kv_heads)]
-        return paddle.concat(found, axis=axis).index_select(paddle.to_tensor(places), axis=axis)
+        return paddle.concat(found, axis=axis)
 
     @property
     def vocabulary_group(self) -> Any:
@@ -189,30 +188,3 @@ class Held:
         shape, axis = list(tensor.shape), axis_of(rule, len(tensor.shape))
         shape[axis] //= parts.degree
         return LazyTensor(tensor.name, tensor.dtype, tuple(shape), lambda: parts.cut(name, tensor.read()))
-
-
-def for_split_use(x: Tensor, group: Any) -> Tensor:
-    """`x`, which every rank has and of which each uses another part: its gradient is the sum of theirs."""
-    return x if group is None else mp_ops._c_identity(x, group=group)
-
-
-def own_key_value(key: Tensor, model: Any) -> Tensor:
-    """The heads that a rank reads of keys or values [batch, length, kv_heads, head_dim] that every rank has whole."""
-    parts, group = model.tensor_part
-    return for_split_use(key, group).index_select(paddle.to_tensor(parts.key_value_heads()), axis=2)
-
-
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """Logits [..., vocabulary] from the parts of all ranks."""
-    return mp_ops._c_concat(x, group=group)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, group: Any) -> Tensor:
-    """[n] float32 losses, in nats, of logits whose vocabulary is shared.
-
-    Args:
-        logits: [n, vocabulary / degree].
-        targets: [n] int64.
-    """
-    losses = mp_ops._c_softmax_with_cross_entropy(logits.astype("float32"), targets.unsqueeze(-1), group=group)
-    return losses.reshape([-1])

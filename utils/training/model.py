@@ -13,8 +13,7 @@ from paddle import Tensor, nn
 from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
-from utils.kernels.masks import packed
-from utils.parallel import tensor
+from utils.kernels import split
 
 
 class TrainingModel(nn.Layer):
@@ -73,10 +72,7 @@ class TrainingModel(nn.Layer):
         """Last hidden states [batch, length, hidden] of a collated batch."""
         if self.prefix is None:
             return self.family.forward_hidden(self.base, batch)
-        ids = batch["input_ids"]
-        if "segment_ends" in batch:
-            batch = {**batch, "attention_mask": packed(batch["segment_ends"], self.prefix.length)}
-        return self.family.forward_hidden(self.base, batch, self.prefix.cache(ids.shape[0]))
+        return self.family.forward_hidden(self.base, batch, self.prefix.cache(batch["input_ids"].shape[0]))
 
     def supervised(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [targets, vocabulary] and labels [targets] of the supervised positions.
@@ -87,14 +83,14 @@ class TrainingModel(nn.Layer):
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
         hidden = self.hidden(inputs)
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
-        hidden = tensor.for_split_use(hidden, self.vocabulary_group)
+        hidden = split.for_parts(hidden, self.vocabulary_group)
         return self.family.logits(self.base, hidden), flat.index_select(positions)
 
     def summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
         if self.vocabulary_group is None:
             return summed_loss(logits, targets)
-        return tensor.cross_entropy(logits, targets, self.vocabulary_group).sum()
+        return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch.
@@ -116,7 +112,7 @@ class TrainingModel(nn.Layer):
             return 0.0, 0, 0
         loss = self.summed_loss(logits, targets)
         if self.vocabulary_group is not None:
-            logits = tensor.gathered(logits, self.vocabulary_group)
+            logits = split.gathered(logits, self.vocabulary_group)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
 
