@@ -326,6 +326,47 @@ def check_seeds(layout: Layout) -> None:
 # --- training ----------------------------------------------------------------------------------------
 
 
+def check_pipeline(layout: Layout) -> None:
+    """fleet's own schedule, one forward and one backward, with four micro-batches; losses of AdamW as without it."""
+    import paddle
+    from paddle import nn
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer
+
+    weights = [numbers(WIDTH, WIDTH) for _ in range(4)]
+
+    class Block(nn.Layer):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.linear.weight.set_value(weights[place])
+
+        def forward(self, x: Any) -> Any:
+            return paddle.tanh(self.linear(x))
+
+    def optimizer(parameters: Any) -> Any:
+        return paddle.optimizer.AdamW(0.01, parameters=parameters, grad_clip=nn.ClipGradByGlobalNorm(0.1))
+
+    def error(found: Any, wanted: Any) -> Any:
+        return (found - wanted).square().mean()
+
+    fleet.fleet._user_defined_strategy.pipeline_configs = {"accumulate_steps": 4, "micro_batch_size": 2}
+    blocks = [LayerDesc(Block, place) for place in range(4)]
+    topology = fleet.get_hybrid_communicate_group().topology()  # left out, ranks are numbered without tensor parallel
+    stages = PipelineLayer(blocks, loss_fn=error, topology=topology, seg_method="uniform")
+    mine = fleet.distributed_model(stages)
+    own = fleet.distributed_optimizer(optimizer(mine.parameters()))
+    alone = nn.Sequential(*[Block(place) for place in range(4)])
+    steps = optimizer(alone.parameters())
+    rows, wanted = paddle.to_tensor(numbers(8, WIDTH)), paddle.to_tensor(numbers(8, WIDTH))
+    for _ in range(3):
+        loss = error(alone(rows), wanted)
+        loss.backward()
+        steps.step()
+        steps.clear_grad()
+        close(mine.train_batch([rows, wanted], own).reshape([]), loss, f"loss with {layout.pipeline} stages")
+
+
 def check_sharded(layout: Layout, ours: Groups, stage: int) -> None:
     """Two steps of AdamW with the optimizer's state divided; each reader has rows of its own."""
     import paddle
@@ -396,7 +437,7 @@ class Report:
 
 
 def four() -> None:
-    """Tensor 2 x pipeline 2, then tensor 2 x sharding 2 in the same processes."""
+    """Tensor 2 x pipeline 2, then pipeline 4 and tensor 2 x sharding 2 in the same processes."""
     report, layout = Report(), layout_of(tensor=2, pipeline=2)
     ours = peers.start(layout, "cpu")
     tensor = ours.groups.tensor
@@ -412,7 +453,12 @@ def four() -> None:
     report("layers", check_layers, tensor)
     report("inputs", check_inputs, tensor)
     report("neighbours", check_neighbours)
+    report("pipeline", check_pipeline, layout)
     topology._HYBRID_PARALLEL_GROUP = None  # as in a new process
+    layout = layout_of(pipeline=4)
+    report("groups of a pipeline", check_groups, layout, groups.create(layout))
+    report("pipeline of four", check_pipeline, layout)
+    topology._HYBRID_PARALLEL_GROUP = None
     layout = layout_of(tensor=2, sharding=2)
     second = groups.create(layout)
     report("groups with sharding", check_groups, layout, second)
