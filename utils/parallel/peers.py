@@ -125,8 +125,8 @@ class Peers(Alone):
             waited = time.monotonic() - started
             pause = min(2 * pause, 0.02 if waited < 10 else 0.2)
             arrived = self.store.add("gate", 0)
-            if waited > 0.05 and self.store.add("failed", 0):
-                self._raise_failure()
+            if waited > 0.05:
+                self.heed()
             if waited > seconds and arrived < wanted:
                 late = [rank for rank in range(self.layout.world) if self.store.add(f"gate/{rank}", 0) < self.passed]
                 raise UserError(
@@ -136,14 +136,15 @@ class Peers(Alone):
 
     def check(self) -> None:
         try:
-            if self.store.add("failed", 0):
-                self._raise_failure()
+            self.heed()
         except RuntimeError as error:  # the store is gone
             self._lost(error)
 
-    def _raise_failure(self) -> None:
-        self.relayed = True
-        raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
+    def heed(self) -> None:
+        """Raises `UserError` with what another rank has found, if one has failed."""
+        if self.store.add("failed", 0):
+            self.relayed = True
+            raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
 
     def _lost(self, error: RuntimeError) -> None:
         """The process of rank 0, which serves the store, has ended: so does this one, in silence."""
