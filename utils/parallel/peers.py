@@ -32,6 +32,7 @@ ALONE_SECONDS = 24 * 3600.0  # one rank works, the others wait: tokenizing, savi
 SEEN_SECONDS = 5.0  # for rank 0 to show what another rank has found
 BUCKET_BYTES = 64 << 20
 EXIT_FAILED = 1
+STORE_GONE = (RuntimeError, ValueError)  # what the store raises when the process that serves it has ended
 
 Value = TypeVar("Value")
 
@@ -113,7 +114,7 @@ class Peers(Alone):
         try:
             self.store.add(f"gate/{self.layout.rank}", 1)
             self._wait_for(what, seconds)
-        except RuntimeError as error:  # the store is gone
+        except STORE_GONE as error:  # the store is gone
             self._lost(error)
 
     def _wait_for(self, what: str, seconds: float) -> None:
@@ -137,7 +138,7 @@ class Peers(Alone):
     def check(self) -> None:
         try:
             self.heed()
-        except RuntimeError as error:  # the store is gone
+        except STORE_GONE as error:  # the store is gone
             self._lost(error)
 
     def heed(self) -> None:
@@ -146,7 +147,7 @@ class Peers(Alone):
             self.relayed = True
             raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
 
-    def _lost(self, error: RuntimeError) -> None:
+    def _lost(self, error: Exception) -> None:
         """The process of rank 0, which serves the store, has ended: so does this one, in silence."""
         print(f"rank {self.layout.rank}: rank 0 has ended ({str(error).splitlines()[0]})", file=sys.stderr)
         end(EXIT_FAILED)
@@ -218,7 +219,7 @@ class Peers(Alone):
                 self._publish(faults)
             if not speaks and not self.relayed:
                 speaks = not self._was_seen()
-        except RuntimeError:
+        except STORE_GONE:
             speaks = speaks or not self.relayed
         if speaks:
             errors.show(faults)
@@ -236,7 +237,7 @@ class Peers(Alone):
             self._publish([f"rank {rank} has ended with {last}; workerlog.{self.layout.local_rank} has the traceback"])
             if not self.first:
                 self._was_seen()
-        except RuntimeError:
+        except STORE_GONE:
             pass
         end(EXIT_FAILED)
 
@@ -254,7 +255,7 @@ class Peers(Alone):
         return False
 
     def _say(self, key: str) -> None:
-        with suppress(RuntimeError):
+        with suppress(*STORE_GONE):
             self.store.add(key, 1)
 
     def leave(self, code: int) -> None:

@@ -49,7 +49,7 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         else:
             setattr(parent, last, new)
         for kind in ("weight", "bias"):
-            if (parameter := getattr(old, kind)) is not None:
+            if (parameter := getattr(old, kind, None)) is not None:
                 replaced[id(parameter)] = getattr(new, kind)
     for name, parameter in before.items():  # heads, which are no Linear
         if id(parameter) not in replaced and parts.rule(name) is not None:
