@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from utils import errors, runtime
 from utils.errors import UserError
-from utils.parallel.groups import Groups
+from utils.parallel import groups
 from utils.parallel.topology import Layout
 
 STEP_SECONDS = 1800.0  # ranks do the same work: one that is so much later hangs
@@ -43,11 +43,12 @@ class Alone:
         layout: who does what.
         groups: fleet's process groups along the layout's axes.
         first: whether this process writes files and speaks to the user.
+        groups: the ranks with which this one shares a model, rows or state.
     """
 
     def __init__(self, layout: Layout | None = None) -> None:
+        self.groups = groups.Groups()
         self.layout = layout or Layout()
-        self.groups = Groups()
         self.first = self.layout.rank == 0
 
     @property
@@ -319,9 +320,9 @@ def start(layout: Layout, device: str) -> Alone:
     with redirect_stderr(io.StringIO()):  # a list of its flags
         dist.init_parallel_env()
     store = core.create_or_get_global_tcp_store()
-    send_at_once()
     peers = Peers(layout, store)
-    peers.groups = Groups(data=dist.get_group(0), readers=dist.get_group(0))
+    peers.groups = groups.create(layout)
+    send_at_once()  # on the connections of all groups
     errors.ending = peers
     if not peers.first:
         errors.silent = True
