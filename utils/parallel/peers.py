@@ -41,7 +41,6 @@ class Alone:
 
     Attributes:
         layout: who does what.
-        groups: fleet's process groups along the layout's axes.
         first: whether this process writes files and speaks to the user.
         groups: the ranks with which this one shares a model, rows or state.
     """

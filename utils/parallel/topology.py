@@ -31,6 +31,7 @@ class Layout:
         world, rank: processes in all, and the number of this one.
         local_size, local_rank: the same on this machine.
         tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
+        virtual: parts that each pipeline stage has of the layers, see `utils.parallel.stages`.
     """
 
     world: int = 1
@@ -40,6 +41,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sharding: int = 1
+    virtual: int = 1
 
     @classmethod
     def of(cls, args: Any, environment: Mapping[str, str] | None = None) -> Layout:
@@ -69,6 +71,7 @@ class Layout:
             tensor=tensor,
             pipeline=pipeline,
             sharding=sharding,
+            virtual=args.virtual_pp_degree if pipeline > 1 else 1,
         )
 
     @property
@@ -114,10 +117,7 @@ class Layout:
         alone = "several processes share the rows of a batch (data parallel); for that set it to"
         faults = [
             f"{args.where(name)}: {what} parallel is not part of this version yet; {alone} 1"
-            for name, what, degree in (
-                ("tensor_parallel_degree", "tensor", self.tensor),
-                ("pipeline_parallel_degree", "pipeline", self.pipeline),
-            )
+            for name, what, degree in (("tensor_parallel_degree", "tensor", self.tensor),)
             if degree > 1
         ]
         if args.sharding and self.world > 1:
@@ -143,8 +143,9 @@ class Layout:
                 f"tensor_parallel_degree {self.tensor} neither divides the model's {shape.kv_heads} key-value heads "
                 "nor is a multiple of them"
             )
-        if self.pipeline > shape.layers:
-            yield f"pipeline_parallel_degree {self.pipeline} is more than the model's {shape.layers} layers"
+        if self.pipeline * self.virtual > shape.layers:
+            times = f" times virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
+            yield f"pipeline_parallel_degree {self.pipeline}{times} is more than the model's {shape.layers} layers"
 
     # --- in words ----------------------------------------------------------------------------------
 
