@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,26 @@ class PrefixTuning(nn.Layer):
         encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
-    def cache(self, batch: int) -> Layers:
-        """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim]."""
+    def cache(self, batch: int, layers: Iterable[int] | None = None) -> Layers:
+        """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim].
+
+        Args:
+            layers: the numbers of those that are wanted, if not all.
+        """
         parts = self.flat().expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
-        layers = self.shape.layers
-        return [(parts[number], parts[layers + number]) for number in range(layers)]
+        count = self.shape.layers
+        return [(parts[number], parts[count + number]) for number in (range(count) if layers is None else layers)]
 
     @paddle.no_grad()
-    def start_from_text(self, model: Any, ids: Sequence[int]) -> None:
+    def start_from_text(
+        self, model: Any, ids: Sequence[int], complete: Callable[[Layers], Layers] = lambda cache: cache
+    ) -> None:
         """Starts from the keys and values of real tokens, which trains far better than noise on little
         data (Li & Liang 2021, section 7.4). With projection there is no closed form; it keeps its noise.
 
         Args:
             ids: tokens of typical text; repeated or cut to the prefix length.
+            complete: makes the cache of all layers of that of those that `model` has.
         """
         if self.projection:
             return
@@ -87,6 +94,7 @@ class PrefixTuning(nn.Layer):
         context, stretch = np.array([text.context]), np.array([text.stretch], dtype=np.float32)
         known = places(text.positions()[:, None], order, order, context, stretch, window)
         _, cache = self.family.decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
+        cache = complete(cache)
         flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
         weight = self.encoder[0].weight
         weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))

@@ -144,7 +144,7 @@ def parallel_degrees(run: Any) -> Iterator[str]:
             yield f"{run.where('virtual_pp_degree')} needs pipeline_parallel_degree above 1"
         elif steps < 2 * stages:
             yield (
-                f"{run.where('virtual_pp_degree')} needs at least {2 * stages} micro-batches a step, twice the number of "
+                f"{run.where('virtual_pp_degree')} needs at least {2 * stages} micro-batches a step, twice as many as "
                 f"pipeline stages: set gradient_accumulation_steps to {2 * stages} or more"
             )
     wanted = 1

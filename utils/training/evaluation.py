@@ -65,7 +65,12 @@ class GenerationEvaluation:
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
-        engine = EagerEngine(self.model.family, self.model.base, self.config, prefix=self.model.prefix)
+        family: Any = self.model.family
+        if self.model.stages is not None:
+            from utils.parallel.pipeline import InStages
+
+            family = InStages(family, self.config, self.model.stages)
+        engine = EagerEngine(family, self.model.base, self.config, prefix=self.model.prefix)
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
             total=len(self.prompts), unit="row", desc="answering", leave=False, disable=not self.show_progress
