@@ -118,18 +118,19 @@ def test_rotary_settings_in_one_object(tmp_path: Path) -> None:
 def test_one_table_for_all_layers_that_grows_on_demand() -> None:
     one = case("llama_tiny")
     model = load_model(one.checkpoint, "float32")
-    tables = {id(layer.self_attn.rotary_emb) for layer in model.llama.layers}
-    assert len(tables) == 1 and isinstance(model.llama.layers[0].self_attn.rotary_emb, RotaryTable)
+    assert isinstance(model.rotary_table, RotaryTable)
+    assert not [part for part in model.sublayers() if "Rotary" in type(part).__name__]
     assert not [name for name in model.state_dict() if "rotary" in name]
     assert model.config.max_position_embeddings == model.llama.config.max_position_embeddings == 256
     table = RotaryTable(np.array([1.0, 0.5], np.float32), 2.0)
-    short, _ = table(paddle.ones([1]), 3)
-    cos, sin = table(paddle.ones([1]), 1000)
-    assert short.shape == [1, 256, 1, 4] and cos.shape == sin.shape == [1, 1024, 1, 4]
-    places = np.arange(1024)[:, None] * np.array([1.0, 0.5, 1.0, 0.5])
+    few, many = (paddle.arange(count).unsqueeze(0) for count in (3, 1000))
+    short, _ = table.at(few, 3, paddle.float32)
+    cos, sin = table.at(many, 1000, paddle.float32)
+    assert short.shape == [1, 3, 1, 4] and cos.shape == sin.shape == [1, 1000, 1, 4]
+    places = np.arange(1000)[:, None] * np.array([1.0, 0.5, 1.0, 0.5])
     np.testing.assert_allclose(cos[0, :, 0].numpy(), 2 * np.cos(places), atol=2e-4)
     np.testing.assert_allclose(sin[0, :, 0].numpy(), 2 * np.sin(places), atol=2e-4)
-    assert table(paddle.ones([1], dtype="bfloat16"), 5)[0].dtype == paddle.bfloat16
+    assert table.at(few, 5, paddle.bfloat16)[0].dtype == paddle.bfloat16
 
 
 def test_more_positions_than_the_first_table() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 
 from utils.kernels.norm import rms_norm
@@ -66,7 +67,8 @@ def test_rotary_matches_complex_multiplication(positions: list[list[int]] | None
         return np.concatenate([value.real, value.imag], axis=-1)
 
     def ours(q: Any, k: Any) -> Any:
-        return apply_rotary_pos_emb(q, k, cos, sin, ids)
+        places = paddle.arange(5).expand([2, 5]) if ids is None else ids
+        return apply_rotary_pos_emb(q, k, *(F.embedding(places, wave[0, :, 0]).unsqueeze(2) for wave in (cos, sin)))
 
     found = gradients(ours, query, key)
     np.testing.assert_allclose(found[0], turned(query), atol=1e-5)

@@ -76,13 +76,18 @@ class PrefixTuning(nn.Layer):
 
     @paddle.no_grad()
     def start_from_text(
-        self, model: Any, ids: Sequence[int], complete: Callable[[Layers], Layers] = lambda cache: cache
+        self,
+        model: Any,
+        ids: Sequence[int],
+        family: FamilySpec | None = None,
+        complete: Callable[[Layers], Layers] = lambda cache: cache,
     ) -> None:
         """Starts from the keys and values of real tokens, which trains far better than noise on little
         data (Li & Liang 2021, section 7.4). With projection there is no closed form; it keeps its noise.
 
         Args:
             ids: tokens of typical text; repeated or cut to the prefix length.
+            family: that decodes with `model`, if it is a part of a model.
             complete: makes the cache of all layers of that of those that `model` has.
         """
         if self.projection:
@@ -93,7 +98,7 @@ class PrefixTuning(nn.Layer):
         text, window = self.family.text(config, repeated), self.family.window(config)
         context, stretch = np.array([text.context]), np.array([text.stretch], dtype=np.float32)
         known = places(text.positions()[:, None], order, order, context, stretch, window)
-        _, cache = self.family.decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
+        _, cache = (family or self.family).decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
         cache = complete(cache)
         flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
         weight = self.encoder[0].weight

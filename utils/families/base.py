@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 
 Layers = list[tuple[Any, Any]]  # (key, value) tensors of every layer
+# (layer, hidden, cached key, cached value) -> (hidden, key, value); hidden states are [batch, length, hidden],
+# keys and values [batch, cached + length, kv_heads, head_dim], of this process's heads
+LayerForward = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 # How tensor parallelism shares a parameter (in the Paddle layout: a Linear's matrix is [in, out]) among processes:
 # "column", "row": equal parts of the outputs (also of their bias), or of the inputs.
@@ -67,6 +71,24 @@ class Weight:
         return 0 if self.transpose else -1
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the layers of one batch need besides hidden states.
+
+    It follows from the batch and the configuration alone, so whoever has only some of the layers works out
+    the same from a copy of the batch.
+
+    Attributes:
+        ids: [batch, length] int64.
+        positions: as the family's `embed` and `layer` take them; None if they take none.
+        attend: the attention of all layers, with its mask and dropout; see `utils.kernels.masks.Attend`.
+    """
+
+    ids: Any
+    positions: Any
+    attend: Any
+
+
 def import_attribute(path: str) -> Any:
     """The object that "package.module:name" stands for; imported when asked, never earlier."""
     module, name = path.split(":")
@@ -85,6 +107,7 @@ class FamilySpec(ABC):
         backbone: attribute of the model that holds the decoder without its head.
         head: attribute of the model that turns hidden states into logits.
         embedding: attribute of the backbone that embeds tokens (dots reach further inside).
+        layers: attribute path from the model to the list of its transformer layers.
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
             as they are (right for base models).
@@ -101,6 +124,7 @@ class FamilySpec(ABC):
     backbone: str
     head: str = "lm_head"
     embedding: str = "embed_tokens"
+    layers: str
     lora_targets: tuple[str, ...] = ()
     chat_template: str | None = None
     tokenizer_files: tuple[str, ...] = ()
@@ -150,11 +174,51 @@ class FamilySpec(ABC):
     # --- the model -------------------------------------------------------------------------------
 
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
-        """A `model_class` instance built from `config` (imports Paddle); weights are not loaded."""
+        """A `model_class` instance built from `config` (imports Paddle); weights are not loaded.
+
+        It has two attributes beside the library's:
+            enable_recompute: whether training computes the activations inside of layers twice; the trainer
+                sets it on every part of a model that has an attribute of this name.
+            tensor_part: (rank, degree) of the process among those that share its heads.
+        """
         arguments = {**self.paddle_config(config), **overrides}
-        return import_attribute(self.model_class)(import_attribute(self.config_class)(**arguments))
+        model = import_attribute(self.model_class)(import_attribute(self.config_class)(**arguments))
+        model.enable_recompute, model.tensor_part = False, (0, 1)
+        return model
+
+    # The forward pass in parts. None knows how many layers there are or how many heads a process has: hidden
+    # states are whole everywhere, and heads are counted by the width of what a projection returns.
+
+    def stack(self, model: Any) -> Any:
+        """The list of the model's layers."""
+        return attrgetter(self.layers)(model)
 
     @abstractmethod
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
+        """What all layers need to know of a training batch.
+
+        Args:
+            model: for its configuration and mode; no weights are read.
+            batch: see `forward_hidden`.
+            cached: number of prefix positions.
+        """
+
+    @abstractmethod
+    def inference_context(self, model: Any, input_ids: Any, places: Places) -> Context:
+        """As `context`, for new tokens [batch, length] at `places`."""
+
+    @abstractmethod
+    def embed(self, model: Any, context: Context) -> Any:
+        """Hidden states [batch, length, hidden] as the first layer takes them."""
+
+    @abstractmethod
+    def layer(self, model: Any, context: Context) -> LayerForward:
+        """The forward pass of any one layer; `model` is read for its configuration and mode only."""
+
+    @abstractmethod
+    def finish(self, model: Any, hidden: Any) -> Any:
+        """What the head takes, [batch, length, hidden], from what the last layer gives."""
+
     def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Layers | None = None) -> Any:
         """Last hidden states [batch, length, hidden], after the final norm, of a training batch.
 
@@ -164,10 +228,15 @@ class FamilySpec(ABC):
                 `position_ids` [batch, length] and `segment_ends` [batch, 1, length, 1] int32
                 (for each key position the first query position that may no longer see it).
             cache: (key, value) of every layer of prefix tuning, each [batch, prefix, kv_heads, head_dim], or
-                None. Then every position may also
-                see the whole cache, and `attention_mask` [batch, 1, length, cached + length] is in
-                `batch` when segments are packed.
+                None. Every position sees all of it.
         """
+        from utils.families.models.decoder import run_layers
+
+        context = self.context(model, batch, 0 if cache is None else cache[0][0].shape[1])
+        hidden, forward = self.embed(model, context), self.layer(model, context)
+        return self.finish(
+            model, run_layers(self.stack(model), hidden, cache, forward, recomputed=model.enable_recompute)
+        )
 
     def logits(self, model: Any, hidden: Any) -> Any:
         """Logits [..., vocabulary] of hidden states [..., hidden]."""
@@ -191,7 +260,6 @@ class FamilySpec(ABC):
         """Whether what a model keeps of a text's beginning is the same whatever follows."""
         return True
 
-    @abstractmethod
     def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
         """One inference forward of the library's model over new tokens.
 
@@ -204,6 +272,12 @@ class FamilySpec(ABC):
             Hidden states [batch, length, hidden] after the final norm, and the cache with the new
             tokens [batch, cached + length, kv_heads, head_dim].
         """
+        from utils.families.models.decoder import run_layers
+
+        context, kept = self.inference_context(model, input_ids, places), Layers()
+        hidden, forward = self.embed(model, context), self.layer(model, context)
+        hidden = run_layers(self.stack(model), hidden, cache, forward, kept=kept)
+        return self.finish(model, hidden), kept
 
 
 @dataclass(frozen=True)

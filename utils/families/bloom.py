@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from utils.families.architecture import Architecture, LayerNames, alibi_slopes
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
@@ -39,6 +41,7 @@ class Bloom(DecoderFamily):
     model_class = "utils.families.models.bloom:BloomForCausalLM"
     backbone = "bloom"
     embedding = "word_embeddings"
+    layers = "bloom.h"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,8 @@ class Bloom(DecoderFamily):
     def slopes(self, model: Any) -> Any:
         import paddle
 
-        return paddle.to_tensor(alibi_slopes(model.config.n_head))
+        rank, degree = model.tensor_part
+        return paddle.to_tensor(np.split(alibi_slopes(model.config.n_head), degree)[rank])
 
     def positions(self, places: Places) -> Any:
         return None

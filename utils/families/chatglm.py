@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Context, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
 
@@ -68,6 +68,7 @@ class ChatGLM(DecoderFamily):
     model_class = "utils.families.models.chatglm:ChatGLMForCausalLM"
     backbone = "chatglm"
     embedding = "transformer.word_embeddings"
+    layers = "chatglm.transformer.layers"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("ice_text.model",)
@@ -181,7 +182,8 @@ class ChatGLM(DecoderFamily):
 
         return paddle.matmul(hidden, model.lm_head.decoder_weight, transpose_y=True)
 
-    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
+        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
         import paddle
 
         from utils.families.chatglm_input import prefix_lm
@@ -190,11 +192,9 @@ class ChatGLM(DecoderFamily):
         ids = batch["input_ids"]
         ends = batch["segment_ends"].numpy()[:, 0, :, 0] if "segment_ends" in batch else None
         positions, seen = (paddle.to_tensor(value) for value in prefix_lm(ids.numpy(), model.config.to_dict(), ends))
-        if cache is not None:
-            prefix = cache[0][0].shape[1]
-            seen = paddle.concat([paddle.ones([*seen.shape[:3], prefix], dtype="bool"), seen], axis=-1)
-        attend = masks.attention(seen, positions, None, 0.0)
-        return model.decode(ids, positions, attend, cache)[0]
+        if cached:
+            seen = paddle.concat([paddle.ones([*seen.shape[:3], cached], dtype="bool"), seen], axis=-1)
+        return Context(ids, positions, masks.attention(seen, positions, None, 0.0))
 
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
         from utils.families.chatglm_input import PromptAndAnswer

@@ -68,6 +68,7 @@ class ChatGLM2(DecoderFamily):
     backbone = "chatglm_v2"
     head = HEAD
     embedding = "embedding.word_embeddings"
+    layers = "chatglm_v2.encoder.layers"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("tokenizer.model",)

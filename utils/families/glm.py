@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
+from utils.families.base import Context, ModelShape, Split, Weight
+from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _split(name: str) -> Split | None:
     return None if split == "row" and kind == "bias" else split
 
 
-class Glm(FamilySpec):
+class Glm(DecoderFamily):
     name = "glm"
     title = "GLM"
     model_types = ("glm",)
@@ -84,6 +85,7 @@ class Glm(FamilySpec):
     model_class = "utils.families.models.glm:GLMForConditionalGeneration"
     backbone = "glm"
     embedding = "word_embeddings"
+    layers = "glm.transformer.layers"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
     tokenizer_files = (SENTENCEPIECE_FILE, "vocab.json", "merges.txt")
@@ -203,7 +205,7 @@ class Glm(FamilySpec):
     def logits(self, model: Any, hidden: Any) -> Any:
         return model.output(hidden)
 
-    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
         """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
         import numpy as np
         import paddle
@@ -228,11 +230,10 @@ class Glm(FamilySpec):
                 f"a text reaches position {furthest}, but max_sequence_length in config.json is "
                 f"{config.max_sequence_length}; lower max_length or src_length"
             )
-        prefix = 0 if cache is None else cache[0][0].shape[1]
-        visible = paddle.to_tensor(placed.visible(length, prefix))
+        visible = paddle.to_tensor(placed.visible(length, cached))
         positions = paddle.to_tensor(np.stack([placed.position, placed.block]))
-        attend = masks.attention(visible, positions[0], None, config.attention_dropout_prob if model.training else 0.0)
-        return model.decode(batch["input_ids"], positions, attend, cache)[0]
+        attend = masks.attention(visible, positions[0], None, model.attention_dropout if model.training else 0.0)
+        return Context(batch["input_ids"], positions, attend)
 
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
         from utils.families.glm_layout import SpansText
@@ -243,11 +244,9 @@ class Glm(FamilySpec):
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return False
 
-    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
-        from utils.kernels import masks
-
-        attend = masks.attention(places.visible, places.keys, None, 0.0)
-        return model.decode(input_ids, places.positions, attend, cache)
+    def positions(self, places: Places) -> Any:
+        """[2, batch, length] int64, in the context and in the span."""
+        return places.positions
 
 
 GLM = Glm()

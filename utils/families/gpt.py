@@ -50,6 +50,7 @@ class Gpt(DecoderFamily):
     model_class = "utils.families.models.gpt:GPTForCausalLM"
     backbone = "gpt"
     embedding = "embeddings"
+    layers = "gpt.decoder.layers"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 from utils.errors import UserError, raise_if
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
+from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
 
@@ -26,6 +26,7 @@ class Llama(FamilySpec):
     config_class = "paddlenlp.transformers:LlamaConfig"
     model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
+    layers = "llama.layers"
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # of config.json, kept in the Hugging Face layout
     published_names: tuple[str, ...] = (
@@ -159,7 +160,7 @@ class Llama(FamilySpec):
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
         import paddle
 
-        from utils.kernels import attention, norm, rotary
+        from utils.kernels import norm, rotary
 
         given = {**self.paddle_config(config), **overrides}
         shape = self.shape(given)
@@ -174,15 +175,11 @@ class Llama(FamilySpec):
             setattr(model.config, name, given.get(name))
             setattr(decoder.config, name, given.get(name))
         found = frequencies(given, shape.head_dim)
-        table = rotary.RotaryTable(found.inverse, found.magnitude)
+        model.rotary_table = rotary.RotaryTable(found.inverse, found.magnitude)
         for layer in decoder.layers:
             del layer.self_attn.rotary_emb
-            layer.self_attn.rotary_emb = table
-            layer.self_attn.attn_func = _attention
         self._fit_linears(model, shape, self.biased(given))
         model.attention_window = self.window(given)
-        library: Any = sys.modules[type(model).__module__]
-        library.apply_rotary_pos_emb, library.repeat_kv = rotary.apply_rotary_pos_emb, attention.every_head
         if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
             for part in model.sublayers():
                 if type(part).__name__.endswith("RMSNorm"):
@@ -214,46 +211,60 @@ class Llama(FamilySpec):
         if replaced:
             model.init_weights()  # of the new ones; none when weights are about to be loaded
 
-    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
-        ids = batch["input_ids"]
-        ends, mask = batch.get("segment_ends"), batch.get("attention_mask")
-        cached = 0 if cache is None else cache[0][0].shape[1]
-        if model.attention_window is not None and ids.shape[1] > model.attention_window:
-            from utils.kernels import masks
-            from utils.kernels.window import window_mask
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
+        import paddle
 
-            if mask is None and ends is not None:
-                mask = masks.packed(ends, cached)
-            seen = window_mask(ids.shape[1], cached, model.attention_window, prefix=cached)
-            mask = seen.expand([ids.shape[0], -1, -1, -1]) if mask is None else seen & mask
-        return getattr(model, self.backbone)(
-            ids,
-            position_ids=batch.get("position_ids"),
-            attention_mask=mask,
-            attn_mask_startend_row_indices=ends if mask is None and cache is None else None,
-            past_key_values=cache,
-            use_cache=False,
-            return_dict=True,
-        )[0]
+        from utils.kernels import masks
+        from utils.kernels.window import window_mask
 
-    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
-        output = getattr(model, self.backbone)(
-            input_ids,
-            position_ids=places.positions[0],
-            attention_mask=places.visible,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
+        ids, ends, positions = batch["input_ids"], batch.get("segment_ends"), batch.get("position_ids")
+        rows, length = ids.shape
+        if positions is None:
+            positions = paddle.arange(length, dtype="int64").expand([rows, length])
+        visible, window = None, model.attention_window
+        if window is not None and length > window:
+            visible = window_mask(length, cached, window, prefix=cached)
+            if ends is not None:
+                visible = visible & masks.packed(ends, cached)
+        elif cached or not (ends is not None or model.config.use_flash_attention):  # these two need no mask
+            visible = masks.causal_or_packed(ids, ends, cached)
+        if visible is not None:
+            visible, ends = visible.expand([rows, -1, -1, -1]), None
+        return self._context(model, ids, positions, cached + length, visible, ends)
+
+    def inference_context(self, model: Any, input_ids: Any, places: Places) -> Context:
+        return self._context(model, input_ids, places.positions[0], places.visible.shape[-1], places.visible, ends=None)
+
+    def _context(self, model: Any, ids: Any, positions: Any, keys: int, visible: Any, ends: Any) -> Context:
+        """
+        Args:
+            keys: number of all keys, which positions are below.
+            visible: [batch, 1, length, keys] bool; None is causal, within segments where there are `ends`.
+        """
+        from utils.kernels import attention, masks
+
+        config = model.config
+        attend = partial(
+            attention.llama_attention,
+            config=config,
+            mask=None if visible is None else masks.additive(visible),
+            segment_ends=ends,
+            group=config.num_attention_heads // config.num_key_value_heads,
+            rank=model.tensor_part[0],
         )
-        return output[0], list(output.past_key_values)
+        # one pair of angles for all layers, in the type that they turn out to have
+        return Context(ids, cache(partial(model.rotary_table.at, positions, keys)), attend)
 
+    def embed(self, model: Any, context: Context) -> Any:
+        return getattr(model, self.backbone).embed_tokens(context.ids)
 
-def _attention(*arguments: Any, **options: Any) -> Any:
-    """The attention function of every layer."""
-    from utils.kernels import attention
+    def layer(self, model: Any, context: Context) -> LayerForward:
+        from utils.families.models.llama import layer_forward
 
-    options.pop("training", None)  # some classes pass it, for a dropout that no model of this build has
-    return attention.llama_attention(*arguments, **options)
+        return partial(layer_forward, attend=context.attend, angles=context.positions)
+
+    def finish(self, model: Any, hidden: Any) -> Any:
+        return getattr(model, self.backbone).norm(hidden)
 
 
 LLAMA = Llama()

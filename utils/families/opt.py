@@ -53,6 +53,7 @@ class Opt(DecoderFamily):
     model_class = "utils.families.models.opt:OPTForCausalLM"
     backbone = "opt"
     embedding = "embeddings"
+    layers = "opt.decoder.layers"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
-from utils.families.base import FamilySpec, Layers, ModelShape, Split, Weight
+from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.text import Places, Text
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Qwen(FamilySpec):
     model_class = "paddlenlp.transformers:QWenForCausalLM"
     backbone = "qwen"
     embedding = "wte"
+    layers = "qwen.h"
     lora_targets = ("c_attn", "c_proj", "w1", "w2")
     chat_template = CHATML
     tokenizer_files = (VOCABULARY_FILE,)
@@ -206,37 +208,51 @@ class Qwen(FamilySpec):
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
         import paddle
 
-        from utils.families.models.qwen import forward_of, norm_of
+        from utils.families.models.qwen import norm_of
 
         model = super().create(config, **overrides)
-        norms = [model.qwen.ln_f]
-        for block in model.qwen.h:
-            block.attn.forward = forward_of(block.attn)
-            norms += [block.ln_1, block.ln_2]
         if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
-            for layer in norms:
+            for layer in [model.qwen.ln_f, *(norm for block in model.qwen.h for norm in (block.ln_1, block.ln_2))]:
                 layer.forward = norm_of(layer)
         return model
 
-    def forward_hidden(self, model: Any, batch: Mapping[str, Any], cache: Any = None) -> Any:
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
         """See the base class. As in the published code, training knows neither dynamic NTK nor logn; the
         loss of an evaluation is computed the same way."""
         import paddle
 
-        from utils.families.models.qwen import positions_of
+        from utils.families.models.qwen import attention_of, positions_of
+        from utils.kernels import masks
 
-        ids, position_ids = batch["input_ids"], batch.get("position_ids")
+        ids, ends, position_ids = batch["input_ids"], batch.get("segment_ends"), batch.get("position_ids")
+        rows, length = ids.shape
         if position_ids is None:
-            position_ids = paddle.arange(ids.shape[1], dtype="int64").unsqueeze(0)
-        ends = batch.get("segment_ends") if cache is None else None
-        return model.qwen(
-            ids,
-            position_ids=positions_of(model.config, position_ids, segment_ends=ends),
-            attention_mask=batch.get("attention_mask"),
-            past_key_values=cache,
-            use_cache=False,
-            return_dict=True,
-        )[0]
+            position_ids = paddle.arange(length, dtype="int64").unsqueeze(0)
+        visible = None
+        if cached or not (ends is not None or model.config.use_flash_attention):  # these two need no mask
+            visible = masks.causal_or_packed(ids, ends, cached).expand([rows, -1, -1, -1])
+        attend = attention_of(model, visible, None if cached else ends)
+        return Context(ids, positions_of(model.config, position_ids), attend)
+
+    def inference_context(self, model: Any, input_ids: Any, places: Places) -> Context:
+        from utils.families.models.qwen import attention_of, positions_of
+
+        config = model.config
+        factors = places.stretch if config.use_dynamic_ntk else None
+        positions = positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn)
+        return Context(input_ids, positions, attention_of(model, places.visible, None))
+
+    def embed(self, model: Any, context: Context) -> Any:
+        return model.qwen.drop(model.qwen.wte(context.ids))
+
+    def layer(self, model: Any, context: Context) -> LayerForward:
+        from utils.families.models.qwen import layer_forward
+
+        head_dim = model.config.hidden_size // model.config.num_attention_heads
+        return partial(layer_forward, attend=context.attend, positions=context.positions, head_dim=head_dim)
+
+    def finish(self, model: Any, hidden: Any) -> Any:
+        return model.qwen.ln_f(hidden)
 
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
         """A row keeps the NTK factor of its prompt, as in the published code."""
@@ -248,14 +264,6 @@ class Qwen(FamilySpec):
 
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return not self.paddle_config(config)["use_dynamic_ntk"]
-
-    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
-        from utils.families.models.qwen import decode, positions_of
-
-        config = model.config
-        factors = places.stretch if config.use_dynamic_ntk else None
-        positions = positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn)
-        return decode(model.qwen, input_ids, positions, places.visible, cache)
 
 
 def ntk_factor(length: int, trained: int) -> float:

@@ -17,6 +17,7 @@ class Qwen2(Llama):
     config_class = "paddlenlp.transformers:Qwen2Config"
     model_class = "paddlenlp.transformers:Qwen2ForCausalLM"
     backbone = "qwen2"
+    layers = "qwen2.layers"
     chat_template = (
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,51 +97,71 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_dim])
 
 
-def every_head(x: Tensor, group: int) -> Tensor:
-    """Keys or values [batch, length, kv_heads, head_dim] once for each of the `group` queries that share them.
+def every_head(x: Tensor, heads: int, group: int, rank: int = 0) -> Tensor:
+    """Keys or values [batch, length, kv_heads, head_dim] once for each of the queries that share them.
+
+    Args:
+        heads: number of this process's queries.
+        group: number of queries of the whole model that share a key.
+        rank: of the process among those that share the queries. Where they are too many to share the keys too,
+            each has all keys and takes those of its queries.
 
     Returns:
-        [batch, length, kv_heads * group, head_dim].
+        [batch, length, heads, head_dim].
     """
+    kv_heads, head_dim = x.shape[2:]
+    if kv_heads * group != heads:
+        chosen = [(rank * heads + head) // group for head in range(heads)]
+        return paddle.index_select(x, paddle.to_tensor(chosen), axis=2)
     if group == 1:
         return x
-    kv_heads, head_dim = x.shape[2:]
-    return x.unsqueeze(3).tile([1, 1, 1, group, 1]).reshape([0, 0, kv_heads * group, head_dim])
+    return x.unsqueeze(3).tile([1, 1, 1, group, 1]).reshape([0, 0, heads, head_dim])
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """As `dense_attention`, by the fused operator of GPUs."""
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    return attended.reshape([0, 0, query.shape[2] * query.shape[3]])
 
 
 def llama_attention(
     query: Tensor,
-    config: Any,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    output_attentions: bool,
-    alibi: Tensor | None = None,
-    attn_mask_startend_row_indices: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    """An attention function with the signature of PaddleNLP's LLaMA, for devices without flash attention.
+    *,
+    config: Any,
+    mask: Callable[[Any], Tensor] | None,
+    segment_ends: Tensor | None,
+    group: int,
+    rank: int,
+) -> Tensor:
+    """Attention of LLaMA's kind: the library's function with flash attention, and where it is as fast as ours.
 
-    There the library ignores `attn_mask_startend_row_indices` in silence (packed neighbours would see
+    Without flash attention the library ignores the ends of segments in silence (packed neighbours would see
     each other) and adds masks slowly.
+
+    Args:
+        query: [batch, length, heads, head_dim].
+        key, value: [batch, cached + length, kv_heads, head_dim].
+        config: of the library's model.
+        mask: [batch, 1, length, cached + length] to be added, in a type; None is causal, or packed with
+            `segment_ends` [batch, 1, length, 1] int32.
+        group, rank: see `every_head`.
+
+    Returns:
+        [batch, length, heads * head_dim].
     """
-    plain = not (config.use_flash_attention or output_attentions or options.get("sequence_parallel"))
-    if plain and attn_mask_startend_row_indices is not None:
-        return packed_attention(query, key, value, attn_mask_startend_row_indices)
+    heads, flash = query.shape[2], config.use_flash_attention
+    if not flash or key.shape[2] * group != heads:  # flash attention shares keys among queries itself
+        key, value = every_head(key, heads, group, rank), every_head(value, heads, group, rank)
+    added = None if mask is None else mask(query.dtype)
+    if not flash and segment_ends is not None:
+        return packed_attention(query, key, value, segment_ends)
     # on GPUs the library's own is as fast in half precision, but its checks of shapes cannot be traced
-    ours = query.dtype == paddle.float32 or not paddle.in_dynamic_mode()
-    if plain and alibi is None and ours:
-        return dense_attention(query, key, value, attention_mask)
+    if not flash and (query.dtype == paddle.float32 or not paddle.in_dynamic_mode()):
+        return dense_attention(query, key, value, added)
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
     return scaled_dot_product_attention(
-        query,
-        config,
-        key,
-        value,
-        attention_mask,
-        output_attentions,
-        alibi,
-        attn_mask_startend_row_indices=attn_mask_startend_row_indices,
-        **options,
+        query, config, key, value, added, False, attn_mask_startend_row_indices=segment_ends
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import paddle
 from paddle import Tensor
@@ -37,6 +38,21 @@ def packed(segment_ends: Tensor, cached: int) -> Tensor:
     together = query < segment_ends.transpose([0, 1, 3, 2])
     everywhere = paddle.ones([batch, 1, length, cached], dtype="bool")
     return causal(length, cached) & paddle.concat([everywhere, together], axis=-1)
+
+
+def causal_or_packed(ids: Tensor, segment_ends: Tensor | None, cached: int) -> Tensor:
+    """Which of the tokens [batch, length] see which, [batch or 1, 1, length, cached + length] bool."""
+    return causal(ids.shape[1], cached) if segment_ends is None else packed(segment_ends, cached)
+
+
+def additive(visible: Tensor) -> Callable[[Any], Tensor]:
+    """The mask in a floating-point type: 0 for what is visible, the least number elsewhere; made once for each."""
+
+    @cache
+    def mask(dtype: Any) -> Tensor:
+        return paddle.where(visible, 0.0, paddle.finfo(dtype).min).astype(dtype)
+
+    return mask
 
 
 def attention(visible: Tensor, key_positions: Tensor, slopes: Tensor | None, dropout: float) -> Attend:

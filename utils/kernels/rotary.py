@@ -38,25 +38,13 @@ class _Rotary(PyLayer):
         return _rotate(gradient, cos, -sin), None, None
 
 
-def apply_rotary_pos_emb(
-    query: Tensor, key: Tensor, cos: Tensor | RotaryTable, sin: Tensor, position_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Turns queries and keys by their positions; same signature as the library's function.
+def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns queries and keys by their positions.
 
     Args:
-        query, key: [batch, length, heads, head_dim].
-        cos, sin: [1, positions, 1, head_dim], both halves equal; or the table itself, which is computed
-            for these positions.
-        position_ids: [batch, length] int64; None is 0, 1, 2, ...
+        query, key: [batch, length, heads, head_dim]; each may have another number of heads.
+        cos, sin: [batch or 1, length, 1, head_dim], both halves equal.
     """
-    if isinstance(cos, RotaryTable):  # in a static program
-        cos, sin = cos.at(position_ids, query.dtype)
-    elif position_ids is None and cos.shape[1] == query.shape[1]:
-        pass
-    elif position_ids is None:
-        cos, sin = cos[:, : query.shape[1]], sin[:, : query.shape[1]]
-    else:
-        cos, sin = (F.embedding(position_ids, t.squeeze([0, 2])).unsqueeze(2) for t in (cos, sin))
     learning = paddle.in_dynamic_mode() and paddle.is_grad_enabled()
     if learning and not (query.stop_gradient and key.stop_gradient):
         return _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
@@ -78,24 +66,25 @@ class RotaryTable:
         """
         self._inverse, self._magnitude = inverse, np.float32(magnitude)
         self._length = 0
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}  # by type; each [1, length, 1, head_dim]
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}  # by type; each [length, head_dim]
 
-    def __call__(self, x: Tensor, seq_len: int) -> tuple[Any, Any]:
-        """(cos, sin) of positions below `seq_len`, or of more, each [1, positions, 1, head_dim] in x's type."""
-        if not paddle.in_dynamic_mode():  # a static program knows no length: see `apply_rotary_pos_emb`
-            return self, self
-        if seq_len > self._length:
-            self._length = max(256, 1 << (seq_len - 1).bit_length())
+    def at(self, positions: Tensor, count: int, dtype: Any) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions [batch, length] int64, each [batch, length, 1, head_dim] in a type.
+
+        Args:
+            count: the positions are below it, or below 256. A static program, which leaves sizes open, has no
+                table and works them out.
+        """
+        if not paddle.in_dynamic_mode():
+            both = paddle.to_tensor(np.concatenate([self._inverse, self._inverse]))
+            angles = (positions.astype("float32").unsqueeze(-1) * both).unsqueeze(2)
+            return tuple((wave * self._magnitude).astype(dtype) for wave in (angles.cos(), angles.sin()))
+        if count > self._length:
+            self._length = max(256, 1 << (count - 1).bit_length())
             self._tables.clear()
-        if x.dtype not in self._tables:
+        if dtype not in self._tables:
             angles = np.arange(self._length, dtype=np.float32)[:, None] * self._inverse
-            both = np.concatenate([angles, angles], axis=-1)[None, :, None]
-            cos, sin = (paddle.to_tensor(f(both) * self._magnitude).astype(x.dtype) for f in (np.cos, np.sin))
-            self._tables[x.dtype] = cos, sin
-        return self._tables[x.dtype]
-
-    def at(self, position_ids: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of positions [batch, length] int64, each [batch, length, 1, head_dim]; without a table."""
-        both = paddle.to_tensor(np.concatenate([self._inverse, self._inverse]))
-        angles = (position_ids.astype("float32").unsqueeze(-1) * both).unsqueeze(2)
-        return tuple((wave * self._magnitude).astype(dtype) for wave in (angles.cos(), angles.sin()))
+            both = np.concatenate([angles, angles], axis=-1)
+            cos, sin = (paddle.to_tensor(f(both) * self._magnitude).astype(dtype) for f in (np.cos, np.sin))
+            self._tables[dtype] = cos, sin
+        return tuple(F.embedding(positions, table).unsqueeze(2) for table in self._tables[dtype])

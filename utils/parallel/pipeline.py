@@ -90,7 +90,8 @@ class Stages:
 
     def __init__(self, layout: Layout, layers: int) -> None:
         self.layout, self.parts = layout, own_parts(layout, layers)
-        self._count, self._neighbours = layers, None
+        self._count = layers
+        self._neighbours: Any = None
 
     @property
     def layers(self) -> list[int]:

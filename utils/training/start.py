@@ -163,8 +163,8 @@ def build(
                 prefix.start_from_text(base, typical_ids)
             else:
                 peers.gate("waiting for the model on other ranks")
-                prefix.family = InStages(family, checkpoint.config, stages)
-                prefix.start_from_text(base, typical_ids, stages.complete)
+                divided: Any = InStages(family, checkpoint.config, stages)
+                prefix.start_from_text(base, typical_ids, divided, stages.complete)
                 peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
         if stages is not None:
             mark_copies(prefix.encoder.parameters(), layout)

@@ -14,7 +14,8 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddlenlp.transformers.bloom import modeling as library
 
-from utils.families.models.decoder import Cache, extended, run_layers
+from utils.families.base import LayerForward
+from utils.families.models.decoder import by_head, extended
 from utils.kernels.masks import Attend
 
 
@@ -33,21 +34,18 @@ class BloomForCausalLM(library.BloomForCausalLM):
             spread = self.config.initializer_range
             layer.weight.set_value(paddle.normal(0.0, spread, layer.weight.shape).astype(layer.weight.dtype))
 
-    def decode(
-        self, ids: Tensor, positions: Tensor | None, attend: Attend, cache: Cache | None
-    ) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+    # Positions are not used: Bloom's stand in the biases of `attend`.
 
-        Args:
-            ids: [batch, length] int64.
-            positions: not used; Bloom's stand in the biases of `attend`.
-        """
-        bloom = self.bloom
-        hidden = bloom.word_embeddings_layernorm(bloom.word_embeddings(ids))
-        dropout = self.config.hidden_dropout if self.training else 0.0
-        forward = partial(_layer, attend=attend, dropout=dropout)
-        hidden, kept = run_layers(bloom.h, hidden, cache, forward, bloom.enable_recompute)
-        return bloom.ln_f(hidden), kept
+    def embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        return self.bloom.word_embeddings_layernorm(self.bloom.word_embeddings(ids))
+
+    def layer(self, attend: Attend, positions: Tensor | None) -> LayerForward:
+        config = self.config
+        dropout = config.hidden_dropout if self.training else 0.0
+        return partial(_layer, attend=attend, head_dim=config.hidden_size // config.n_head, dropout=dropout)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.bloom.ln_f(hidden)
 
 
 def _layer(
@@ -57,13 +55,13 @@ def _layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
+    head_dim: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp, after = layer.self_attention, layer.mlp, layer.apply_residual_connection_post_layernorm
     normed = layer.input_layernorm(hidden)
     # each head's query, key and value stand together
-    fused = attention.query_key_value(normed).reshape([0, 0, attention.num_heads, 3 * attention.head_dim])
-    query, key, value = paddle.split(fused, 3, axis=-1)
+    query, key, value = paddle.split(by_head(attention.query_key_value(normed), 3 * head_dim), 3, axis=-1)
     key, value = extended(past_key, key), extended(past_value, value)
     attended = attention.dense(attend(query, key, value))
     hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)

@@ -6,15 +6,17 @@ the gradient of a prefix when activations are recomputed, and copies the whole h
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import paddle
 from paddle import Tensor
 from paddlenlp.transformers.chatglm import modeling as library
 
+from utils.families.base import LayerForward
 from utils.families.chatglm import rotary_frequencies
-from utils.families.models.decoder import Cache, extended, run_layers
+from utils.families.models.decoder import by_head, extended
 from utils.kernels.masks import Attend
 from utils.kernels.rotary import apply_rotary_pos_emb
 
@@ -42,21 +44,27 @@ class ChatGLMForCausalLM(library.ChatGLMForCausalLM):
 
     attention_dropout = 0.0
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.chatglm.transformer.word_embeddings(ids)
 
+    def layer(self, attend: Attend, positions: Tensor) -> LayerForward:
+        """
         Args:
-            ids: [batch, length] int64.
             positions: [batch, 2, length] int64; [batch, 1, length] without the second.
         """
-        stack, config = self.chatglm.transformer, self.config
-        hidden = stack.word_embeddings(ids)
-        heads = config.num_attention_heads
-        cos, sin = (x.astype(hidden.dtype) for x in angles(positions, heads, config.hidden_size // heads))
+        config = self.config
+        head_dim = config.hidden_size // config.num_attention_heads
+
+        @cache  # for all layers, once their number of heads and their type are known
+        def turns(heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
+            cos, sin = angles(positions, heads, head_dim)
+            return cos.astype(dtype), sin.astype(dtype)
+
         factor = (2 * config.residual_layers) ** 0.5
-        forward = partial(_layer, attend=attend, cos=cos, sin=sin, heads=heads, factor=factor)
-        hidden, kept = run_layers(stack.layers, hidden, cache, forward, stack.enable_recompute)
-        return stack.final_layernorm(hidden), kept
+        return partial(_layer, attend=attend, turns=turns, head_dim=head_dim, factor=factor)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.chatglm.transformer.final_layernorm(hidden)
 
 
 def _layer(
@@ -66,18 +74,18 @@ def _layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
+    turns: Callable[[int, Any], tuple[Tensor, Tensor]],
+    head_dim: int,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed = layer.input_layernorm(hidden)
     # each head's query, key and value stand together
-    fused = layer.attention.query_key_value(normed).reshape([0, 0, heads, 3 * hidden.shape[-1] // heads])
+    fused = by_head(layer.attention.query_key_value(normed), 3 * head_dim)
     query, key, value = paddle.split(fused, 3, axis=-1)
     shape = [0, -1, *query.shape[2:]]
+    cos, sin = turns(query.shape[2], hidden.dtype)
     query, key = (x.reshape([0, -1, *cos.shape[2:]]) for x in (query, key))  # every part of a head is a row of its own
-    query, key = (x.reshape(shape) for x in apply_rotary_pos_emb(query, key, cos, sin, None))
+    query, key = (x.reshape(shape) for x in apply_rotary_pos_emb(query, key, cos, sin))
     key, value = extended(past_key, key), extended(past_value, value)
     hidden = normed * factor + layer.attention.dense(attend(query, key, value))
     normed = layer.post_attention_layernorm(hidden)

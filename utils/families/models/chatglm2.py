@@ -7,7 +7,8 @@ ignores `rope_ratio`.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import paddle
@@ -15,7 +16,8 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddlenlp.transformers.chatglm_v2 import modeling as library
 
-from utils.families.models.decoder import Cache, by_head, extended, run_layers
+from utils.families.base import LayerForward
+from utils.families.models.decoder import by_head, extended
 from utils.kernels.attention import every_head
 from utils.kernels.masks import Attend
 from utils.kernels.norm import rms_norm
@@ -78,32 +80,45 @@ class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
         self.criterion = library.ChatGLMv2PretrainingCriterion(config)
         self.attention_dropout = config.attention_dropout
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.chatglm_v2.embedding.word_embeddings(ids)
 
-        Args:
-            ids, positions: [batch, length] int64 (positions of one row stand for all).
+    def layer(self, attend: Attend, positions: Tensor) -> LayerForward:
         """
-        encoder, config = self.chatglm_v2.encoder, self.config
-        hidden = self.chatglm_v2.embedding.word_embeddings(ids)
-        heads, groups, channels = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
-        cos, sin = (x.astype(hidden.dtype) for x in angles(positions.expand(ids.shape), channels, config.rope_ratio))
-        # tiled once: a product broadcast over the heads is slow on CPUs
-        turns = [(cos.tile([1, 1, count, 1]), sin.tile([1, 1, count, 1])) for count in (heads, groups)]
-        forward = partial(
+        Args:
+            positions: [batch or 1, length] int64.
+        """
+        config = self.config
+        channels = config.kv_channels
+
+        # Both for all layers, once their numbers of heads and their type are known.
+        @cache
+        def turns(heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
+            # tiled: a product broadcast over the heads is slow on CPUs
+            cos, sin = (x.astype(dtype).tile([1, 1, heads, 1]) for x in angles(positions, channels, config.rope_ratio))
+            return cos, sin
+
+        return partial(
             _layer,
             attend=attend,
             turns=turns,
-            turn=quarter_turn(channels, hidden.dtype),
+            turn=cache(partial(quarter_turn, channels)),
+            channels=channels,
+            group=config.num_attention_heads // config.multi_query_group_num,
             after=config.apply_residual_connection_post_layernorm,
             dropout=config.hidden_dropout if self.training else 0.0,
         )
-        hidden, kept = run_layers(encoder.layers, hidden, cache, forward, encoder.enable_recompute)
-        return _norm(encoder.final_layernorm, hidden), kept
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return _norm(self.chatglm_v2.encoder.final_layernorm, hidden)
 
 
 def _norm(layer: Any, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, layer.weight, layer.epsilon)
+
+
+def _turned(x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + paddle.matmul(x, turn) * sin
 
 
 def _layer(
@@ -113,21 +128,23 @@ def _layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
-    turns: list[tuple[Tensor, Tensor]],
-    turn: Tensor,
+    turns: Callable[[int, Any], tuple[Tensor, Tensor]],
+    turn: Callable[[Any], Tensor],
+    channels: int,
+    group: int,
     after: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.self_attention, layer.mlp
-    (heads, channels), groups = turns[0][0].shape[2:], turns[1][0].shape[2]
-    group = heads // groups
     normed = _norm(layer.input_layernorm, hidden)
-    sizes = [heads * channels, groups * channels, groups * channels]
-    parts = paddle.split(attention.query_key_value(normed), sizes, axis=-1)
-    query, key, value = (by_head(part, part.shape[-1] // channels) for part in parts)
-    query, key = (x * cos + paddle.matmul(x, turn) * sin for x, (cos, sin) in zip((query, key), turns, strict=True))
+    fused = attention.query_key_value(normed)
+    narrow = fused.shape[-1] // (group + 2)  # of this process's keys; as many values, `group` times as many queries
+    parts = paddle.split(fused, [group * narrow, narrow, narrow], axis=-1)
+    query, key, value = (by_head(part, channels) for part in parts)
+    query, key = (_turned(x, turn(hidden.dtype), *turns(x.shape[2], hidden.dtype)) for x in (query, key))
     key, value = extended(past_key, key), extended(past_value, value)
-    attended = attention.dense(attend(query, every_head(key, group), every_head(value, group)))
+    seen, taken = (every_head(x, query.shape[2], group) for x in (key, value))
+    attended = attention.dense(attend(query, seen, taken))
     hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
     normed = _norm(layer.post_attention_layernorm, hidden)
     gate, up = paddle.chunk(mlp.dense_h_to_4h(normed), 2, axis=-1)

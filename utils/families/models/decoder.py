@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,23 +11,27 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.distributed.fleet.utils import recompute
 
+from utils.families.base import LayerForward, Layers
 from utils.kernels.masks import Attend
-
-Cache = list[tuple[Tensor, Tensor]]
-# (layer, hidden, cached key, cached value) -> (hidden, key, value)
-LayerForward = Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def run_layers(
-    layers: Iterable[Any], hidden: Tensor, cache: Cache | None, forward: LayerForward, recomputed: bool
-) -> tuple[Tensor, Cache]:
-    """Hidden states after all layers, and the cache with the new positions.
+    layers: Iterable[Any],
+    hidden: Tensor,
+    cache: Sequence[tuple[Tensor, Tensor]] | None,
+    forward: LayerForward,
+    *,
+    recomputed: bool = False,
+    kept: Layers | None = None,
+) -> Tensor:
+    """Hidden states after some layers in turn, [batch, length, hidden].
 
     Args:
-        recomputed: activations inside a layer are computed again for its gradient instead of kept; then
-            there is no new cache.
+        layers: all of a model's, or those of one process.
+        cache: (key, value) of each of `layers`, or None.
+        recomputed: activations inside a layer are computed again for its gradient instead of kept.
+        kept: takes (key, value) of each layer with the new positions; not together with `recomputed`.
     """
-    kept: Cache = []
     for number, layer in enumerate(layers):
         past = cache[number] if cache is not None else (None, None)
         if recomputed and not hidden.stop_gradient:
@@ -35,8 +39,9 @@ def run_layers(
             hidden = recompute(partial(_without_cache, forward, layer), hidden, *past)
         else:
             hidden, key, value = forward(layer, hidden, *past)
-            kept.append((key, value))
-    return hidden, kept
+            if kept is not None:
+                kept.append((key, value))
+    return hidden
 
 
 def _without_cache(
@@ -45,9 +50,12 @@ def _without_cache(
     return forward(layer, hidden, past_key, past_value)[0]
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
-    """[batch, length, heads * head_dim] -> [batch, length, heads, head_dim]; batch and length may be left open."""
-    return x.reshape([0, 0, heads, x.shape[-1] // heads])
+def by_head(x: Tensor, head_dim: int) -> Tensor:
+    """[batch, length, heads * head_dim] -> [batch, length, heads, head_dim]; batch and length may be left open.
+
+    The width decides how many heads there are: a process may hold some of the configuration's only.
+    """
+    return x.reshape([0, 0, x.shape[-1] // head_dim, head_dim])
 
 
 def extended(past: Tensor | None, new: Tensor) -> Tensor:
@@ -79,8 +87,7 @@ def transformer_layer(
     attention = layer.self_attn
     normed = layer.norm1(hidden) if norm_first else hidden
     query, key, value = (
-        by_head(project(normed), hidden.shape[-1] // head_dim)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        by_head(project(normed), head_dim) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     key, value = extended(past_key, key), extended(past_value, value)
     attended = attention.out_proj(attend(query if scale == 1.0 else query * scale, key, value))

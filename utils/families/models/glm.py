@@ -14,31 +14,40 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddlenlp.transformers.glm import modeling as library
 
-from utils.families.models.decoder import Cache, by_head, extended, run_layers
+from utils.families.base import LayerForward
+from utils.families.models.decoder import by_head, extended
 from utils.kernels.masks import Attend
 
 
 class GLMForConditionalGeneration(library.GLMForConditionalGeneration):
-    """The library's layers and parameters; `decode` replaces its forward."""
+    """See `utils.families.decoder.DecoderFamily` for what is added to the library's class."""
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.attention_dropout = config.attention_dropout_prob
 
-        Args:
-            ids: [batch, length] int64.
-            positions: [2, batch, length] int64, in the context and in the span.
-            attend: of every layer.
-            cache: (key, value) of every layer, each [batch, cached, heads, head_dim].
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """
-        stack, config = self.glm.transformer, self.config
+        Args:
+            positions: [2, batch, length] int64, in the context and in the span.
+        """
+        stack = self.glm.transformer
         hidden = self.glm.word_embeddings(ids) + stack.position_embeddings(positions[0])
-        hidden = stack.embedding_dropout(hidden + stack.block_position_embeddings(positions[1]))
-        dropout = config.output_dropout_prob if self.training else 0.0
-        # published models whose scores would overflow float16 have a scale above 1
-        wide = config.attention_scale > 1.0
-        forward = partial(_layer, attend=attend, heads=config.num_attention_heads, dropout=dropout, wide=wide)
-        hidden, kept = run_layers(stack.layers, hidden, cache, forward, stack.enable_recompute)
-        return stack.final_layernorm(hidden), kept
+        return stack.embedding_dropout(hidden + stack.block_position_embeddings(positions[1]))
+
+    def layer(self, attend: Attend, positions: Tensor) -> LayerForward:
+        config = self.config
+        return partial(
+            _layer,
+            attend=attend,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            dropout=config.output_dropout_prob if self.training else 0.0,
+            # published models whose scores would overflow float16 have a scale above 1
+            wide=config.attention_scale > 1.0,
+        )
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.glm.transformer.final_layernorm(hidden)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary]; the head is the embedding."""
@@ -52,13 +61,13 @@ def _layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
-    heads: int,
+    head_dim: int,
     dropout: float,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.attention, layer.mlp
     fused = attention.query_key_value(layer.input_layernorm(hidden))
-    query, key, value = (by_head(part, heads) for part in paddle.split(fused, 3, axis=-1))
+    query, key, value = (by_head(part, head_dim) for part in paddle.split(fused, 3, axis=-1))
     key, value = extended(past_key, key), extended(past_value, value)
     if wide:
         query, seen = query.astype("float32"), key.astype("float32")

@@ -13,7 +13,8 @@ from typing import Any
 from paddle import Tensor
 from paddlenlp.transformers.gpt import modeling as library
 
-from utils.families.models.decoder import Cache, run_layers, transformer_layer
+from utils.families.base import LayerForward
+from utils.families.models.decoder import transformer_layer
 from utils.kernels.inference import activation
 from utils.kernels.masks import Attend
 
@@ -28,34 +29,30 @@ class GPTForCausalLM(library.GPTForCausalLM):
         self.gpt.bias = None  # the table of the causal mask, max_position_embeddings squared; not used
         self.activate = activation(config.activation)
         self.attention_dropout = config.attention_probs_dropout_prob
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        scale = 1.0 if config.scale_attn_weights else math.sqrt(self.head_dim)
+        for number, layer in enumerate(self.gpt.decoder.layers, 1):
+            layer.score_scale = scale / number if config.scale_attn_by_inverse_layer_idx else scale
         for layer in self.sublayers():
             if isinstance(layer, library.GPTLayerNorm):
                 layer._epsilon = config.layer_norm_epsilon
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, hidden] after the final norm, and the cache.
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.gpt.embeddings(ids, positions)
 
-        Args:
-            ids: [batch, length] int64.
-            positions: [batch or 1, length] int64, from 0.
-        """
-        config, decoder = self.config, self.gpt.decoder
-        head_dim = config.hidden_size // config.num_attention_heads
-        scale = 1.0 if config.scale_attn_weights else math.sqrt(head_dim)
-        places = {id(layer): number for number, layer in enumerate(decoder.layers)}
-
+    def layer(self, attend: Attend, positions: Tensor) -> LayerForward:
         def forward(layer: Any, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-            divisor = places[id(layer)] + 1 if config.scale_attn_by_inverse_layer_idx else 1
-            return block(layer, *tensors, scale=scale / divisor)
+            return block(layer, *tensors, scale=layer.score_scale)
 
         block = partial(
             transformer_layer,
             attend=attend,
-            head_dim=head_dim,
+            head_dim=self.head_dim,
             norm_first=True,
             activate=self.activate,
-            dropout=config.hidden_dropout_prob if self.training else 0.0,
+            dropout=self.config.hidden_dropout_prob if self.training else 0.0,
         )
-        hidden = self.gpt.embeddings(ids, positions)
-        hidden, kept = run_layers(decoder.layers, hidden, cache, forward, decoder.enable_recompute)
-        return decoder.norm(hidden), kept
+        return forward
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.gpt.decoder.norm(hidden)

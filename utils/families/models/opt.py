@@ -13,7 +13,8 @@ import paddle
 from paddle import Tensor
 from paddlenlp.transformers.opt import modeling as library
 
-from utils.families.models.decoder import Cache, run_layers, transformer_layer
+from utils.families.base import LayerForward
+from utils.families.models.decoder import transformer_layer
 from utils.kernels.inference import activation
 from utils.kernels.masks import Attend
 
@@ -43,28 +44,26 @@ class OPTForCausalLM(library.OPTForCausalLM):
         self.lm_head = library.OPTLMHead(config, words)
         if getattr(config, "_remove_final_layer_norm", False):
             self.opt.decoder.final_layer_norm = None
-        self.opt.decoder.enable_recompute = False  # the trainer sets it on whatever has it
         self.activate = activation(config.activation)
         self.attention_dropout = config.attention_probs_dropout_prob
 
-    def decode(self, ids: Tensor, positions: Tensor, attend: Attend, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states [batch, length, word_embed_proj_dim] for the head, and the cache.
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.opt.embeddings(ids, positions)
 
-        Args:
-            ids: [batch, length] int64.
-            positions: [batch or 1, length] int64, from 0.
-        """
-        decoder = self.opt.decoder
-        forward = partial(
+    def layer(self, attend: Attend, positions: Tensor) -> LayerForward:
+        config = self.config
+        return partial(
             transformer_layer,
             attend=attend,
-            head_dim=self.config.hidden_size // self.config.num_attention_heads,
-            norm_first=self.config.normalize_before,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            norm_first=config.normalize_before,
             activate=self.activate,
-            dropout=self.config.hidden_dropout_prob if self.training else 0.0,
+            dropout=config.hidden_dropout_prob if self.training else 0.0,
         )
-        hidden = self.opt.embeddings(ids, positions)
-        hidden, kept = run_layers(decoder.layers, hidden, cache, forward, decoder.enable_recompute)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """[batch, length, word_embed_proj_dim]."""
+        decoder = self.opt.decoder
         for last in (decoder.final_layer_norm, decoder.project_out):
             hidden = hidden if last is None else last(hidden)
-        return hidden, kept
+        return hidden

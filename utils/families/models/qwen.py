@@ -1,4 +1,4 @@
-"""Qwen's attention with positions per row (the library's counts padding and keeps state in the layer).
+"""Qwen's layers with positions per row (the library's counts padding and keeps state in the layer).
 
 The library takes the length for dynamic NTK from the padded batch, scales queries (logn) by the place in
 the padded batch, and keeps the last NTK factor in the layer, where training would meet it again after an
@@ -14,26 +14,25 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from utils.families.models.decoder import Cache, run_layers
-from utils.kernels.attention import dense_attention, packed_attention
+from utils.families.models.decoder import by_head, extended
+from utils.kernels.attention import dense_attention, fused_attention, packed_attention
+from utils.kernels.masks import Attend, additive
 from utils.kernels.norm import rms_norm
 from utils.kernels.rotary import apply_rotary_pos_emb
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What positions do to queries and keys; the library hands it from layer to layer as `position_ids`.
+    """What positions do to queries and keys.
 
     Attributes:
         cos, sin: [batch, length, 1, rotary_dim] float32, both halves equal.
         scale: logn factors of the queries [batch, length, 1, 1] float32, or None.
-        segment_ends: [batch, 1, length, 1] int32 of packed rows without a cache, or None.
     """
 
     cos: Tensor
     sin: Tensor
     scale: Tensor | None = None
-    segment_ends: Tensor | None = None
 
 
 def positions_of(
@@ -42,7 +41,6 @@ def positions_of(
     *,
     factors: Tensor | None = None,
     logn: bool = False,
-    segment_ends: Tensor | None = None,
 ) -> Positions:
     """Rotary angles and query factors of every token.
 
@@ -65,14 +63,14 @@ def positions_of(
     if logn:
         trained = paddle.full([1], config.seq_length, dtype="float32")
         scale = paddle.clip(paddle.log(places + 1.0) / paddle.log(trained), min=1.0).unsqueeze(2)
-    return Positions(angles.cos(), angles.sin(), scale, segment_ends)
+    return Positions(angles.cos(), angles.sin(), scale)
 
 
 def _rotated(x: Tensor, other: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
     """Queries and keys turned in float32, in their own type again; the last dimensions may stay."""
     dim = positions.cos.shape[-1]
     if x.shape[-1] == dim:
-        turned = apply_rotary_pos_emb(x.astype("float32"), other.astype("float32"), positions.cos, positions.sin, None)
+        turned = apply_rotary_pos_emb(x.astype("float32"), other.astype("float32"), positions.cos, positions.sin)
         return turned[0].astype(x.dtype), turned[1].astype(x.dtype)
     (x, x_rest), (other, other_rest) = (paddle.split(t, [dim, -1], axis=-1) for t in (x, other))
     x, other = _rotated(x, other, positions)
@@ -84,61 +82,44 @@ def norm_of(layer: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: rms_norm(x, layer.weight, layer.eps)
 
 
-def forward_of(layer: Any) -> Callable[..., tuple[Any, ...]]:
-    """A `forward` for one of the library's attention layers, with `Positions` as its `position_ids`."""
+def attention_of(model: Any, visible: Tensor | None, segment_ends: Tensor | None) -> Attend:
+    """The attention of all layers.
 
-    def forward(
-        hidden_states: Tensor,
-        layer_past: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Positions | None = None,
-        use_cache: bool = False,
-        output_attentions: bool = False,
-    ) -> tuple[Any, ...]:
-        positions = position_ids
-        if positions is None:
-            raise TypeError("Qwen's attention needs Positions; see utils.families.models.qwen")
-        heads = [0, 0, layer.num_heads, layer.head_dim]
-        mixed = paddle.split(layer.c_attn(hidden_states), 3, axis=-1)
-        query, key, value = (part.reshape(heads) for part in mixed)
-        query, key = _rotated(query, key, positions)
-        if layer_past is not None:
-            key = paddle.concat([layer_past[0], key], axis=1)
-            value = paddle.concat([layer_past[1], value], axis=1)
-        present = (key, value) if use_cache else None
-        if positions.scale is not None:
-            query = query * positions.scale.astype(query.dtype)
-        weights = None
-        if positions.segment_ends is not None:
-            output = packed_attention(query, key, value, positions.segment_ends)
-        elif layer.config.use_flash_attention or output_attentions:
-            output, weights = layer._attn(query, key, value, attention_mask)
-        else:
-            dropout = layer.attn_dropout.p if layer.training else 0.0
-            output = dense_attention(query, key, value, attention_mask, dropout)
-        outputs = (layer.c_proj(output), present)
-        return (*outputs, weights) if output_attentions else outputs
-
-    return forward
-
-
-def decode(model: Any, ids: Tensor, positions: Positions, visible: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-    """The library's layers one after another; see `utils.families.base.FamilySpec.decode`.
-
-    The library's own stack makes a mask of sizes that a static program leaves open.
+    Args:
+        visible: [batch, 1, length, cached + length] bool; None is causal, within segments where there are ends.
+        segment_ends: [batch, 1, length, 1] int32 of packed rows without a cache, or None.
     """
-    hidden = model.wte(ids)
-    mask = paddle.where(visible, 0.0, paddle.finfo(hidden.dtype).min).astype(hidden.dtype)
+    mask = None if visible is None else additive(visible)
 
-    def forward(layer: Any, hidden: Tensor, *past: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, present = layer(
-            hidden,
-            layer_past=None if past[0] is None else past,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-        )
-        return hidden, *present
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if segment_ends is not None:
+            return packed_attention(query, key, value, segment_ends)
+        added = None if mask is None else mask(query.dtype)
+        if model.config.use_flash_attention:
+            return fused_attention(query, key, value, added)
+        dropout = model.config.attn_dropout_prob if model.training else 0.0
+        return dense_attention(query, key, value, added, dropout)
 
-    hidden, kept = run_layers(model.h, hidden, cache, forward, recomputed=False)
-    return model.ln_f(hidden), kept
+    return attend
+
+
+def layer_forward(
+    layer: Any,
+    hidden: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    *,
+    attend: Attend,
+    positions: Positions,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `LayerForward`."""
+    attention = layer.attn
+    fused = attention.c_attn(layer.ln_1(hidden))
+    query, key, value = (by_head(part, head_dim) for part in paddle.split(fused, 3, axis=-1))
+    query, key = _rotated(query, key, positions)
+    key, value = extended(past_key, key), extended(past_value, value)
+    if positions.scale is not None:
+        query = query * positions.scale.astype(query.dtype)
+    hidden = attention.c_proj(attend(query, key, value)) + hidden
+    return hidden + layer.mlp(layer.ln_2(hidden)), key, value
