@@ -6,11 +6,13 @@ The layers are PaddleNLP's; selection of targets, files and checks are ours.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
@@ -19,6 +21,7 @@ from utils.adapters.fill import fill_parameters
 from utils.adapters.targets import target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
+from utils.checkpoints.load import fill
 from utils.checkpoints.locate import Checkpoint
 from utils.families import FamilySpec
 from utils.parallel.tensor import Held
@@ -34,6 +37,9 @@ def add_lora(
     targets: Sequence[str] | None = None,
     rslora: bool = False,
     lora_plus_scale: float = 1.0,
+    linears: Sequence[str] | None = None,
+    seed: int = 0,
+    held: Held | None = None,
 ) -> LoRAModel:
     """Puts LoRA layers into `model` (in place) and freezes everything else.
 
@@ -42,8 +48,12 @@ def add_lora(
         alpha: numerator of the scale (alpha / r, with rsLoRA alpha / sqrt(r)); None is 2 * rank.
         targets: layer names or regular expressions; None is the family's default.
         lora_plus_scale: learning-rate ratio of B over A (LoRA+).
+        linears: names of the Linear layers of the whole model, where `model` has some of them only.
+        seed: of the values that A starts with.
+        held: what this rank holds of `model`, if not all.
     """
-    linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
+    if linears is None:
+        linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
     config = LoRAConfig(
         target_modules=target_patterns(linears, targets or family.lora_targets),
         r=rank,
@@ -55,7 +65,24 @@ def add_lora(
         # the library's fused forward and backward of a LoRA layer; it has no dropout
         use_quick_lora=dropout == 0.0,
     )
-    return LoRAModel(model, config)
+    adapted = LoRAModel(model, config)
+    _draw(adapted, seed, held)
+    return adapted
+
+
+def _draw(adapted: LoRAModel, seed: int, held: Held | None) -> None:
+    """Draws A of every layer anew, by the layer's name: it starts alike however processes share the layers.
+
+    The distribution is the library's, Kaiming's uniform one with a = sqrt(5). B starts with zeros.
+    """
+    for name, parameter in lora_parameters(adapted).items():
+        if not name.endswith("lora_A"):
+            continue
+        shape = tuple(parameter.shape) if held is None else held.parts.whole_shape(name, parameter.shape)
+        bound = shape[0] ** -0.5
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        values = generator.uniform(-bound, bound, shape).astype(np.float32)
+        fill(parameter, values if held is None else held.parts.cut(name, values))
 
 
 def describe_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +73,35 @@ class PrefixTuning(nn.Layer):
         encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
-    def cache(self, batch: int) -> Layers:
+    def cache(self, batch: int, layers: Iterable[int] | None = None) -> Layers:
         """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim]
-        with the heads that this rank holds."""
+        with the heads that this rank holds.
+
+        Args:
+            layers: the numbers of those that are wanted, if not all.
+        """
         flat = self.flat()
         if self.held is not None and self.held.parts.degree > 1:
             flat = flat[:, :, :, self.held.parts.key_value_heads]
         parts = flat.expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
-        layers = self.shape.layers
-        return [(parts[number], parts[layers + number]) for number in range(layers)]
+        count = self.shape.layers
+        return [(parts[number], parts[count + number]) for number in (range(count) if layers is None else layers)]
 
     @paddle.no_grad()
-    def start_from_text(self, model: Any, ids: Sequence[int]) -> None:
+    def start_from_text(
+        self,
+        model: Any,
+        ids: Sequence[int],
+        family: FamilySpec | None = None,
+        complete: Callable[[Layers], Layers] = lambda cache: cache,
+    ) -> None:
         """Starts from the keys and values of real tokens, which trains far better than noise on little
         data (Li & Liang 2021, section 7.4). With projection there is no closed form; it keeps its noise.
 
         Args:
             ids: tokens of typical text; repeated or cut to the prefix length.
+            family: that decodes with `model`, if it is a part of a model.
+            complete: makes the cache of all layers of that of those that `model` has.
         """
         if self.projection:
             return
@@ -99,7 +111,8 @@ class PrefixTuning(nn.Layer):
         text, window = self.family.text(config, repeated), self.family.window(config)
         context, stretch = np.array([text.context]), np.array([text.stretch], dtype=np.float32)
         known = places(text.positions()[:, None], order, order, context, stretch, window)
-        _, cache = self.family.decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
+        _, cache = (family or self.family).decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
+        cache = complete(cache)
         flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
         if self.held is not None:
             flat = self.held.all_heads(flat, axis=3)

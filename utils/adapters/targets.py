@@ -42,14 +42,19 @@ def target_patterns(linears: Sequence[str], targets: Sequence[str]) -> list[str]
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """[in, out] of every Linear layer of a checkpoint's decoder, by full name; reads no values."""
-    linears = {weight.parameter for weight in checkpoint.family.weights(checkpoint.config) if weight.is_linear}
-    linears.discard(f"{checkpoint.family.head}.weight")  # its rows are the vocabulary: not a layer to adapt
-    found = {}
+    linears, found = set(linear_names(checkpoint)), {}
     for parameter, (tensor, transpose) in match(checkpoint).items():
-        if parameter in linears:
+        if (name := parameter.removesuffix(".weight")) in linears:
             rows, columns = stored_shape(tensor, transpose)
-            found[parameter.removesuffix(".weight")] = (rows, columns)
+            found[name] = (rows, columns)
     return found
+
+
+def linear_names(checkpoint: Checkpoint) -> list[str]:
+    """Full names of the Linear layers of a checkpoint's decoder, without the head: its rows are the vocabulary."""
+    family = checkpoint.family
+    linears = (weight.parameter for weight in family.weights(checkpoint.config) if weight.is_linear)
+    return [name.removesuffix(".weight") for name in linears if name != f"{family.head}.weight"]
 
 
 def adapted_shapes(checkpoint: Checkpoint, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:

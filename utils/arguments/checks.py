@@ -138,6 +138,15 @@ def parallel_degrees(run: Any) -> Iterator[str]:
             yield f"{run.where(name)}: expected -1 (none) or at least 1"
     if run.sequence_parallel and degrees["tensor_parallel_degree"] == 1:
         yield f"{run.where('sequence_parallel')} needs tensor_parallel_degree above 1"
+    if run.virtual_pp_degree > 1:
+        stages, steps = degrees["pipeline_parallel_degree"], run.gradient_accumulation_steps
+        if stages == 1:
+            yield f"{run.where('virtual_pp_degree')} needs pipeline_parallel_degree above 1"
+        elif steps < 2 * stages:
+            yield (
+                f"{run.where('virtual_pp_degree')} needs at least {2 * stages} micro-batches a step, twice as many as "
+                f"pipeline stages: set gradient_accumulation_steps to {2 * stages} or more"
+            )
     wanted = 1
     for degree in degrees.values():
         wanted *= degree

@@ -261,6 +261,9 @@ class ParallelArguments(Arguments):
 
     tensor_parallel_degree: int = arg(-1, "processes that share every layer; -1 is none", minimum=-1)
     pipeline_parallel_degree: int = arg(-1, "processes that share the layers in turn; -1 is none", minimum=-1)
+    virtual_pp_degree: int = arg(
+        1, "parts of the layers that each pipeline stage has: more of them wait less for each other", minimum=1
+    )
     sharding: str = arg(
         "",
         "what data-parallel processes share: optimizer state, gradients, weights",

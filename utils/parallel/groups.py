@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Groups:
     Attributes:
         tensor: ranks that hold parts of the same layers.
         pipeline: stages of one model, in their order.
+        ends: the first and the last of them.
         sharding: ranks that share the optimizer's state, and perhaps gradients and parameters.
         data: ranks with the same part of a model in different copies of it.
         readers: ranks with the same part of a model and different rows: sharding and data together. Gradients
@@ -29,6 +31,7 @@ class Groups:
 
     tensor: Any = None
     pipeline: Any = None
+    ends: Any = None
     sharding: Any = None
     data: Any = None
     readers: Any = None
@@ -59,9 +62,11 @@ def create(layout: Layout) -> Groups:
     hybrid = fleet.get_hybrid_communicate_group()
     data = hybrid.get_data_parallel_group() if layout.data > 1 else None
     sharding = hybrid.get_sharding_parallel_group() if layout.sharding > 1 else None
+    pipeline = hybrid.get_pipe_parallel_group() if layout.pipeline > 1 else None
     return Groups(
         tensor=hybrid.get_model_parallel_group() if layout.tensor > 1 else None,
-        pipeline=hybrid.get_pipe_parallel_group() if layout.pipeline > 1 else None,
+        pipeline=pipeline,
+        ends=_ends(layout) if layout.pipeline > 2 else pipeline,
         sharding=sharding,
         data=data,
         readers=_readers(layout) if data and sharding else data or sharding,
@@ -70,16 +75,26 @@ def create(layout: Layout) -> Groups:
 
 def _readers(layout: Layout) -> Any:
     """The group of data and sharding together, which fleet does not make."""
+    return _group_by(layout, range(layout.world), lambda place: (place[1], place[3]))
+
+
+def _ends(layout: Layout) -> Any:
+    """The group of the first and the last stage; None on the others."""
+    ends = (0, layout.pipeline - 1)
+    ranks = [rank for rank in range(layout.world) if layout.coordinates(rank)[1] in ends]
+    return _group_by(layout, ranks, lambda place: (place[0], place[2], place[3]))
+
+
+def _group_by(layout: Layout, ranks: Iterable[int], key: Callable[[tuple[int, int, int, int]], Any]) -> Any:
+    """This rank's group among those of ranks whose coordinates have the same key; None if it is in none."""
     import paddle.distributed as dist
 
-    mine = None
-    for stage in range(layout.pipeline):
-        for part in range(layout.tensor):  # every rank makes every group, in the same order
-            ranks = [rank for rank in range(layout.world) if layout.coordinates(rank)[1::2] == (stage, part)]
-            group = dist.new_group(ranks)
-            if layout.rank in ranks:
-                mine = group
-    return mine
+    members: dict[Any, list[int]] = {}
+    for rank in ranks:
+        members.setdefault(key(layout.coordinates(rank)), []).append(rank)
+    groups = [dist.new_group(one) for one in members.values()]  # every rank makes every group, in the same order
+    mine = (group for group, one in zip(groups, members.values(), strict=True) if layout.rank in one)
+    return next(mine, None)
 
 
 def seed_everything(seed: int, layout: Layout) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from utils.parallel.stages import Part, all_parts
 from utils.parallel.topology import Layout
 
 SHOWN_READERS = 4
@@ -28,14 +30,16 @@ def picture(layout: Layout, args: Any, layers: int) -> list[str]:
     ]
     if layout.stage:
         lines.append(f"  sharding stage {layout.stage}: {layout.sharding} ranks divide {_SHARDED[layout.stage]}")
-    stages = layout.stage_layers(layers)
+    parts = all_parts(layout, layers)
     for reader in range(min(layout.readers, SHOWN_READERS)):
         lines.append(f"  part {reader + 1} of {layout.readers} of every batch")
-        for stage, owned in enumerate(stages):
+        for stage in range(layout.pipeline):
             ranks = [rank for rank in range(layout.world) if _place(layout, rank) == (reader, stage)]
             where = sorted({rank // layout.local_size for rank in ranks})
             cells = " ".join(f"[rank {rank}]" for rank in ranks)
-            lines.append(f"    {_content(layout, stage, owned):<32} {cells}  machine {', '.join(map(str, where))}")
+            lines.append(
+                f"    {_content(layout, parts[stage :: layout.pipeline]):<32} {cells}  machine {', '.join(map(str, where))}"
+            )
     if layout.readers > SHOWN_READERS:
         lines.append(f"  and {layout.readers - SHOWN_READERS} more parts with ranks like these")
     lines.append("  rank 0 speaks; logs, curves and results are written once")
@@ -46,12 +50,11 @@ def _place(layout: Layout, rank: int) -> tuple[int, int]:
     return layout.reader(rank), layout.coordinates(rank)[1]
 
 
-def _content(layout: Layout, stage: int, owned: range) -> str:
+def _content(layout: Layout, parts: Sequence[Part]) -> str:
     """What the ranks of a line hold."""
     if layout.pipeline == 1:
         what = "whole model" if layout.tensor == 1 else "all layers"
     else:
-        ends = ["embedding"] if stage == 0 else []
-        ends += ["head"] if stage == layout.pipeline - 1 else []
-        what = f"layers {owned[0]}-{owned[-1]}" + "".join(f", {end}" for end in ends)
+        what = "layers " + ", ".join(f"{part.layers[0]}-{part.layers[-1]}" for part in parts)
+        what += ", embedding" * any(part.first for part in parts) + ", head" * any(part.last for part in parts)
     return what if layout.tensor == 1 else f"{what}, 1/{layout.tensor} each"

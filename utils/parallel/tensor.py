@@ -21,6 +21,7 @@ from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
 from utils.parallel.parts import Parts
 from utils.parallel.peers import Alone
+from utils.parallel.stages import names_elsewhere, own_parts, tied_name
 
 
 def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
@@ -95,11 +96,13 @@ class Held:
     Attributes:
         parts: how tensor parallelism cuts parameters.
         elsewhere: the names of those that only other pipeline stages have.
+        tied: that of the one that the first and the last pipeline stage have; None without stages.
     """
 
     def __init__(self, parts: Parts, peers: Alone) -> None:
         self.parts, self.peers = parts, peers
         self.elsewhere: frozenset[str] = frozenset()
+        self.tied: str | None = None
 
     def mark_whole(self, parameters: Iterable[Any]) -> None:
         """Marks parameters that every rank of a model has and works out a part of the gradient of."""
@@ -125,8 +128,16 @@ class Held:
 
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
+        if self.elsewhere:
+            from utils.parallel.pipeline import keep_own
+
+            keep_own(model, self.elsewhere)
         if self.parts.degree > 1:
             share_layers(model, self.parts, self.peers.groups.tensor)
+        if self.tied is not None and self.tied not in self.elsewhere:
+            from utils.parallel.pipeline import mark_tied
+
+            mark_tied(dict(model.named_parameters())[self.tied], self.peers.layout)
 
     def here(self, name: str) -> bool:
         """Whether this rank has the parameter, or a part of it, or none has."""
@@ -136,15 +147,25 @@ class Held:
     @classmethod
     def of(cls, family: FamilySpec, config: Mapping[str, Any], peers: Alone) -> Held:
         """What the layout of a run gives to this rank."""
-        _, _, _, tensor = peers.layout.coordinates(peers.layout.rank)
-        return cls(Parts(family, config, peers.layout.tensor, tensor), peers)
+        layout = peers.layout
+        _, _, _, tensor = layout.coordinates(layout.rank)
+        held = cls(Parts(family, config, layout.tensor, tensor), peers)
+        if layout.pipeline > 1:
+            held.elsewhere = names_elsewhere(family, config, own_parts(layout, family.shape(config).layers))
+            held.tied = tied_name(family, config)
+        return held
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes what its pipeline stage holds."""
+        """Whether this rank writes what its pipeline stage holds, see `written`."""
         layout = self.peers.layout
         data, _, sharding, tensor = layout.coordinates(layout.rank)
         return data == sharding == tensor == 0
+
+    @staticmethod
+    def written(parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Without those that another pipeline stage counts and writes as well."""
+        return {name: one for name, one in parameters.items() if getattr(one, "counted", True)}
 
     def whole(self, name: str, value: Tensor, *, key: str = "") -> LazyTensor:
         """A parameter, or a tensor of the optimizer like it; reading is an exchange among tensor-parallel ranks.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, raise_if
@@ -31,6 +30,7 @@ class Layout:
         local_size, local_rank: the same on this machine.
         tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
         stage: what sharding splits: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 without it.
+        virtual: parts that each pipeline stage has of the layers, see `utils.parallel.stages`.
     """
 
     world: int = 1
@@ -41,6 +41,7 @@ class Layout:
     pipeline: int = 1
     sharding: int = 1
     stage: int = 0
+    virtual: int = 1
 
     @classmethod
     def of(cls, args: Any, environment: Mapping[str, str] | None = None) -> Layout:
@@ -71,6 +72,7 @@ class Layout:
             pipeline=pipeline,
             sharding=sharding,
             stage=int(args.sharding[len("stage")]) if sharding > 1 else 0,
+            virtual=args.virtual_pp_degree if pipeline > 1 else 1,
         )
 
     @property
@@ -94,12 +96,6 @@ class Layout:
         """Which part of a batch a rank reads, 0 to `readers` - 1."""
         data, _, sharding, _ = self.coordinates(rank)
         return data * self.sharding + sharding
-
-    def stage_layers(self, layers: int) -> list[range]:
-        """The layers of every pipeline stage, as even as can be; the first stages have one more."""
-        few, more = divmod(layers, self.pipeline)
-        starts = [stage * few + min(stage, more) for stage in range(self.pipeline + 1)]
-        return [range(*pair) for pair in pairwise(starts)]
 
     @property
     def counts(self) -> bool:
@@ -136,5 +132,6 @@ class Layout:
     def _unfit(self, shape: ModelShape) -> Iterator[str]:
         if shape.heads % self.tensor:
             yield f"tensor_parallel_degree {self.tensor} does not divide the model's {shape.heads} attention heads"
-        if self.pipeline > shape.layers:
-            yield f"pipeline_parallel_degree {self.pipeline} is more than the model's {shape.layers} layers"
+        if self.pipeline * self.virtual > shape.layers:
+            times = f" times virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
+            yield f"pipeline_parallel_degree {self.pipeline}{times} is more than the model's {shape.layers} layers"

@@ -65,8 +65,13 @@ class GenerationEvaluation:
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
+        family: Any = self.model.family
+        if self.model.stages is not None:
+            from utils.parallel.pipeline import InStages
+
+            family = InStages(family, self.config, self.model.stages, self.model.vocabulary_group)
         engine = EagerEngine(
-            self.model.family,
+            family,
             self.model.base,
             self.config,
             prefix=self.model.prefix,

@@ -27,8 +27,8 @@ class Gradients:
 
     Three marks on a parameter say what a layout makes of it:
     - `is_distributed` (fleet's): each tensor-parallel rank has another part of it;
-    - `summed_over`: axes ("tensor", "pipeline") of which every rank has all of it and works out a part of
-      its gradient;
+    - `summed_over`: groups ("tensor", "pipeline", "ends") of which every rank has all of it and works out a
+      part of its gradient;
     - `counted`: False where the same parameter is counted on another pipeline stage.
 
     Args:
@@ -57,6 +57,8 @@ class Gradients:
             for parameter in found:
                 parameter.grad.scale_(factor)
         groups = self.peers.groups
+        for group in ("pipeline", "ends"):  # before the owners are asked: stages share their parameters differently
+            self._add_up_partial(((parameter, parameter.grad) for parameter in found), group)
         if self.share is not None:
             self.share.exchange()
             owned = self.share.owned()
@@ -64,9 +66,7 @@ class Gradients:
         else:
             owned = [(parameter, parameter.grad) for parameter in found]
             self.peers.add_up([gradient for _, gradient in owned], groups.readers)
-        for axis in ("tensor", "pipeline"):
-            partial = [gradient for parameter, gradient in owned if axis in getattr(parameter, "summed_over", ())]
-            self.peers.add_up(partial, getattr(groups, axis))
+        self._add_up_partial(owned, "tensor")
         norm = self._norm(owned) / scaled_by
         finite = math.isfinite(norm)
         if not finite and scaled_by != 1.0:
@@ -76,6 +76,10 @@ class Gradients:
         for _, gradient in owned if factor != 1.0 else ():
             gradient.scale_(factor)
         return norm
+
+    def _add_up_partial(self, gradients: Iterable[tuple[Any, Tensor]], group: str) -> None:
+        partial = [gradient for parameter, gradient in gradients if group in getattr(parameter, "summed_over", ())]
+        self.peers.add_up(partial, getattr(self.peers.groups, group))
 
     def _norm(self, owned: Sequence[tuple[Any, Tensor]]) -> float:
         """The norm of the gradients of the whole model, each parameter counted once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +14,9 @@ from paddle import Tensor, nn
 from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
+from utils.families.models.decoder import run_layers
 from utils.kernels import split
+from utils.parallel.stages import Part
 
 
 class TrainingModel(nn.Layer):
@@ -36,6 +39,7 @@ class TrainingModel(nn.Layer):
         neftune_alpha: float | None = None,
         inputs_need_gradient: bool = False,
         vocabulary_group: Any = None,
+        stages: Any = None,
     ) -> None:
         """
         Args:
@@ -43,13 +47,16 @@ class TrainingModel(nn.Layer):
             inputs_need_gradient: recomputation needs it when the embedding is frozen: a recomputed
                 block whose inputs have no gradient gives none to the adapter inside.
             vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
+            stages: the pipeline's (`utils.parallel.pipeline.Stages`), None without one. Every stage then hands
+                a gradient on to the one before, also where the embedding is frozen.
         """
         super().__init__()
         self.family, self.base, self.prefix = family, base, prefix
         self.config = base.config
         self.neftune_alpha = neftune_alpha
-        self.inputs_need_gradient = inputs_need_gradient
-        self.vocabulary_group = vocabulary_group
+        self.inputs_need_gradient = inputs_need_gradient or stages is not None
+        self.vocabulary_group, self.stages = vocabulary_group, stages
+        self.layers = len(family.stack(base))
         if prefix is not None:
             for parameter in base.parameters():
                 parameter.stop_gradient = True
@@ -68,20 +75,40 @@ class TrainingModel(nn.Layer):
             output.stop_gradient = False
         return output
 
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Last hidden states [batch, length, hidden] of a collated batch."""
-        if self.prefix is None:
-            return self.family.forward_hidden(self.base, batch)
-        return self.family.forward_hidden(self.base, batch, self.prefix.cache(batch["input_ids"].shape[0]))
+    def through(self, part: Part, batch: Mapping[str, Tensor], hidden: Tensor | None) -> Tensor:
+        """Hidden states [batch, length, hidden] after some layers, behind the last ones after the final norm.
 
-    def supervised(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        Args:
+            batch: of the collator, without labels.
+            hidden: what the layer before gives; None before the first.
+        """
+        family, base, prefix = self.family, self.base, self.prefix
+        context = family.context(base, batch, 0 if prefix is None else prefix.length)
+        if hidden is None:
+            hidden = family.embed(base, context)
+        cache = None if prefix is None else prefix.cache(hidden.shape[0], part.layers)
+        layers, forward = family.stack(base), family.layer(base, context)
+        own = [layers[number] for number in part.layers]
+        hidden = run_layers(own, hidden, cache, forward, recomputed=base.enable_recompute)
+        return family.finish(base, hidden) if part.last else hidden
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Last hidden states [batch, length, hidden] of a collated batch; None where only other stages have them."""
+        if self.stages is None:
+            return self.through(Part(range(self.layers), True, True), batch, None)
+        return self.stages.passing(lambda part, hidden: self.through(part, batch, hidden))
+
+    def supervised(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [targets, vocabulary] and labels [targets] of the supervised positions.
+
+        Args:
+            hidden: last hidden states [batch, length, hidden].
+            labels: [batch, length] int64, already shifted; IGNORED where nothing is supervised.
 
         With a shared vocabulary the logits are this rank's part of it.
         """
         flat = labels.reshape([-1])
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
-        hidden = self.hidden(inputs)
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
         hidden = split.for_parts(hidden, self.vocabulary_group)
         return self.family.logits(self.base, hidden), flat.index_select(positions)
@@ -92,22 +119,27 @@ class TrainingModel(nn.Layer):
             return summed_loss(logits, targets)
         return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
 
-    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Sum of the losses (float32 scalar, in nats) over the targets of a batch.
-
-        Args:
-            labels: [batch, length] int64, already shifted; IGNORED where nothing is supervised.
-            inputs: the other tensors of the collator.
-        """
-        logits, targets = self.supervised(labels, **inputs)
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the losses (float32 scalar, in nats) over the targets of a batch, see `supervised`."""
+        logits, targets = self.supervised(hidden, labels)
         if not targets.shape[0]:
             return logits.sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
         return self.summed_loss(logits, targets)
 
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """The `loss` of a batch of the collator; not with pipeline stages, see `utils.training.steps`."""
+        return self.loss(self.hidden(inputs), labels)
+
     @paddle.no_grad()
     def score(self, labels: Tensor, **inputs: Tensor) -> tuple[float, int, int]:
-        """(sum of losses, number of right greedy guesses, number of targets) of an evaluation batch."""
-        logits, targets = self.supervised(labels, **inputs)
+        """(sum of losses, number of right greedy guesses, number of targets) of an evaluation batch.
+
+        All are 0 on pipeline stages before the last.
+        """
+        hidden = self.hidden(inputs)
+        if hidden is None:
+            return 0.0, 0, 0
+        logits, targets = self.supervised(hidden, labels)
         if not targets.shape[0]:
             return 0.0, 0, 0
         loss = self.summed_loss(logits, targets)

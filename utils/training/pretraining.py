@@ -146,11 +146,17 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     else:
         set_seed(args.seed)
         base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
+    stages: Any = None
+    if peers.layout.pipeline > 1:
+        from utils.parallel.pipeline import Stages
+
+        stages = Stages(peers.layout, checkpoint.family.shape(checkpoint.config).layers)
     model = TrainingModel(
         checkpoint.family,
         base,
         inputs_need_gradient=args.recompute,
         vocabulary_group=held.vocabulary_group,
+        stages=stages,
     )
     return model, FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
 

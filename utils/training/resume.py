@@ -68,15 +68,15 @@ def optimizer_tensors(optimizer: Any, parameters: Mapping[str, Any], held: Held)
             the process built before.
     """
     names = {parameter.name: name for name, parameter in parameters.items()}
-    tensors = []
+    written, tensors = held.written(parameters), []
     for key, value in optimizer.state_dict().items():
         if key == "LR_Scheduler":
             continue
         entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
         for slot, tensor in entries.items():
             internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
-            name = names[internal]
-            tensors.append(held.whole(name, tensor, key=f"{name}|{slot[len(internal) + 1 :]}"))
+            if (name := names[internal]) in written:
+                tensors.append(held.whole(name, tensor, key=f"{name}|{slot[len(internal) + 1 :]}"))
     return tensors
 
 

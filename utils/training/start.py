@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import runtime
 from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
-from utils.adapters.targets import adapted_shapes
+from utils.adapters.targets import adapted_shapes, linear_names
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match
 from utils.errors import UserError, raise_if
@@ -114,7 +114,12 @@ def build(
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     set_seed(args.seed)
-    family, prefix = checkpoint.family, None
+    family, prefix, layout = checkpoint.family, None, peers.layout
+    stages: Any = None
+    if layout.pipeline > 1:
+        from utils.parallel.pipeline import InStages, Stages
+
+        stages = Stages(layout, family.shape(checkpoint.config).layers)
     trained: Trained
     if args.lora:
         if args.lora_path:
@@ -137,6 +142,9 @@ def build(
                 targets=args.lora_target_modules,
                 rslora=args.rslora,
                 lora_plus_scale=args.lora_plus_scale,
+                linears=linear_names(checkpoint),
+                seed=args.seed,
+                held=held,
             )
         trained = Lora(checkpoint, held, adapted)
     elif args.prefix_tuning:
@@ -152,7 +160,13 @@ def build(
                 dtype=weights_dtype,
                 held=held,
             )
-            prefix.start_from_text(base, typical_ids)
+            if stages is None:
+                prefix.start_from_text(base, typical_ids)
+            else:
+                peers.gate("waiting for the model on other ranks")
+                divided: Any = InStages(family, checkpoint.config, stages)
+                prefix.start_from_text(base, typical_ids, divided, stages.complete)
+                peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
         trained = Prefix(checkpoint, held, prefix)
     else:
         trained = FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
@@ -163,6 +177,7 @@ def build(
         neftune_alpha=args.neftune_noise_alpha if args.neftune else None,
         inputs_need_gradient=args.recompute,
         vocabulary_group=held.vocabulary_group,
+        stages=stages,
     )
     return model, trained
 

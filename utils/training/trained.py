@@ -49,7 +49,7 @@ class Trained(ABC):
         """Fills the weights from a folder of `piece` and `describe`."""
 
     def _piece(self, stem: str, **options: Any) -> Piece:
-        tensors = [self.held.whole(name, parameter) for name, parameter in self.parameters().items()]
+        tensors = [self.held.whole(name, parameter) for name, parameter in self.held.written(self.parameters()).items()]
         return Piece(stem, tensors, writes=self.held.writes, **options)
 
 

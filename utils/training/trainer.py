@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from paddlenlp import trainer as library
 from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_directory, write_json
-from utils.data.encode import IGNORED
 from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
 from utils.training import resume
@@ -28,6 +26,7 @@ from utils.training.plan import Plan
 from utils.training.sampler import EpochSampler, EvaluationSampler, OrderedSampler, WithBlanks
 from utils.training.saving import Piece, Saver
 from utils.training.schedule import ending_at
+from utils.training.steps import Steps, steps_of
 from utils.training.trained import Trained
 from utils.training.window import Window
 
@@ -131,9 +130,7 @@ class Trainer(library.Trainer):
         self.extra_files = extra_files
         self.run: dict[str, Any] = {}
         self.window = Window()
-        self.step_scale = 0.0  # losses are divided by it for their gradients; 0 is not known yet
-        self.step_counts = np.zeros(3, dtype=np.int64)  # its targets, tokens and positions on this rank
-        self.step_batches: list[tuple[paddle.Tensor, dict[str, Any]]] = []  # its losses and inputs
+        self.steps: Steps | None = None  # from the first micro-batch on
         self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
         self.total_loss, self.total_targets, self.total_tokens = 0.0, 0, 0
         self.resumed: dict[str, Any] | None = None
@@ -217,31 +214,19 @@ class Trainer(library.Trainer):
     # --- a step --------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: dict[str, Any], step_control: int = 0) -> paddle.Tensor:
-        """Adds the gradient of one micro-batch; returns its summed loss."""
-        model.train()
-        inputs = dict(self._prepare_inputs(inputs))
-        batch = dict(inputs)
-        tokens = int(inputs.pop(SIZES).sum())
-        targets = int((inputs["labels"] != IGNORED).sum())
-        with self.autocast_smart_context_manager():
-            loss = model(**inputs)
-        if not self.step_scale:
-            # Keeps the scaled loss near a mean, for float16; a power of two leaves no trace in the figures.
-            mean = self.peers.sums([targets])[0] / self.peers.layout.world
-            self.step_scale = 2.0 ** round(math.log2(max(mean, 1.0)))
-        scaled = loss / self.step_scale
-        (self.scaler.scale(scaled) if self.do_grad_scaling else scaled).backward()
-        self.step_counts += (targets, tokens, inputs["input_ids"].size if tokens else 0)
-        self.step_batches.append((loss.detach(), batch))
-        return loss.detach()
+        """Takes a micro-batch and adds its gradient, or those of all at the last; returns the losses of these."""
+        if self.steps is None:
+            scaler = self.scaler if self.do_grad_scaling else None
+            micro_batches = self.args.gradient_accumulation_steps
+            self.steps = steps_of(self.model, self.peers, self.autocast_smart_context_manager, scaler, micro_batches)
+        return self.steps.add(dict(self._prepare_inputs(inputs)))
 
     def weight_gradients(self) -> None:
         """Makes the gradients of the step those of the mean over its targets on all ranks; checks them."""
-        layout = self.peers.layout
-        loss = float(paddle.add_n([loss for loss, _ in self.step_batches])) if self.step_batches else 0.0
-        stopping = self.signals.received is not None
-        counted = [loss, *self.step_counts.tolist()]
-        found = self.peers.sums([*(counted if layout.counts else np.zeros(4)), stopping])
+        assert self.steps is not None
+        steps, stopping = self.steps, self.signals.received is not None
+        counted = [float(paddle.add_n([loss for loss, _ in steps.losses])), *steps.counts.tolist()]
+        found = self.peers.sums([*(counted if self.peers.layout.counts else np.zeros(4)), stopping])
         self.signals.agree(found[4] > 0)
         targets, tokens, positions = (int(count) for count in found[1:4])
         self.window.add(found[0], targets, tokens, positions)
@@ -249,19 +234,19 @@ class Trainer(library.Trainer):
         self.total_targets += targets
         self.total_tokens += tokens
         scale = float(self.scaler._scale) if self.do_grad_scaling else 1.0
-        norm = self.gradients.finish(self.step_scale / max(targets, 1), scale)
+        norm = self.gradients.finish(steps.scale / max(targets, 1), scale)
         self.step_figures = {"learning_rate": self._get_learning_rate(), "grad_norm": norm}
         if not np.isfinite(norm):
             if not self.do_grad_scaling:  # a scaler leaves such steps out by itself
-                self._stop_at("gradient's norm", norm, [batch for _, batch in self.step_batches], together=True)
+                self._stop_at("gradient's norm", norm, [batch for _, batch in steps.losses], together=True)
             del self.step_figures["grad_norm"]
-        self.step_counts[:] = 0
-        self.step_batches = []
+        steps.begin()
 
     def _check_loss_valid(self, loss: paddle.Tensor) -> None:
         if np.isfinite(float(loss)):
             return
-        bad = [batch for own, batch in self.step_batches if not np.isfinite(float(own))]
+        assert self.steps is not None
+        bad = [batch for own, batch in self.steps.losses if not np.isfinite(float(own))]
         self._stop_at("loss", float(loss), bad)
 
     def _stop_at(self, what: str, value: float, batches: list[dict[str, Any]], together: bool = False) -> NoReturn:
@@ -323,6 +308,7 @@ class Trainer(library.Trainer):
         if self.evaluate_generation is not None:
             found = self.evaluate_generation(self.weights_step)
         else:
+            self.peers.gate("waiting for other ranks to evaluate")
             scores = np.zeros(3)  # sum of losses, right guesses, targets
             loader = self.get_eval_dataloader(eval_dataset)
             bar = {"desc": "evaluating", "unit": "batch", "delay": BAR_DELAY, "leave": False}
@@ -475,8 +461,8 @@ class Trainer(library.Trainer):
         layout = self.peers.layout
         self.peers.gate("waiting for the model on other ranks")
         self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
-        if reader := layout.reader(layout.rank):
-            paddle.seed(self.args.seed + reader)  # other dropout than that of the first
+        if place := layout.reader(layout.rank) * layout.pipeline + layout.coordinates(layout.rank)[1]:
+            paddle.seed(self.args.seed + place)  # other dropout than that of the first
         if self.resumed is None:
             return
         self.window = Window.from_json(self.resumed["window"])
