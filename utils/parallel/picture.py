@@ -35,11 +35,10 @@ def picture(layout: Layout, args: Any, layers: int) -> list[str]:
         lines.append(f"  part {reader + 1} of {layout.readers} of every batch")
         for stage in range(layout.pipeline):
             ranks = [rank for rank in range(layout.world) if _place(layout, rank) == (reader, stage)]
-            where = sorted({rank // layout.local_size for rank in ranks})
+            where = ", ".join(map(str, sorted({rank // layout.local_size for rank in ranks})))
             cells = " ".join(f"[rank {rank}]" for rank in ranks)
-            lines.append(
-                f"    {_content(layout, parts[stage :: layout.pipeline]):<32} {cells}  machine {', '.join(map(str, where))}"
-            )
+            content = _content(layout, parts[stage :: layout.pipeline])
+            lines.append(f"    {content:<32} {cells}  machine {where}")
     if layout.readers > SHOWN_READERS:
         lines.append(f"  and {layout.readers - SHOWN_READERS} more parts with ranks like these")
     lines.append("  rank 0 speaks; logs, curves and results are written once")
