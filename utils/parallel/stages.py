@@ -43,7 +43,9 @@ def own_parts(layout: Layout, layers: int) -> list[Part]:
 
 def tied_name(family: FamilySpec, config: Mapping[str, Any]) -> str | None:
     """The parameter that is both embedding and head, which the first and the last stage have; None without one."""
-    return f"{family.backbone}.{family.embedding}.weight" if family.shape(config).tied else None
+    if not family.shape(config).tied:
+        return None
+    return next(weight.parameter for weight in family.weights(config) if weight.split == "vocabulary")
 
 
 def names_elsewhere(family: FamilySpec, config: Mapping[str, Any], parts: Sequence[Part]) -> frozenset[str]:

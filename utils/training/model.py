@@ -60,8 +60,9 @@ class TrainingModel(nn.Layer):
         if prefix is not None:
             for parameter in base.parameters():
                 parameter.stop_gradient = True
-        embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
-        embedding.register_forward_post_hook(self._after_embedding)
+        if stages is None or stages.parts[0].first:
+            embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
+            embedding.register_forward_post_hook(self._after_embedding)
 
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
         if not self.training:
