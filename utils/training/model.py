@@ -52,6 +52,7 @@ class TrainingModel(nn.Layer):
                 parameter.stop_gradient = True
         embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
         embedding.register_forward_post_hook(self._after_embedding)
+        self.head = Head(family, base, embedding)
 
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
         if not self.training:
@@ -80,7 +81,7 @@ class TrainingModel(nn.Layer):
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
         hidden = self.hidden(inputs)
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
-        return self.family.logits(self.base, hidden), flat.index_select(positions)
+        return self.head(hidden), flat.index_select(positions)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch.
@@ -103,6 +104,25 @@ class TrainingModel(nn.Layer):
         loss = summed_loss(logits, targets)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
+
+
+class Head(nn.Layer):
+    """Logits [..., vocabulary] of hidden states [..., hidden], as a layer of its own that has no parameters.
+
+    Families read the head's weight in ways of their own, a tied one from the embedding. Weights that are
+    gathered when a layer is called (sharding stage 3) are there only if a layer is called.
+    """
+
+    def __init__(self, family: FamilySpec, base: nn.Layer, embedding: nn.Layer) -> None:
+        super().__init__()
+        self.parts = (family, base)  # a tuple, so that the model does not become a part of this layer
+        rows = embedding.weight.shape[0]
+        tables = [p for p in base.parameters() if p.ndim == 2 and rows in p.shape]
+        self.borrowed: tuple[Tensor, ...] = tuple(tables[-1:])  # of an untied head, else of the embedding
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        family, base = self.parts
+        return family.logits(base, hidden)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
