@@ -14,6 +14,7 @@ from paddle.autograd import PyLayer
 from utils.parallel.sharding import Share, Slot, device_kind
 from utils.parallel.states import host
 
+SLICE = "slice@"  # fleet's name of a slice begins with it
 SLICED_TYPES = (paddle.float32, paddle.float16, paddle.bfloat16)
 # Tables of positions, which some families read without calling their layer: as large as a fraction of a layer.
 WHOLE_LAYERS = ("position_embeddings", "block_position_embeddings", "embed_positions")
@@ -60,6 +61,9 @@ class WeightShare(Share):
         )
         self.fleet._world_size_scaling = 1.0  # sums
         self.optimizer = optimizer
+        decays = optimizer._apply_decay_param_fun
+        if decays is not None:  # it is asked by the names of slices
+            optimizer._apply_decay_param_fun = lambda name: decays(name.removeprefix(SLICE))
         self.sliced = [p for p in model.parameters() if hasattr(p, "fw_storage")]
         self.frozen = [p for p in self.sliced if p.stop_gradient]
         self.vectors = [p for p in self.trained.values() if not hasattr(p, "fw_storage")]
@@ -182,7 +186,7 @@ class WeightShare(Share):
         parameter = self.trained[name]
         if not hasattr(parameter, "fw_storage"):
             return parameter.name, parameter
-        return f"slice@{parameter.name}", parameter.fw_storage
+        return f"{SLICE}{parameter.name}", parameter.fw_storage
 
     def read(self, slot: Slot) -> np.ndarray:
         kept = self._kept(slot.parameter)
@@ -214,7 +218,9 @@ class _Watched(PyLayer):
     @staticmethod
     def forward(ctx: Any, x: Tensor, done: Callable[[], None]) -> Tensor:
         ctx.done = done
-        return x.detach()
+        same = paddle.empty([0], dtype=x.dtype)  # the same memory; `detach` would pass for a change in place
+        same.get_tensor()._share_data_with(x.get_tensor())
+        return same
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
