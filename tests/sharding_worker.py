@@ -1,6 +1,6 @@
 """One rank of a launched job: tiny models trained sharded, beside the same training on one process.
 
-    sharding_worker.py MODEL_FOLDER SHARDING_DEGREE
+sharding_worker.py MODEL_FOLDER SHARDING_DEGREE
 """
 
 from __future__ import annotations
@@ -148,20 +148,30 @@ class Single:
             gradient.scale_(factor)
 
 
-def train(model: TrainingModel, optimizer: Any, share: Any, steps: range, reader: int, readers: int) -> list[float]:
+def train(
+    model: TrainingModel, optimizer: Any, share: Any, steps: range, reader: int, readers: int, overlapping: bool = False
+) -> list[float]:
     """Losses and gradient norms of steps on this reader's rows in micro-batches; those of all readers."""
     found = []
     for step in steps:
         ids, labels = batch(step)
         mine = np.arange(ROWS)[reader::readers]
         total = 0.0
+        waiting = []
         for part in np.array_split(mine, 2):  # accumulation
             loss = model(labels=paddle.to_tensor(labels[part]), input_ids=paddle.to_tensor(ids[part]))
-            (loss / 8.0).backward()
+            waiting.append(loss / 8.0)
+            if not overlapping:
+                waiting.pop().backward()
             total += float(loss)
+        for loss in waiting:  # as in a pipeline
+            loss.backward()
         share.exchange()
+        if readers > 1 and DATA is not None:
+            for _, gradient in share.owned():
+                add_up(gradient, DATA)
         share.scale(8.0 / sum(TARGETS))
-        squares = sum(float((g.astype("float32") ** 2).sum()) for _, g in share.owned())
+        squares = sum(float((g.astype("float32") ** 2).sum()) for p, g in share.owned() if getattr(p, "counted", True))
         if readers > 1:
             total, _ = summed(total, None), squares
             squares = summed(squares, SHARDING)
@@ -172,6 +182,11 @@ def train(model: TrainingModel, optimizer: Any, share: Any, steps: range, reader
         optimizer.clear_grad()
         found += [total / sum(TARGETS), norm]
     return found
+
+
+@paddle.no_grad()
+def add_up(tensor: paddle.Tensor, group: Any) -> None:
+    dist.all_reduce(tensor, group=group)
 
 
 def summed(value: float, group: Any) -> float:
@@ -215,21 +230,21 @@ def compare(stage: int, method: str, wanted: Any, tolerance: float = 1e-5, **opt
     reader, readers = LAYOUT.reader(RANK), LAYOUT.readers
     half = STEPS // 2
     model = build(method, **options)
-    optimizer, share = wrap(model, optimizer_of(model), stage, SHARDING, DATA, borrowed={model.head: model.head.borrowed})
+    optimizer, share = wrap(model, optimizer_of(model), stage, SHARDING, borrowed={model.head: model.head.borrowed})
     found = train(model, optimizer, share, range(half), reader, readers)
     kept = states(share)
     with share.whole():
         between = weights(model)
 
     model = build(method, **options)
-    optimizer, share = wrap(model, optimizer_of(model), stage, SHARDING, DATA, borrowed={model.head: model.head.borrowed})
+    optimizer, share = wrap(model, optimizer_of(model), stage, SHARDING, borrowed={model.head: model.head.borrowed})
     with share.whole():
         for name, parameter in model.named_parameters():
             parameter.set_value(paddle.to_tensor(between[name]).astype(parameter.dtype))
     share.take_weights()
     for slot in share.slots():
         share.write(slot, kept[f"{slot.parameter}|{slot.name}"])
-    found += train(model, optimizer, share, range(half, STEPS), reader, readers)
+    found += train(model, optimizer, share, range(half, STEPS), reader, readers, overlapping=True)
     close(found, losses, what, tolerance)
 
     model.eval()
@@ -253,8 +268,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         wanted = single(method, **options)
         for stage in (1, 2, 3):
             tolerance = 1e-5 if options.get("dtype", "float32") == "float32" else 3e-2
-            yield f"{stage} {method} {options}", lambda s=stage, m=method, w=wanted, t=tolerance, o=options: compare(
-                s, m, w, t, **o
+            yield (
+                f"{stage} {method} {options}",
+                lambda s=stage, m=method, w=wanted, t=tolerance, o=options: compare(s, m, w, t, **o),
             )
 
 
@@ -269,7 +285,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 if __name__ == "__main__":
-    import time, traceback
+    import time
+    import traceback
+
     bad = 0
     for name, run in cases():
         t = time.time()

@@ -6,11 +6,12 @@ which are summed onto their rank during the backward pass. Stage 3 is `GroupShar
 every rank keeps a slice of every parameter.
 
 Fleet averages gradients over the group and works out norms by itself. Here they are sums, and whoever trains scales
-and clips them, through the `Share` that `wrap` returns: with it no one else needs to know how a run is sharded.
+and clips what the `Share` that `wrap` returns has of them; nothing else needs to know how a run is sharded.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor, nn
 
-from utils.parallel.peers import BUCKET_BYTES, buckets
 from utils.parallel.states import OptimizerStates, host
 
 
@@ -44,53 +44,59 @@ class Slot:
 class Share(ABC):
     """What this rank has of the model's training, and how it gets at the rest.
 
-    All methods but `owned`, `scale` and `write` exchange tensors: every rank of the sharding group calls them, in
-    the same order. Names are those of `model.named_parameters()` before it was wrapped; a tied parameter has one.
+    `exchange`, `whole` and `read` exchange tensors: every rank of the group calls them, in the same order. Names are
+    those of `model.named_parameters()`; a tied parameter has one.
 
     Attributes:
         stage: 1, 2 or 3.
-        group, data: the sharding group, and that of the ranks with the same share in other copies of the model
-            (None without).
+        group: the sharding group.
         rank: of this process in `group`.
         trained: parameters that are trained.
     """
 
     stage: int
 
-    def __init__(self, model: nn.Layer, optimizer: Any, group: Any, data: Any) -> None:
-        self.group, self.data = group, data
+    def __init__(self, model: nn.Layer, optimizer: Any, group: Any) -> None:
+        self.group = group
         self.rank: int = group.rank
         self.trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if not p.stop_gradient}
         self.states = OptimizerStates(optimizer)
         # fleet divides all parameters among the ranks: frozen ones would leave some with nothing to train
-        optimizer._parameter_list = optimizer._param_groups = list(self.trained.values())
+        optimizer._parameter_list = optimizer._param_groups = self._order()
+
+    def _order(self) -> list[Tensor]:
+        """The trained parameters in the order in which fleet gives each to the rank that has least.
+
+        The largest come first, which divides most evenly; before them those that several pipeline stages have, so
+        that they have the same owner on all of these.
+        """
+
+        def place(parameter: Tensor) -> tuple[bool, int]:
+            return "pipeline" not in getattr(parameter, "summed_over", ()), -parameter.size
+
+        return sorted(self.trained.values(), key=place)
 
     # --- gradients -----------------------------------------------------------------------------------
 
     @abstractmethod
     def exchange(self) -> None:
-        """Once a step, after the last backward pass: makes the gradients of this rank's share sums over all
-        ranks of `group` and `data`. Those of other shares have no meaning afterwards."""
+        """Once a step, after the last backward pass: makes the gradients of this rank's share sums over the
+        group. Those of other shares have no meaning afterwards."""
 
     @abstractmethod
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """(parameter of the model, gradient of this rank's share of it): what the optimizer will read."""
-
     def owned(self) -> list[tuple[Tensor, Tensor]]:
-        """Those of `gradients` of which each element lies on one rank of the group only: the sum of their
-        squares over all ranks of the group is that of the whole gradient."""
-        return self.gradients()
+        """(parameter of the model, gradient of this rank's share of it): what the optimizer will read.
+
+        All of them have to be scaled and clipped, and added up over copies of the model. Each element counts on
+        one rank of the group, but that parameters which are whole on every rank (stage 3) carry the mark
+        `counted` = False on all ranks but the first.
+        """
 
     @paddle.no_grad()
     def scale(self, factor: float) -> None:
         """Multiplies the gradients of this rank's share."""
-        for _, gradient in self.gradients():
+        for _, gradient in self.owned():
             gradient.scale_(factor)
-
-    def _add_replicas(self) -> None:
-        """Sums the share's gradients over the copies of the model."""
-        if self.data is not None and self.data.nranks > 1:
-            add_up([gradient for _, gradient in self.gradients()], self.data)
 
     # --- weights -------------------------------------------------------------------------------------
 
@@ -134,7 +140,7 @@ class _ByParameter(Share):
 
     owner: Mapping[str, int]  # fleet's name of a parameter -> rank in the group
 
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+    def owned(self) -> list[tuple[Tensor, Tensor]]:
         return [(p, p.grad) for p in self.trained.values() if self.owner[p.name] == self.rank and p.grad is not None]
 
     def _kept(self, name: str) -> tuple[str, Tensor] | None:
@@ -161,15 +167,16 @@ class StateShare(_ByParameter):
 
     stage = 1
 
-    def __init__(self, model: nn.Layer, optimizer: Any, group: Any, data: Any) -> None:
+    def __init__(self, model: nn.Layer, optimizer: Any, group: Any) -> None:
         from paddle.distributed import fleet
         from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer import DygraphShardingOptimizer
 
-        super().__init__(model, optimizer, group, data)
+        super().__init__(model, optimizer, group)
         if fleet.fleet._user_defined_strategy is None:  # it reads how to fuse from there, even if not at all
             fleet.fleet._user_defined_strategy = fleet.DistributedStrategy()
         self.hybrid = _Hybrid(group)
-        self.optimizer = DygraphShardingOptimizer(optimizer, self.hybrid)
+        with _environment(FLAGS_sharding_sort_parameters="0"):  # they are sorted
+            self.optimizer = DygraphShardingOptimizer(optimizer, self.hybrid)
         self.owner = self.optimizer._param2rank
 
     @paddle.no_grad()
@@ -182,7 +189,6 @@ class StateShare(_ByParameter):
             parameter.grad.scale_(float(self.group.nranks) if own else 0.0)
             if not own:
                 parameter.grad.zero_()  # 0 times an infinity is none
-        self._add_replicas()
 
 
 @dataclass(frozen=True)
@@ -210,16 +216,17 @@ class GradientShare(_ByParameter):
 
     stage = 2
 
-    def __init__(self, model: nn.Layer, optimizer: Any, group: Any, data: Any) -> None:
+    def __init__(self, model: nn.Layer, optimizer: Any, group: Any) -> None:
         from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_optimizer_stage2 import (
             GroupShardedOptimizerStage2,
         )
         from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage2 import GroupShardedStage2
 
-        super().__init__(model, optimizer, group, data)
-        largest_first = sorted(self.trained.values(), key=lambda p: -p.size)  # divides most evenly
+        super().__init__(model, optimizer, group)
         common = {"group": group, "device": device_kind()}
-        self.optimizer = GroupShardedOptimizerStage2(largest_first, optimizer, pretrain_sync_models=False, **common)
+        self.optimizer = GroupShardedOptimizerStage2(
+            optimizer._parameter_list, optimizer, pretrain_sync_models=False, **common
+        )
         # Without a buffer (0) each gradient is exchanged by itself. In buffers they would wait for all their
         # neighbours, also for one that no loss reaches, and keep the memory of other ranks' gradients.
         self.fleet = GroupShardedStage2(model, self.optimizer, buffer_max_size=0, **common)
@@ -236,7 +243,6 @@ class GradientShare(_ByParameter):
         for name, parameter in self.trained.items():
             if self.owner[parameter.name] != self.rank and parameter.grad is not None:
                 raise RuntimeError(f"the gradient of {name} has not been sent to its rank")
-        self._add_replicas()
 
 
 class _Always:
@@ -257,7 +263,6 @@ def wrap(
     optimizer: Any,
     stage: int,
     group: Any,
-    data: Any = None,
     *,
     borrowed: Mapping[nn.Layer, Sequence[Tensor]] | None = None,
 ) -> tuple[Any, Share]:
@@ -271,35 +276,37 @@ def wrap(
         optimizer: AdamW that has not stepped yet, without clipping.
         stage: 1, 2 or 3.
         group: the sharding group, of several ranks.
-        data: the ranks with the same share in other copies of the model, or None.
         borrowed: stage 3: parameters that a layer's forward pass reads and that belong to other layers.
     """
     if optimizer._grad_clip is not None:
         raise ValueError("a sharded optimizer sees parts of the gradients: clip before it")
     share: Share
     if stage == 1:
-        share = StateShare(model, optimizer, group, data)
+        share = StateShare(model, optimizer, group)
         return share.optimizer, share
     if stage == 2:
-        share = GradientShare(model, optimizer, group, data)
+        share = GradientShare(model, optimizer, group)
         return share.optimizer, share
     from utils.parallel.sliced import WeightShare
 
-    share = WeightShare(model, optimizer, group, data, borrowed or {})
+    share = WeightShare(model, optimizer, group, borrowed or {})
     return share.optimizer, share
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def device_kind() -> str:
     """ "cpu", "gpu", ...: how fleet calls the device of this process."""
     return paddle.device.get_device().split(":")[0]
-
-
-@paddle.no_grad()
-def add_up(tensors: Sequence[Tensor], group: Any) -> None:
-    """Replaces each tensor by its sum over a group, worked out in float32, in few messages."""
-    for bucket in buckets(tensors, BUCKET_BYTES // 4):
-        flat = paddle.concat([tensor.astype("float32").reshape([-1]) for tensor in bucket])
-        dist.all_reduce(flat, group=group)
-        parts = paddle.split(flat, [tensor.size for tensor in bucket]) if len(bucket) > 1 else [flat]
-        for tensor, part in zip(bucket, parts, strict=True):
-            paddle.assign(part.reshape(tensor.shape).astype(tensor.dtype), tensor)

@@ -23,7 +23,8 @@ WHOLE_LAYERS = ("position_embeddings", "block_position_embeddings", "embed_posit
 class WeightShare(Share):
     """Stage 3: a layer's weights are gathered when it is called and when its gradient is due.
 
-    Vectors (norms, biases) stay whole on every rank, all others are sliced, frozen ones too: a transformer layer has
+    Vectors (norms, biases) stay whole on every rank, and what is no larger than the largest of them. All others are
+    sliced, frozen ones too: a transformer layer has
     some ten vectors of the hidden size h, and matrices of 12 h^2 elements in all, so that whole vectors cost less
     than 1/h of the weights, and save more than half of the exchanges. Weights in other types than floats (quantized
     ones) stay whole, fleet cannot slice them.
@@ -36,12 +37,11 @@ class WeightShare(Share):
         model: nn.Layer,
         optimizer: Any,
         group: Any,
-        data: Any,
         borrowed: Mapping[nn.Layer, Sequence[Tensor]],
     ) -> None:
         from paddle.distributed.fleet.meta_parallel.sharding import group_sharded_stage3 as fleet
 
-        super().__init__(model, optimizer, group, data)
+        super().__init__(model, optimizer, group)
         self.code = fleet
         for layer, parameters in borrowed.items():
             layer.extra_parameters = list(parameters)  # fleet's own name for them
@@ -67,6 +67,8 @@ class WeightShare(Share):
         self.sliced = [p for p in model.parameters() if hasattr(p, "fw_storage")]
         self.frozen = [p for p in self.sliced if p.stop_gradient]
         self.vectors = [p for p in self.trained.values() if not hasattr(p, "fw_storage")]
+        for parameter in self.vectors if self.rank else ():  # alike on all ranks
+            parameter.counted = False
         self.held = False  # within `whole`
         self.silent: list[Tensor] = []  # parameters without a gradient in this step
         self._release_after_gradients(model)
@@ -124,7 +126,6 @@ class WeightShare(Share):
         with self._without_silent():
             self.optimizer.update_slice()
         self.optimizer.update_scaler = True  # `step` would do it again
-        self._add_replicas()
 
     @contextmanager
     def _without_silent(self) -> Iterator[None]:
@@ -137,16 +138,11 @@ class WeightShare(Share):
             for parameter in self.silent:
                 parameter.stop_gradient = False
 
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        return [*self._slices(), *((p, p.grad) for p in self.vectors if p.grad is not None)]
-
     def owned(self) -> list[tuple[Tensor, Tensor]]:
-        return self.gradients() if self.rank == 0 else self._slices()  # vectors are alike on all ranks
-
-    def _slices(self) -> list[tuple[Tensor, Tensor]]:
         silent = {id(p) for p in self.silent}
         sliced = [p for p in self.trained.values() if hasattr(p, "fw_storage") and id(p) not in silent]
-        return [(p, p.fw_storage.grad) for p in sliced]
+        vectors = [(p, p.grad) for p in self.vectors if p.grad is not None]
+        return [*((p, p.fw_storage.grad) for p in sliced), *vectors]
 
     # --- weights -------------------------------------------------------------------------------------
 
