@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from utils import errors, runtime
 from utils.errors import UserError
+from utils.parallel import groups
 from utils.parallel.topology import Layout
 
 STEP_SECONDS = 1800.0  # ranks do the same work: one that is so much later hangs
@@ -41,9 +42,11 @@ class Alone:
     Attributes:
         layout: who does what.
         first: whether this process writes files and speaks to the user.
+        groups: the ranks with which this one shares a model, rows or state.
     """
 
     def __init__(self, layout: Layout | None = None) -> None:
+        self.groups = groups.Groups()
         self.layout = layout or Layout()
         self.first = self.layout.rank == 0
 
@@ -115,8 +118,8 @@ class Peers(Alone):
             waited = time.monotonic() - started
             pause = min(2 * pause, 0.02 if waited < 10 else 0.2)
             arrived = self.store.add("gate", 0)
-            if waited > 0.05 and self.store.add("failed", 0):
-                self._raise_failure()
+            if waited > 0.05:
+                self.heed()
             if waited > seconds and arrived < wanted:
                 late = [rank for rank in range(self.layout.world) if self.store.add(f"gate/{rank}", 0) < self.passed]
                 raise UserError(
@@ -124,9 +127,11 @@ class Peers(Alone):
                     "look at the end of its workerlog file"
                 )
 
-    def _raise_failure(self) -> None:
-        self.relayed = True
-        raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
+    def heed(self) -> None:
+        """Raises `UserError` with what another rank has found, if one has failed."""
+        if self.store.add("failed", 0):
+            self.relayed = True
+            raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
 
     def _lost(self, error: RuntimeError) -> None:
         """The process of rank 0, which serves the store, has ended: so does this one, in silence."""
@@ -301,8 +306,9 @@ def start(layout: Layout, device: str) -> Alone:
     with redirect_stderr(io.StringIO()):  # a list of its flags
         dist.init_parallel_env()
     store = core.create_or_get_global_tcp_store()
-    send_at_once()
     peers = Peers(layout, store)
+    peers.groups = groups.create(layout)
+    send_at_once()  # on the connections of all groups
     errors.ending = peers
     if not peers.first:
         errors.silent = True
