@@ -63,6 +63,7 @@ class TrainingModel(nn.Layer):
         if stages is None or stages.parts[0].first:
             embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
             embedding.register_forward_post_hook(self._after_embedding)
+        self.head = Head(family, base)
 
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
         if not self.training:
@@ -112,7 +113,7 @@ class TrainingModel(nn.Layer):
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
         hidden = split.for_parts(hidden, self.vocabulary_group)
-        return self.family.logits(self.base, hidden), flat.index_select(positions)
+        return self.head(hidden), flat.index_select(positions)
 
     def summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
@@ -148,6 +149,27 @@ class TrainingModel(nn.Layer):
             logits = split.gathered(logits, self.vocabulary_group)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
+
+
+class Head(nn.Layer):
+    """Logits [..., vocabulary] of hidden states [..., hidden], as a layer of its own that has no parameters.
+
+    Weights that are gathered when a layer is called (sharding stage 3) are there only if a layer is called.
+    """
+
+    def __init__(self, family: FamilySpec, base: nn.Layer) -> None:
+        super().__init__()
+        self.parts = (family, base)  # a tuple, so that the model does not become a part of this layer
+
+    @property
+    def borrowed(self) -> list[Tensor]:
+        """The weight that this layer reads and another one has."""
+        family, base = self.parts
+        return [attrgetter(family.head_weight)(base)]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        family, base = self.parts
+        return family.logits(base, hidden)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
