@@ -168,7 +168,8 @@ def main() -> None:
     if args.do_eval:
         write_results(output, "eval", trainer.evaluate(), peers)
     if test_answers is not None:
-        found = test_answers(trainer.weights_step, "test_generated_output.json")
+        with trainer.whole_weights():
+            found = test_answers(trainer.weights_step, "test_generated_output.json")
         write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()}, peers)
     print(f"done: {output}")
 

@@ -71,8 +71,9 @@ class Share(ABC):
         that they have the same owner on all of these.
         """
 
-        def place(parameter: Tensor) -> tuple[bool, int]:
-            return "pipeline" not in getattr(parameter, "summed_over", ()), -parameter.size
+        def place(parameter: Tensor) -> tuple[bool, bool, int]:
+            over = getattr(parameter, "summed_over", ())
+            return "pipeline" not in over, "ends" not in over, -parameter.size
 
         return sorted(self.trained.values(), key=place)
 

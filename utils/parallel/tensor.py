@@ -6,6 +6,7 @@ Hidden states between layers are whole on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -174,17 +175,23 @@ class Held:
             name: of the parameter.
             key: the name of the tensor, if another.
         """
-        kind, parts = str(value.dtype).removeprefix("paddle."), self.parts
-        if value.size <= 1 or parts.rule(name) is None:
-            return LazyTensor(key or name, kind, tuple(value.shape), value.numpy)
-        shape = parts.whole_shape(name, value.shape)
+        kind = str(value.dtype).removeprefix("paddle.")
+        return self.joined(name, LazyTensor(key or name, kind, tuple(value.shape), value.numpy))
+
+    def joined(self, name: str, own: LazyTensor) -> LazyTensor:
+        """As `whole`, of what is read on this rank."""
+        parts = self.parts
+        if math.prod(own.shape) <= 1 or parts.rule(name) is None:
+            return own
+        shape = parts.whole_shape(name, own.shape)
 
         def read() -> np.ndarray:
             found: list[Tensor] = []
-            paddle.distributed.all_gather(found, value.contiguous(), group=self.peers.groups.tensor)
+            value = paddle.to_tensor(np.ascontiguousarray(own.read()))  # uint16 becomes bfloat16
+            paddle.distributed.all_gather(found, value, group=self.peers.groups.tensor)
             return parts.join(name, (part.numpy() for part in found), shape)
 
-        return LazyTensor(key or name, kind, shape, read)
+        return LazyTensor(own.name, own.dtype, shape, read)
 
     def shard(self, name: str, value: Tensor) -> LazyTensor:
         """What a shard file of this rank holds of a parameter; reading may be an exchange, see `whole`."""

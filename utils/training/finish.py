@@ -68,7 +68,8 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
         companions(folder)
         write_json(folder / STATE, dataclasses.asdict(trainer.state))
 
-    trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
+    with trainer.whole_weights():
+        trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
     if peers.first:
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)

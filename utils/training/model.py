@@ -65,6 +65,11 @@ class TrainingModel(nn.Layer):
             embedding.register_forward_post_hook(self._after_embedding)
         self.head = Head(family, base)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether this process has the head: not on the pipeline stages before the last."""
+        return self.stages is None or bool(self.stages.last)
+
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
         if not self.training:
             return output
