@@ -116,7 +116,8 @@ class Head(nn.Layer):
     def __init__(self, family: FamilySpec, base: nn.Layer, embedding: nn.Layer) -> None:
         super().__init__()
         self.parts = (family, base)  # a tuple, so that the model does not become a part of this layer
-        rows = embedding.weight.shape[0]
+        words = getattr(embedding, "word_embeddings", embedding)  # some embed positions in the same layer
+        rows = words.weight.shape[0]
         tables = [p for p in base.parameters() if p.ndim == 2 and rows in p.shape]
         self.borrowed: tuple[Tensor, ...] = tuple(tables[-1:])  # of an untied head, else of the embedding
 
