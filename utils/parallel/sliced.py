@@ -43,6 +43,9 @@ class WeightShare(Share):
 
         super().__init__(model, optimizer, group)
         self.code = fleet
+        for layer in model.sublayers(include_self=True):
+            if getattr(layer, "extra_parameters", ()) is None:  # of a layer that has None for every name
+                layer.extra_parameters = []
         for layer, parameters in borrowed.items():
             layer.extra_parameters = list(parameters)  # fleet's own name for them
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.trained.items()}
