@@ -120,7 +120,8 @@ def test_a_failing_rank_ends_all_with_its_own_words(tiny: Tiny, tmp_path: Path) 
 
 def arguments(**values: object) -> SimpleNamespace:
     defaults = {"tensor_parallel_degree": -1, "pipeline_parallel_degree": -1, "sharding": "", "device": "cpu"}
-    defaults |= {"virtual_pp_degree": 1, "sharding_parallel_degree": -1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    defaults |= {"virtual_pp_degree": 1}
+    defaults |= {"sharding_parallel_degree": -1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     return SimpleNamespace(**defaults | values, where=lambda name: name)
 
 
