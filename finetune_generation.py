@@ -47,7 +47,7 @@ def main() -> None:
     from utils.training.start import check_adapters
 
     layout = Layout.of(args)
-    layout.check_supported(args)
+    layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     splits = [
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
@@ -158,6 +158,7 @@ def main() -> None:
         evaluate_first=args.eval_on_start and args.do_eval,
         max_grad_norm=args.max_grad_norm,
         peers=peers,
+        save_in_background=args.async_save,
     )
 
     # ----- train ---------------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ def main() -> None:
     if args.do_eval:
         write_results(output, "eval", trainer.evaluate(), peers)
     if test_answers is not None:
-        found = test_answers(trainer.weights_step, "test_generated_output.json")
+        with trainer.whole_weights():
+            found = test_answers(trainer.weights_step, "test_generated_output.json")
         write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()}, peers)
     print(f"done: {output}")
 

@@ -36,7 +36,7 @@ def main() -> None:
     from utils.training.reporters import check_reporters
 
     layout = Layout.of(args)
-    layout.check_supported(args)
+    layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
     start = None
     if args.do_train:
@@ -106,6 +106,7 @@ def main() -> None:
         last_rate=args.min_learning_rate,
         max_grad_norm=args.max_grad_norm,
         peers=peers,
+        save_in_background=args.async_save,
     )
 
     # ----- train, evaluate -----------------------------------------------------------------------------

@@ -25,6 +25,17 @@ def test_slopes_of_a_power_of_two_and_of_other_counts() -> None:
     assert alibi_slopes(112).shape == (112,)
 
 
+def test_a_process_takes_the_slopes_of_its_heads() -> None:
+    one = locate(FIXTURES / "bloom_tiny")
+    model = load_model(one, "float32")
+    whole = one.family.slopes(model).numpy()
+    parts = []
+    for rank in range(2):
+        model.tensor_part = (rank, 2)
+        parts.append(one.family.slopes(model).numpy())
+    assert np.array_equal(np.concatenate(parts), whole) and len(parts[0]) == len(whole) // 2
+
+
 @pytest.mark.parametrize(("folder", "tied"), [("bloom_tiny", True), ("bloom_prefixed", False)])
 def test_the_head_is_the_embedding_unless_config_says_otherwise(folder: str, tied: bool) -> None:
     model = load_model(locate(FIXTURES / folder), "float32")

@@ -10,8 +10,20 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
+from utils.kernels.attention import every_head
 from utils.kernels.norm import rms_norm
 from utils.kernels.rotary import apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_each_process_takes_the_keys_of_its_queries(degree: int) -> None:
+    """8 queries share 2 keys: shared by two processes, and whole in each of four."""
+    key = paddle.arange(2, dtype="float32").reshape([1, 1, 2, 1])
+    heads, found = 8 // degree, []
+    for rank in range(degree):
+        own = paddle.split(key, degree, axis=2)[rank] if degree <= 2 else key
+        found.append(every_head(own, heads, 4, rank))
+    assert paddle.concat(found, axis=2).flatten().tolist() == [0.0] * 4 + [1.0] * 4
 
 
 def gradients(function: Callable[..., Any], *inputs: Any) -> list[np.ndarray]:

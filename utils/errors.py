@@ -15,13 +15,15 @@ FIRST_SPEAKS_SECONDS = 2.0
 
 
 class Ending(Protocol):
-    """How a process of several ends: each method ends it."""
+    """How a process of several ends: each method ends it, the last one if another process has failed."""
 
     def failed(self, faults: Sequence[str]) -> None: ...
 
     def crashed(self, error: BaseException) -> None: ...
 
     def leave(self, code: int) -> None: ...
+
+    def heed(self) -> None: ...
 
 
 ending: Ending | None = None  # set once several processes are connected

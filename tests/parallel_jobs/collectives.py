@@ -1,4 +1,4 @@
-"""One rank of a job of four: every part of `utils.parallel.cpu` against a plain computation. Ends with "all right"."""
+"""One rank of a job: every part of `utils.parallel.cpu` and `utils.parallel.groups` against a plain computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils import runtime
 
 runtime.prepare()
 
-from utils.parallel import peers  # noqa: E402
+from utils.parallel import groups, peers  # noqa: E402
 from utils.parallel.groups import Groups, seed_everything  # noqa: E402
 from utils.parallel.topology import Layout  # noqa: E402
 
@@ -39,7 +39,7 @@ def close(found: Any, wanted: Any, what: str) -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=1e-6, err_msg=what)
 
 
-def check_groups(layout: Layout, groups: Groups) -> None:
+def check_groups(layout: Layout, found: Groups) -> None:
     """fleet's groups are those of the coordinates."""
 
     def ranks(*same: int) -> list[int]:
@@ -47,11 +47,11 @@ def check_groups(layout: Layout, groups: Groups) -> None:
         return [r for r in range(layout.world) if all(layout.coordinates(r)[axis] == mine[axis] for axis in same)]
 
     for group, wanted in (
-        (groups.data, ranks(1, 2, 3)),
-        (groups.pipeline, ranks(0, 2, 3)),
-        (groups.sharding, ranks(0, 1, 3)),
-        (groups.tensor, ranks(0, 1, 2)),
-        (groups.readers, ranks(1, 3)),
+        (found.data, ranks(1, 2, 3)),
+        (found.pipeline, ranks(0, 2, 3)),
+        (found.sharding, ranks(0, 1, 3)),
+        (found.tensor, ranks(0, 1, 2)),
+        (found.readers, ranks(1, 3)),
     ):
         assert (group is None) == (len(wanted) == 1), (layout, wanted)
         if group is not None:
@@ -93,6 +93,11 @@ def check_exchanges(group: Any, rank: int, ranks: int) -> None:
         close(out, ranks * np.array([2 * rank, 2 * rank + 1]), f"reduce_scatter {kind}")
         dist.reduce_scatter(out, list(parts.split(ranks)), group=group)
         close(out, ranks * np.array([2 * rank, 2 * rank + 1]), f"reduce_scatter of a list {kind}")
+    large = paddle.arange(ranks << 18).astype("float32") % 1000
+    out = paddle.empty([1 << 18])
+    dist.stream.reduce_scatter(out, large, group=group)
+    close(out, large.reshape([ranks, -1])[rank] * ranks, "reduce_scatter of large tensors")
+    close(large, np.arange(ranks << 18) % 1000, "its input")
     yes = paddle.to_tensor([rank == 0, True, False])
     dist.all_reduce(yes, op=dist.ReduceOp.MAX, group=group)
     assert yes.tolist() == [True, True, False]
@@ -294,7 +299,7 @@ def check_inputs(group: Any) -> None:
     assert not words.any() and not flags.any() and not named["mask"].any()
 
 
-def check_seeds(layout: Layout, group: Any) -> None:
+def check_seeds(layout: Layout) -> None:
     import paddle
     import paddle.distributed as dist
     from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
@@ -321,7 +326,48 @@ def check_seeds(layout: Layout, group: Any) -> None:
 # --- training ----------------------------------------------------------------------------------------
 
 
-def check_sharded(layout: Layout, groups: Groups, stage: int) -> None:
+def check_pipeline(layout: Layout) -> None:
+    """fleet's own schedule, one forward and one backward, with four micro-batches; losses of AdamW as without it."""
+    import paddle
+    from paddle import nn
+    from paddle.distributed import fleet
+    from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer
+
+    weights = [numbers(WIDTH, WIDTH) for _ in range(4)]
+
+    class Block(nn.Layer):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.linear.weight.set_value(weights[place])
+
+        def forward(self, x: Any) -> Any:
+            return paddle.tanh(self.linear(x))
+
+    def optimizer(parameters: Any) -> Any:
+        return paddle.optimizer.AdamW(0.01, parameters=parameters, grad_clip=nn.ClipGradByGlobalNorm(0.1))
+
+    def error(found: Any, wanted: Any) -> Any:
+        return (found - wanted).square().mean()
+
+    fleet.fleet._user_defined_strategy.pipeline_configs = {"accumulate_steps": 4, "micro_batch_size": 2}
+    blocks = [LayerDesc(Block, place) for place in range(4)]
+    topology = fleet.get_hybrid_communicate_group().topology()  # left out, ranks are numbered without tensor parallel
+    stages = PipelineLayer(blocks, loss_fn=error, topology=topology, seg_method="uniform")
+    mine = fleet.distributed_model(stages)
+    own = fleet.distributed_optimizer(optimizer(mine.parameters()))
+    alone = nn.Sequential(*[Block(place) for place in range(4)])
+    steps = optimizer(alone.parameters())
+    rows, wanted = paddle.to_tensor(numbers(8, WIDTH)), paddle.to_tensor(numbers(8, WIDTH))
+    for _ in range(3):
+        loss = error(alone(rows), wanted)
+        loss.backward()
+        steps.step()
+        steps.clear_grad()
+        close(mine.train_batch([rows, wanted], own).reshape([]), loss, f"loss with {layout.pipeline} stages")
+
+
+def check_sharded(layout: Layout, ours: Groups, stage: int) -> None:
     """Two steps of AdamW with the optimizer's state divided; each reader has rows of its own."""
     import paddle
     from paddle import nn
@@ -350,7 +396,7 @@ def check_sharded(layout: Layout, groups: Groups, stage: int) -> None:
         from paddle.distributed.sharding import group_sharded_parallel
 
         level, options = ("os_g", {}) if stage == 2 else ("p_g_os", {"segment_size": 8})
-        wrapped, own, _ = group_sharded_parallel(mine, own, level, group=groups.sharding, **options)
+        wrapped, own, _ = group_sharded_parallel(mine, own, level, group=ours.sharding, **options)
     for batch in rows:
         alone(paddle.to_tensor(batch)).square().mean().backward()
         steps.step()
@@ -365,44 +411,81 @@ def check_sharded(layout: Layout, groups: Groups, stage: int) -> None:
         np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"stage {stage}")
 
 
-def main(kind: str) -> None:
-    args = SimpleNamespace(
-        tensor_parallel_degree=2 if "tensor" in kind else 1,
-        pipeline_parallel_degree=2 if "pipeline" in kind else 1,
-        sharding="stage1" if "sharding" in kind else "",
-        sharding_parallel_degree=2,
-    )
-    started = time.monotonic()
-    layout = Layout.of(args)
-    ours = peers.start(layout, "cpu")
-    checks: list[tuple[str, Callable[[], None]]] = [("groups", lambda: check_groups(layout, ours.groups))]
-    import paddle.distributed as dist
-    from paddle.distributed.collective import _get_default_group
+# --- the jobs ----------------------------------------------------------------------------------------
 
-    everyone, tensor = _get_default_group(), ours.groups.tensor
-    if "pipeline" in kind:
-        checks += [
-            ("exchanges", lambda: check_exchanges(everyone, dist.get_rank(), layout.world)),
-            ("exchanges of two", lambda: check_exchanges(tensor, tensor.rank, 2)),
-            ("seeds", lambda: check_seeds(layout, tensor)),
-            ("operators", lambda: check_operators(tensor)),
-            ("loss", lambda: check_loss(tensor)),
-            ("layers", lambda: check_layers(tensor)),
-            ("lora", lambda: check_lora(tensor)),
-            ("inputs", lambda: check_inputs(tensor)),
-            ("neighbours", check_neighbours),
-        ]
-    else:
-        checks += [
-            (f"sharded {stage}", lambda stage=stage: check_sharded(layout, ours.groups, stage)) for stage in (1, 2, 3)
-        ]
-    for name, check in checks:
-        check()
-        print(f"{name}: right, {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+def layout_of(tensor: int = 1, pipeline: int = 1, sharding: int = 1) -> Layout:
+    return Layout.of(
+        SimpleNamespace(
+            tensor_parallel_degree=tensor,
+            pipeline_parallel_degree=pipeline,
+            sharding="stage1" if sharding > 1 else "",
+            sharding_parallel_degree=sharding,
+        )
+    )
+
+
+class Report:
+    """Says on the error stream, which no rank closes, what was right and when."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def __call__(self, name: str, check: Callable[..., None], *given: Any) -> None:
+        check(*given)
+        print(f"{name}: right, {time.monotonic() - self.started:.1f} s", file=sys.stderr, flush=True)
+
+
+def four() -> None:
+    """Tensor 2 x pipeline 2, then pipeline 4 and tensor 2 x sharding 2 in the same processes."""
+    report, layout = Report(), layout_of(tensor=2, pipeline=2)
+    ours = peers.start(layout, "cpu")
+    tensor = ours.groups.tensor
+    from paddle.distributed.collective import _get_default_group
+    from paddle.distributed.fleet.base import topology
+
+    report("groups", check_groups, layout, ours.groups)
+    report("exchanges", check_exchanges, _get_default_group(), layout.rank, layout.world)
+    report("exchanges of two", check_exchanges, tensor, tensor.rank, 2)
+    report("seeds", check_seeds, layout)
+    report("operators", check_operators, tensor)
+    report("loss", check_loss, tensor)
+    report("layers", check_layers, tensor)
+    report("inputs", check_inputs, tensor)
+    report("neighbours", check_neighbours)
+    report("pipeline", check_pipeline, layout)
+    topology._HYBRID_PARALLEL_GROUP = None  # as in a new process
+    layout = layout_of(pipeline=4)
+    report("groups of a pipeline", check_groups, layout, groups.create(layout))
+    report("pipeline of four", check_pipeline, layout)
+    topology._HYBRID_PARALLEL_GROUP = None
+    layout = layout_of(tensor=2, sharding=2)
+    second = groups.create(layout)
+    report("groups with sharding", check_groups, layout, second)
+    for stage in (1, 2, 3):
+        report(f"sharded, stage {stage}", check_sharded, layout, second, stage)
     ours.gate("the end of the checks")
     print(f"rank {layout.rank}: all right", file=sys.stderr)
     ours.leave(0)
 
 
+def two() -> None:
+    """PaddleNLP's layers, which take long to load; then rank 1 dies while rank 0 waits for it."""
+    import paddle
+    import paddle.distributed as dist
+
+    report, layout = Report(), layout_of(tensor=2)
+    ours = peers.start(layout, "cpu")
+    report("lora", check_lora, ours.groups.tensor)
+    if layout.rank == 1:
+        time.sleep(0.5)
+        peers.end(3)
+    try:
+        dist.all_reduce(paddle.ones([4, 8]), group=ours.groups.tensor)
+    except RuntimeError as error:
+        print(f"rank 0: {error}", file=sys.stderr, flush=True)
+        peers.end(4)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    {"four": four, "two": two}[sys.argv[1]]()

@@ -18,6 +18,7 @@ from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.families import FamilySpec, Layers, ModelShape
 from utils.families.text import places
+from utils.parallel.tensor import Held
 
 
 class PrefixTuning(nn.Layer):
@@ -39,9 +40,15 @@ class PrefixTuning(nn.Layer):
         projection: bool = False,
         projection_hidden: int | None = None,
         dtype: str = "float32",
+        held: Held | None = None,
     ) -> None:
+        """
+        Args:
+            held: what this rank holds of the model, if not all. Every rank has the whole encoder, and uses the
+                heads and layers that it holds.
+        """
         super().__init__(dtype=dtype)
-        self.family, self.shape, self.length = family, shape, length
+        self.family, self.shape, self.length, self.held = family, shape, length, held
         self.projection = projection
         self.projection_hidden = projection_hidden or shape.hidden
         size = 2 * shape.layers * shape.kv_heads * shape.head_dim
@@ -58,6 +65,8 @@ class PrefixTuning(nn.Layer):
             parts = [nn.Embedding(length, size)]
         self.encoder = nn.Sequential(*parts)
         self.encoder.to(dtype=dtype)
+        if held is not None:
+            held.mark_whole(self.encoder.parameters())
 
     def flat(self) -> Tensor:
         """Keys and values [1, length, 2 * layers, kv_heads, head_dim]: keys of all layers, then values."""
@@ -65,12 +74,16 @@ class PrefixTuning(nn.Layer):
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
     def cache(self, batch: int, layers: Iterable[int] | None = None) -> Layers:
-        """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim].
+        """The prefix as the cache of a model: (key, value) of every layer, each [batch, length, kv_heads, head_dim]
+        with the heads that this rank holds.
 
         Args:
             layers: the numbers of those that are wanted, if not all.
         """
-        parts = self.flat().expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
+        flat = self.flat()
+        if self.held is not None and self.held.parts.degree > 1:
+            flat = flat[:, :, :, self.held.parts.key_value_heads]
+        parts = flat.expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
         count = self.shape.layers
         return [(parts[number], parts[count + number]) for number in (range(count) if layers is None else layers)]
 
@@ -101,6 +114,8 @@ class PrefixTuning(nn.Layer):
         _, cache = (family or self.family).decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
         cache = complete(cache)
         flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
+        if self.held is not None:
+            flat = self.held.all_heads(flat, axis=3)
         weight = self.encoder[0].weight
         weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))
 
@@ -130,13 +145,20 @@ def restore_prefix(prefix: PrefixTuning, folder: Path) -> None:
     fill_parameters(dict(prefix.encoder.state_dict()), adapter_weights(folder, PREFIX_CONFIG))
 
 
-def load_prefix(model: Any, family: FamilySpec, path: str | Path, base: Checkpoint) -> PrefixTuning:
+def load_prefix(
+    model: Any, family: FamilySpec, path: str | Path, base: Checkpoint, held: Held | None = None
+) -> PrefixTuning:
     """As `read_prefix`, in the type of `model`."""
-    return read_prefix(family, path, base, model.config.dtype)
+    return read_prefix(family, path, base, model.config.dtype, held)
 
 
-def read_prefix(family: FamilySpec, path: str | Path, base: Checkpoint, dtype: str) -> PrefixTuning:
+def read_prefix(
+    family: FamilySpec, path: str | Path, base: Checkpoint, dtype: str, held: Held | None = None
+) -> PrefixTuning:
     """The prefix of an adapter folder, ready to run or train.
+
+    Args:
+        held: what this rank holds of the model, if not all.
 
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
@@ -149,6 +171,7 @@ def read_prefix(family: FamilySpec, path: str | Path, base: Checkpoint, dtype: s
         projection=bool(saved.get("prefix_projection")),
         projection_hidden=saved.get("prefix_projection_hidden_size"),
         dtype=dtype,
+        held=held,
     )
     restore_prefix(prefix, Path(path))
     return prefix

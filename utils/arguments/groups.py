@@ -273,7 +273,10 @@ class ParallelArguments(Arguments):
         -1, "processes that share by sharding; -1 is all that are left", minimum=-1, needs=["sharding"]
     )
     sequence_parallel: bool = arg(False, "split the sequence too; needs tensor_parallel_degree above 1")
-    unified_checkpoint: bool = arg(False, "save parallel checkpoints in the layout of a single process")
+    unified_checkpoint: bool = arg(
+        False, "SFT: checkpoints of tensor-parallel runs hold whole weights, not a shard per process"
+    )
+    async_save: bool = arg(False, "train on while a checkpoint is written; needs memory for a copy of it")
 
 
 @dataclass

@@ -105,7 +105,8 @@ class FamilySpec(ABC):
         architectures: values in `architectures` of config.json that select it.
         config_class, model_class: "module:Class" of the library's classes.
         backbone: attribute of the model that holds the decoder without its head.
-        head: attribute of the model that turns hidden states into logits.
+        head: attribute of the model that holds its head.
+        head_weight: path from the model to the weight of the head, or of the embedding that it is tied to.
         embedding: attribute of the backbone that embeds tokens (dots reach further inside).
         layers: attribute path from the model to the list of its transformer layers.
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
@@ -123,6 +124,7 @@ class FamilySpec(ABC):
     model_class: str
     backbone: str
     head: str = "lm_head"
+    head_weight: str = "lm_head.weight"
     embedding: str = "embed_tokens"
     layers: str
     lora_targets: tuple[str, ...] = ()
@@ -176,14 +178,16 @@ class FamilySpec(ABC):
     def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
         """A `model_class` instance built from `config` (imports Paddle); weights are not loaded.
 
-        It has two attributes beside the library's:
+        It has three attributes beside the library's:
             enable_recompute: whether training computes the activations inside of layers twice; the trainer
                 sets it on every part of a model that has an attribute of this name.
             tensor_part: (rank, degree) of the process among those that share its heads.
+            key_value_group: these processes where their number does not divide the key and value heads, so that
+                each has all of them; else None.
         """
         arguments = {**self.paddle_config(config), **overrides}
         model = import_attribute(self.model_class)(import_attribute(self.config_class)(**arguments))
-        model.enable_recompute, model.tensor_part = False, (0, 1)
+        model.enable_recompute, model.tensor_part, model.key_value_group = False, (0, 1), None
         return model
 
     # The forward pass in parts. None knows how many layers there are or how many heads a process has: hidden
@@ -239,8 +243,15 @@ class FamilySpec(ABC):
         )
 
     def logits(self, model: Any, hidden: Any) -> Any:
-        """Logits [..., vocabulary] of hidden states [..., hidden]."""
-        return getattr(model, self.head)(hidden)
+        """Logits [..., vocabulary] of hidden states [..., hidden]; this process's part of a shared vocabulary."""
+        import paddle
+
+        weight = attrgetter(self.head_weight)(model)
+        return paddle.matmul(hidden, weight, transpose_y=self.head_by_rows(model))
+
+    def head_by_rows(self, model: Any) -> bool:
+        """Whether the head's weight is [vocabulary, hidden]; else it is [hidden, vocabulary]."""
+        return True
 
     @abstractmethod
     def architecture(self, config: Mapping[str, Any]) -> Architecture:

@@ -42,6 +42,7 @@ class Bloom(DecoderFamily):
     backbone = "bloom"
     embedding = "word_embeddings"
     layers = "bloom.h"
+    head_weight = "lm_head.decoder_weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +137,6 @@ class Bloom(DecoderFamily):
 
     def positions(self, places: Places) -> Any:
         return None
-
-    def logits(self, model: Any, hidden: Any) -> Any:
-        return model.lm_head(hidden, True)
 
 
 BLOOM = Bloom()

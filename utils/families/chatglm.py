@@ -69,6 +69,7 @@ class ChatGLM(DecoderFamily):
     backbone = "chatglm"
     embedding = "transformer.word_embeddings"
     layers = "chatglm.transformer.layers"
+    head_weight = "lm_head.decoder_weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("ice_text.model",)
@@ -176,11 +177,6 @@ class ChatGLM(DecoderFamily):
         from utils.families.tokenizers_chatglm import ICE_TEXT, IceTokenizer
 
         return IceTokenizer(folder, config) if (folder / ICE_TEXT).is_file() else None
-
-    def logits(self, model: Any, hidden: Any) -> Any:
-        import paddle
-
-        return paddle.matmul(hidden, model.lm_head.decoder_weight, transpose_y=True)
 
     def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
         """See the base class. Positions follow from the tokens, so `position_ids` is not read."""

@@ -69,6 +69,7 @@ class ChatGLM2(DecoderFamily):
     head = HEAD
     embedding = "embedding.word_embeddings"
     layers = "chatglm_v2.encoder.layers"
+    head_weight = "chatglm_v2.output_layer.weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("tokenizer.model",)
@@ -208,10 +209,8 @@ class ChatGLM2(DecoderFamily):
             )
         return super().create(config, **overrides)
 
-    def logits(self, model: Any, hidden: Any) -> Any:
-        import paddle
-
-        return paddle.matmul(hidden, model.chatglm_v2.output_layer.weight)
+    def head_by_rows(self, model: Any) -> bool:
+        return False
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:

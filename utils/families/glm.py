@@ -86,6 +86,7 @@ class Glm(DecoderFamily):
     backbone = "glm"
     embedding = "word_embeddings"
     layers = "glm.transformer.layers"
+    head_weight = "glm.word_embeddings.weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
     tokenizer_files = (SENTENCEPIECE_FILE, "vocab.json", "merges.txt")
@@ -201,9 +202,6 @@ class Glm(DecoderFamily):
         return None
 
     # --- the model -------------------------------------------------------------------------------
-
-    def logits(self, model: Any, hidden: Any) -> Any:
-        return model.output(hidden)
 
     def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
         """See the base class. Positions follow from the tokens, so `position_ids` is not read."""

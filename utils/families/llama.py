@@ -261,10 +261,14 @@ class Llama(FamilySpec):
     def layer(self, model: Any, context: Context) -> LayerForward:
         from utils.families.models.llama import layer_forward
 
-        return partial(layer_forward, attend=context.attend, angles=context.positions)
+        group = model.key_value_group
+        return partial(layer_forward, attend=context.attend, angles=context.positions, key_value_group=group)
 
     def finish(self, model: Any, hidden: Any) -> Any:
         return getattr(model, self.backbone).norm(hidden)
+
+    def head_by_rows(self, model: Any) -> bool:
+        return bool(model.config.tie_word_embeddings)
 
 
 LLAMA = Llama()

@@ -54,6 +54,7 @@ class Opt(DecoderFamily):
     backbone = "opt"
     embedding = "embeddings"
     layers = "opt.decoder.layers"
+    head_weight = "lm_head.decoder_weight"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 

@@ -265,6 +265,9 @@ class Qwen(FamilySpec):
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return not self.paddle_config(config)["use_dynamic_ntk"]
 
+    def head_by_rows(self, model: Any) -> bool:
+        return False
+
 
 def ntk_factor(length: int, trained: int) -> float:
     """The factor of the rotary base for a prompt longer than the training length ("dynamic NTK").

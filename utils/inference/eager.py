@@ -13,6 +13,7 @@ import paddle
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.engine import Engine, Logits, Prefix
+from utils.kernels.split import gathered
 
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
 
@@ -73,18 +74,25 @@ class EagerEngine(Engine):
     """PaddleNLP's model as it is, whose Linears may be LoRA layers, in evaluation mode."""
 
     def __init__(
-        self, family: FamilySpec, model: Any, config: Mapping[str, Any], *, prefix: Prefix | None = None
+        self,
+        family: FamilySpec,
+        model: Any,
+        config: Mapping[str, Any],
+        *,
+        prefix: Prefix | None = None,
+        vocabulary_group: Any = None,
     ) -> None:
         """
         Args:
             family, config: of `model`; the config.json of its checkpoint, in either layout.
             prefix: of prefix tuning; its positions do not count.
+            vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
         """
         shape = family.shape(config)
         self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
         self.shares_heads = family.shares_heads(config)
         self._family, self._model, self._config, self._prefix = family, model, config, prefix
-        self._window = family.window(config)
+        self._window, self._vocabulary_group = family.window(config), vocabulary_group
         self._texts: dict[int, Text] = {}
         # rows that were last computed together stay together: the cache of a row that waits is not touched
         self._groups: list[_Rows] = []
@@ -198,4 +206,5 @@ class EagerEngine(Engine):
         batch, length, width = hidden.shape
         chosen = [row * length + place for row in order or range(batch) for place in places[row]]
         states = hidden.reshape([batch * length, width]).index_select(paddle.to_tensor(chosen, dtype="int64"))
-        return Logits(self._family.logits(self._model, states))
+        logits = self._family.logits(self._model, states)
+        return Logits(logits if self._vocabulary_group is None else gathered(logits, self._vocabulary_group))

@@ -17,7 +17,8 @@ class Parts:
     """How the tensor-parallel ranks of a run share the parameters of a model.
 
     A vocabulary or key and value heads that the degree does not divide are whole on every rank, as are the
-    fused queries, keys and values of such a model. Fused ones are cut so that a part is fused in the same order.
+    fused queries, keys and values of such a model, and projections between embedding and layers. What is fused
+    is cut so that a part is fused in the same order.
 
     Attributes:
         degree: ranks that share a model's layers.
@@ -27,22 +28,37 @@ class Parts:
     def __init__(self, family: FamilySpec, config: Mapping[str, Any], degree: int = 1, rank: int = 0) -> None:
         self.sizes, self.degree, self.rank = family.shape(config), degree, rank
         self._stored = {weight.parameter: weight.split for weight in family.weights(config)}
-        self._running = {name: self._rule(rule) for name, rule in self._stored.items()}
+        self._running = {name: self._rule(rule, family.layers in name) for name, rule in self._stored.items()}
 
-    def _rule(self, rule: Split | None) -> Split | None:
+    def _rule(self, rule: Split | None, in_layer: bool) -> Split | None:
         sizes = self.sizes
         if self.degree == 1 or rule is None:
             return None
         if rule.startswith("vocabulary"):
             return None if sizes.vocabulary % self.degree else rule
+        if not in_layer:
+            return None
         if rule in ("key_value", "query_key_value"):
             return None if sizes.kv_heads % self.degree else rule
         return "query_key_value" if rule == "by_head" else rule
 
     @property
+    def shares_vocabulary(self) -> bool:
+        """Whether every rank has other rows of the embedding and of the head."""
+        return self.degree > 1 and self.sizes.vocabulary % self.degree == 0
+
+    @property
     def shares_key_value(self) -> bool:
         """Whether every rank has all key and value heads, and reads some of them."""
         return self.sizes.kv_heads % self.degree > 0
+
+    @property
+    def key_value_heads(self) -> slice:
+        """The key and value heads that this rank has."""
+        if self.shares_key_value:
+            return slice(None)
+        few = self.sizes.kv_heads // self.degree
+        return slice(self.rank * few, (self.rank + 1) * few)
 
     def rule(self, name: str) -> Split | None:
         """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.
@@ -54,6 +70,10 @@ class Parts:
             return self._running.get(name)
         rule = self._running.get(f"{path}.weight")
         return rule if (rule == "row") == (kind == "lora_A") else None
+
+    def stored_rule(self, name: str) -> Split | None:
+        """The rule by which shard files of tensor-parallel runs hold a parameter of the model."""
+        return self._stored.get(name)
 
     def cut(self, name: str, values: np.ndarray) -> np.ndarray:
         """What this rank holds of a whole parameter, in the Paddle layout."""

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ ALONE_SECONDS = 24 * 3600.0  # one rank works, the others wait: tokenizing, savi
 SEEN_SECONDS = 5.0  # for rank 0 to show what another rank has found
 BUCKET_BYTES = 64 << 20
 EXIT_FAILED = 1
+STORE_GONE = (RuntimeError, ValueError)  # what the store raises when the process that serves it has ended
 
 Value = TypeVar("Value")
 
@@ -46,8 +47,8 @@ class Alone:
     """
 
     def __init__(self, layout: Layout | None = None) -> None:
-        self.groups = groups.Groups()
         self.layout = layout or Layout()
+        self.groups = groups.Groups()
         self.first = self.layout.rank == 0
 
     @property
@@ -68,7 +69,7 @@ class Alone:
     def check(self) -> None:
         """Raises `UserError` if another rank has failed."""
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Iterable[float]) -> list[float]:
         """The sum of each value over all ranks, in float64."""
         return list(values)
 
@@ -113,7 +114,7 @@ class Peers(Alone):
         try:
             self.store.add(f"gate/{self.layout.rank}", 1)
             self._wait_for(what, seconds)
-        except RuntimeError as error:  # the store is gone
+        except STORE_GONE as error:  # the store is gone
             self._lost(error)
 
     def _wait_for(self, what: str, seconds: float) -> None:
@@ -125,8 +126,8 @@ class Peers(Alone):
             waited = time.monotonic() - started
             pause = min(2 * pause, 0.02 if waited < 10 else 0.2)
             arrived = self.store.add("gate", 0)
-            if waited > 0.05 and self.store.add("failed", 0):
-                self._raise_failure()
+            if waited > 0.05:
+                self.heed()
             if waited > seconds and arrived < wanted:
                 late = [rank for rank in range(self.layout.world) if self.store.add(f"gate/{rank}", 0) < self.passed]
                 raise UserError(
@@ -136,16 +137,17 @@ class Peers(Alone):
 
     def check(self) -> None:
         try:
-            if self.store.add("failed", 0):
-                self._raise_failure()
-        except RuntimeError as error:  # the store is gone
+            self.heed()
+        except STORE_GONE as error:  # the store is gone
             self._lost(error)
 
-    def _raise_failure(self) -> None:
-        self.relayed = True
-        raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
+    def heed(self) -> None:
+        """Raises `UserError` with what another rank has found, if one has failed."""
+        if self.store.add("failed", 0):
+            self.relayed = True
+            raise UserError(json.loads(bytes(self.store.get("failure")).decode()))
 
-    def _lost(self, error: RuntimeError) -> None:
+    def _lost(self, error: Exception) -> None:
         """The process of rank 0, which serves the store, has ended: so does this one, in silence."""
         print(f"rank {self.layout.rank}: rank 0 has ended ({str(error).splitlines()[0]})", file=sys.stderr)
         end(EXIT_FAILED)
@@ -161,7 +163,7 @@ class Peers(Alone):
 
     # --- exchanging ----------------------------------------------------------------------------------
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Iterable[float]) -> list[float]:
         import paddle
         import paddle.distributed as dist
 
@@ -217,7 +219,7 @@ class Peers(Alone):
                 self._publish(faults)
             if not speaks and not self.relayed:
                 speaks = not self._was_seen()
-        except RuntimeError:
+        except STORE_GONE:
             speaks = speaks or not self.relayed
         if speaks:
             errors.show(faults)
@@ -235,7 +237,7 @@ class Peers(Alone):
             self._publish([f"rank {rank} has ended with {last}; workerlog.{self.layout.local_rank} has the traceback"])
             if not self.first:
                 self._was_seen()
-        except RuntimeError:
+        except STORE_GONE:
             pass
         end(EXIT_FAILED)
 
@@ -253,7 +255,7 @@ class Peers(Alone):
         return False
 
     def _say(self, key: str) -> None:
-        with suppress(RuntimeError):
+        with suppress(*STORE_GONE):
             self.store.add(key, 1)
 
     def leave(self, code: int) -> None:

@@ -68,13 +68,6 @@ def mark_tied(parameter: Any, layout: Layout) -> None:
     parameter.counted = layout.coordinates(layout.rank)[1] == 0
 
 
-def mark_copies(parameters: Collection[Any], layout: Layout) -> None:
-    """Marks parameters that every stage has and of whose gradient it works out a part."""
-    for parameter in parameters:
-        parameter.summed_over = ("pipeline",)
-        parameter.counted = layout.coordinates(layout.rank)[1] == 0
-
-
 # --- forward passes ------------------------------------------------------------------------------------
 
 
@@ -147,8 +140,15 @@ class InStages:
     All else is the family's own.
     """
 
-    def __init__(self, family: FamilySpec, config: Mapping[str, Any], stages: Stages) -> None:
-        self._family, self._stages, self._vocabulary = family, stages, family.shape(config).vocabulary
+    def __init__(
+        self, family: FamilySpec, config: Mapping[str, Any], stages: Stages, vocabulary_group: Any = None
+    ) -> None:
+        """
+        Args:
+            vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
+        """
+        self._family, self._stages = family, stages
+        self._vocabulary = family.shape(config).vocabulary // (vocabulary_group.nranks if vocabulary_group else 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._family, name)

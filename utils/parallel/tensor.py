@@ -6,17 +6,18 @@ Hidden states between layers are whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor, nn
-from paddle.distributed.fleet.layers.mpu import mp_layers, mp_ops
+from paddle.distributed.fleet.layers.mpu import mp_layers
 
 from utils.checkpoints.load import fill
-from utils.checkpoints.shards import axis_of
+from utils.checkpoints.shards import axis_of, part_length, split
 from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
 from utils.parallel.parts import Parts
@@ -50,7 +51,7 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         else:
             setattr(parent, last, new)
         for kind in ("weight", "bias"):
-            if (parameter := getattr(old, kind)) is not None:
+            if (parameter := getattr(old, kind, None)) is not None:
                 replaced[id(parameter)] = getattr(new, kind)
     for name, parameter in before.items():  # heads, which are no Linear
         if id(parameter) not in replaced and parts.rule(name) is not None:
@@ -64,6 +65,7 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         if new is not None and parameter._is_initialized():
             fill(new, parts.cut(name, parameter.numpy()))
     model.tensor_part = (parts.rank, parts.degree)
+    model.key_value_group = group if parts.shares_key_value else None
 
 
 def _shared(old: nn.Layer, rule: Any, group: Any, degree: int) -> nn.Layer | None:
@@ -102,6 +104,28 @@ class Held:
         self.parts, self.peers = parts, peers
         self.elsewhere: frozenset[str] = frozenset()
         self.tied: str | None = None
+
+    def mark_whole(self, parameters: Iterable[Any]) -> None:
+        """Marks parameters that every rank of a model has and works out a part of the gradient of."""
+        layout = self.peers.layout
+        axes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
+        _, pipeline, _, _ = layout.coordinates(layout.rank)
+        for parameter in parameters:
+            parameter.summed_over = tuple(axis for axis, degree in axes.items() if degree > 1)
+            parameter.counted = pipeline == 0
+
+    def all_heads(self, values: Tensor, axis: int) -> Tensor:
+        """Keys or values of all heads along an axis from the heads that each rank holds."""
+        if self.parts.degree == 1 or self.parts.shares_key_value:
+            return values
+        found: list[Tensor] = []
+        paddle.distributed.all_gather(found, values.contiguous(), group=self.peers.groups.tensor)
+        return paddle.concat(found, axis=axis)
+
+    @property
+    def vocabulary_group(self) -> Any:
+        """The ranks that share the vocabulary, or None where every rank has all of it."""
+        return self.peers.groups.tensor if self.parts.shares_vocabulary else None
 
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
@@ -151,17 +175,37 @@ class Held:
             name: of the parameter.
             key: the name of the tensor, if another.
         """
-        kind, parts = str(value.dtype).removeprefix("paddle."), self.parts
-        if value.size <= 1 or parts.rule(name) is None:
-            return LazyTensor(key or name, kind, tuple(value.shape), value.numpy)
-        shape = parts.whole_shape(name, value.shape)
+        kind = str(value.dtype).removeprefix("paddle.")
+        return self.joined(name, LazyTensor(key or name, kind, tuple(value.shape), value.numpy))
+
+    def joined(self, name: str, own: LazyTensor) -> LazyTensor:
+        """As `whole`, of what is read on this rank."""
+        parts = self.parts
+        if math.prod(own.shape) <= 1 or parts.rule(name) is None:
+            return own
+        shape = parts.whole_shape(name, own.shape)
 
         def read() -> np.ndarray:
             found: list[Tensor] = []
-            paddle.distributed.all_gather(found, value.contiguous(), group=self.peers.groups.tensor)
+            value = paddle.to_tensor(np.ascontiguousarray(own.read()))  # uint16 becomes bfloat16
+            paddle.distributed.all_gather(found, value, group=self.peers.groups.tensor)
             return parts.join(name, (part.numpy() for part in found), shape)
 
-        return LazyTensor(key or name, kind, shape, read)
+        return LazyTensor(own.name, own.dtype, shape, read)
+
+    def shard(self, name: str, value: Tensor) -> LazyTensor:
+        """What a shard file of this rank holds of a parameter; reading may be an exchange, see `whole`."""
+        parts, whole = self.parts, self.whole(name, value)
+        rule = parts.stored_rule(name)
+        if rule == parts.rule(name):
+            return LazyTensor(name, whole.dtype, tuple(value.shape), value.numpy)
+        axis, shape = axis_of(rule, len(whole.shape)), list(whole.shape)
+        shape[axis] = part_length(rule, shape[axis], parts.sizes, parts.degree)
+
+        def read() -> np.ndarray:
+            return split(whole.read(), rule, parts.sizes, parts.degree, parts.rank)
+
+        return LazyTensor(name, whole.dtype, tuple(shape), read)
 
     def part(self, name: str, tensor: LazyTensor) -> LazyTensor:
         """This rank's part of a whole tensor like a parameter."""
@@ -172,24 +216,3 @@ class Held:
         shape, axis = list(tensor.shape), axis_of(rule, len(tensor.shape))
         shape[axis] //= parts.degree
         return LazyTensor(tensor.name, tensor.dtype, tuple(shape), lambda: parts.cut(name, tensor.read()))
-
-
-def for_split_use(x: Tensor, group: Any) -> Tensor:
-    """`x`, which every rank has and of which each uses another part: its gradient is the sum of theirs."""
-    return x if group is None else mp_ops._c_identity(x, group=group)
-
-
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """Logits [..., vocabulary] from the parts of all ranks."""
-    return mp_ops._c_concat(x, group=group)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, group: Any) -> Tensor:
-    """[n] float32 losses, in nats, of logits whose vocabulary is shared.
-
-    Args:
-        logits: [n, vocabulary / degree].
-        targets: [n] int64.
-    """
-    losses = mp_ops._c_softmax_with_cross_entropy(logits.astype("float32"), targets.unsqueeze(-1), group=group)
-    return losses.reshape([-1])

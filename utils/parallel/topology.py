@@ -12,8 +12,6 @@ from utils.errors import UserError, raise_if
 if TYPE_CHECKING:
     from utils.families.base import ModelShape
 
-SHOWN_RANKS = 16
-
 
 def world_size(environment: Mapping[str, str] | None = None) -> int:
     """The number of processes that the launcher started; 1 without a launcher."""
@@ -31,6 +29,7 @@ class Layout:
         world, rank: processes in all, and the number of this one.
         local_size, local_rank: the same on this machine.
         tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
+        stage: what sharding splits: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 without it.
         virtual: parts that each pipeline stage has of the layers, see `utils.parallel.stages`.
     """
 
@@ -41,6 +40,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sharding: int = 1
+    stage: int = 0
     virtual: int = 1
 
     @classmethod
@@ -71,6 +71,7 @@ class Layout:
             tensor=tensor,
             pipeline=pipeline,
             sharding=sharding,
+            stage=int(args.sharding[len("stage")]) if sharding > 1 else 0,
             virtual=args.virtual_pp_degree if pipeline > 1 else 1,
         )
 
@@ -108,24 +109,17 @@ class Layout:
 
     # --- checks ------------------------------------------------------------------------------------
 
-    def check_supported(self, args: Any) -> None:
-        """Refuses what is not part of this version yet.
+    def check_device(self, args: Any) -> None:
+        """Refuses a numbered device for several processes.
 
         Raises:
-            UserError: names every such option.
+            UserError: the launcher gives every process a device of its own.
         """
-        alone = "several processes share the rows of a batch (data parallel); for that set it to"
-        faults = [
-            f"{args.where(name)}: {what} parallel is not part of this version yet; {alone} 1"
-            for name, what, degree in (("tensor_parallel_degree", "tensor", self.tensor),)
-            if degree > 1
-        ]
-        if args.sharding and self.world > 1:
-            faults.append(f'{args.where("sharding")}: sharding is not part of this version yet; {alone} ""')
         kind, _, index = args.device.partition(":")
         if self.world > 1 and index:
-            faults.append(f"{args.where('device')}: the launcher gives every process a device of its own; write {kind}")
-        raise_if(faults)
+            raise UserError(
+                f"{args.where('device')}: the launcher gives every process a device of its own; write {kind}"
+            )
 
     def check_model(self, shape: ModelShape) -> None:
         """Refuses degrees by which a model cannot be split.
@@ -138,33 +132,6 @@ class Layout:
     def _unfit(self, shape: ModelShape) -> Iterator[str]:
         if shape.heads % self.tensor:
             yield f"tensor_parallel_degree {self.tensor} does not divide the model's {shape.heads} attention heads"
-        elif shape.kv_heads % self.tensor and self.tensor % shape.kv_heads:
-            yield (
-                f"tensor_parallel_degree {self.tensor} neither divides the model's {shape.kv_heads} key-value heads "
-                "nor is a multiple of them"
-            )
         if self.pipeline * self.virtual > shape.layers:
             times = f" times virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
             yield f"pipeline_parallel_degree {self.pipeline}{times} is more than the model's {shape.layers} layers"
-
-    # --- in words ----------------------------------------------------------------------------------
-
-    def lines(self, args: Any) -> list[str]:
-        """What `--dry_run` says about the layout."""
-        if self.world == 1:
-            return ["layout: 1 process"]
-        machines = self.world // self.local_size
-        where = "1 machine" if machines == 1 else f"{machines} machines"
-        found = [
-            f"layout: {self.world} processes on {where}, data parallel {self.data}; a step has "
-            f"{self.global_batch(args)} rows: {args.per_device_train_batch_size} a device x "
-            f"{args.gradient_accumulation_steps} micro-batches x {self.readers}"
-        ]
-        for rank in range(min(self.world, SHOWN_RANKS)):
-            tasks = f"whole model, part {self.reader(rank) + 1} of {self.readers} of every batch"
-            if rank == 0:
-                tasks += "; logs, checkpoints, results"
-            found.append(f"  rank {rank} (machine {rank // self.local_size}): {tasks}")
-        if self.world > SHOWN_RANKS:
-            found.append(f"  and {self.world - SHOWN_RANKS} more ranks like these")
-        return found

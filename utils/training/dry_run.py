@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from utils.checkpoints.locate import Checkpoint
 from utils.data.encode import IGNORED
 from utils.data.template import ChatTemplate
-from utils.families.base import ModelShape
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.picture import picture
 from utils.parallel.topology import Layout
 from utils.training.batches import epoch_steps
+from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import Plan, method
 from utils.training.start import trained_parameters
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SHOWN_TOKENS = 400
 
 
@@ -41,32 +40,6 @@ def marked_example(item: Any, tokenizer: Tokenizer) -> str:
             text += f"⟦{part}⟧" if learned[start] else part
             start = end
     return text
-
-
-def memory_bytes(args: Any, shape: ModelShape, length: int, whole: int, trained: int, dtype: str) -> dict[str, float]:
-    """Estimated memory of one device: weights, gradients, optimizer, activations of a micro-batch.
-
-    Activations after Korthikanti et al. 2022 (arXiv:2205.05198), table 2, without their attention
-    term's recomputation: 34 s b h per layer, and 5 a s^2 b for attention; with recomputation one
-    layer's worth and 2 s b h per layer. Logits of all positions are counted: the longest answer may
-    supervise nearly all of them.
-    """
-    size = BYTES[dtype]
-    tokens = length * args.per_device_train_batch_size
-    layer = tokens * (34 * shape.hidden + 5 * shape.heads * length) * size / 2
-    kept = layer + shape.layers * 2 * tokens * shape.hidden * size if args.recompute else layer * shape.layers
-    return {
-        "weights": whole * size,
-        "gradients": trained * size,
-        "optimizer": trained * (8 + (4 if size == 2 else 0)),
-        "activations": kept + 3 * tokens * shape.vocabulary * 4,
-    }
-
-
-def memory_line(memory: dict[str, float], case: str) -> str:
-    """The estimate of `memory_bytes` in words; `case` says for which batches."""
-    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
-    return f"memory per device, estimated: {math.fsum(memory.values()) / 2**30:.2f} GiB at {case} ({parts})"
 
 
 def training_lines(args: Any, layout: Layout, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
@@ -101,7 +74,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
-        *layout.lines(args),
+        *picture(layout, args, shape.layers),
         f"model: {whole:,} parameters, {trained:,} of them trained ({method(args)})"
         if method(args) == "sft"
         else f"model: {whole:,} parameters, {trained:,} trained beside them ({method(args)})",
@@ -112,7 +85,9 @@ def report(
     if plan is not None:
         lines += training_lines(args, layout, data["train"], tokenizer, plan)
         lines += [
-            memory_line(memory_bytes(args, shape, args.max_length, whole, trained, dtype), "rows of max_length"),
+            memory_line(
+                memory_bytes(args, layout, shape, args.max_length, whole, trained, dtype), "rows of max_length"
+            ),
             f"starts: {plan}",
         ]
         written = "weights, tokenizer, template, checkpoints, results, loss curve"

@@ -69,8 +69,14 @@ class GenerationEvaluation:
         if self.model.stages is not None:
             from utils.parallel.pipeline import InStages
 
-            family = InStages(family, self.config, self.model.stages)
-        engine = EagerEngine(family, self.model.base, self.config, prefix=self.model.prefix)
+            family = InStages(family, self.config, self.model.stages, self.model.vocabulary_group)
+        engine = EagerEngine(
+            family,
+            self.model.base,
+            self.config,
+            prefix=self.model.prefix,
+            vocabulary_group=self.model.vocabulary_group,
+        )
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
             total=len(self.prompts), unit="row", desc="answering", leave=False, disable=not self.show_progress

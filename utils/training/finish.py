@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints.files import write_json
 from utils.errors import notice
 from utils.training.output import install, missing_results, write_results
 from utils.training.plan import Plan, clear_output, mark_finished
+from utils.training.resume import STATE
 
 
 def is_all_done(plan: Plan | None, output: Path, splits: Sequence[str]) -> bool:
@@ -63,9 +66,10 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
     def beside(folder: Path) -> None:
         trainer.trained.describe(folder)
         companions(folder)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        write_json(folder / STATE, dataclasses.asdict(trainer.state))
 
-    trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
+    with trainer.whole_weights():
+        trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
     if peers.first:
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle import Tensor
 
 from utils.parallel.peers import Alone
 
-
-class Share(Protocol):
-    """Gradients of which each rank of a sharding group owns a part (sharding stages 1 to 3)."""
-
-    def exchange(self) -> None:
-        """Makes the gradients that this rank owns the sum over its sharding group."""
-
-    def owned(self) -> list[tuple[Any, Tensor]]:
-        """(parameter, its gradient or the slice of it) that this rank owns."""
+if TYPE_CHECKING:
+    from utils.parallel.sharding import Share
 
 
 class Gradients:
@@ -52,21 +45,21 @@ class Gradients:
             scaled_by: the scale of mixed precision, which stays in the gradients. A norm that is not finite
                 is then left to the scaler, on every rank.
         """
-        found = [parameter for parameter in self.parameters if parameter.grad is not None]
-        if factor != 1.0:
-            for parameter in found:
-                parameter.grad.scale_(factor)
-        groups = self.peers.groups
-        for group in ("pipeline", "ends"):  # before the owners are asked: stages share their parameters differently
-            self._add_up_partial(((parameter, parameter.grad) for parameter in found), group)
-        if self.share is not None:
-            self.share.exchange()
-            owned = self.share.owned()
-            self.peers.add_up([gradient for _, gradient in owned], groups.data)
-        else:
-            owned = [(parameter, parameter.grad) for parameter in found]
+        groups, share = self.peers.groups, self.share
+        owned = [(parameter, parameter.grad) for parameter in self.parameters if parameter.grad is not None]
+        if share is None or share.stage < 3:  # before the exchange: ranks own other parameters on other stages
+            self._add_up_partial(owned, "pipeline", "ends")
+        if share is None:
             self.peers.add_up([gradient for _, gradient in owned], groups.readers)
+        else:
+            share.exchange()
+            owned = share.owned()
+            self.peers.add_up([gradient for _, gradient in owned], groups.data)
+        if share is not None and share.stage == 3:  # slices are cut alike on all stages
+            self._add_up_partial(owned, "pipeline", "ends")
         self._add_up_partial(owned, "tensor")
+        for _, gradient in owned if factor != 1.0 else ():
+            gradient.scale_(factor)
         norm = self._norm(owned) / scaled_by
         finite = math.isfinite(norm)
         if not finite and scaled_by != 1.0:
@@ -77,9 +70,10 @@ class Gradients:
             gradient.scale_(factor)
         return norm
 
-    def _add_up_partial(self, gradients: Iterable[tuple[Any, Tensor]], group: str) -> None:
-        partial = [gradient for parameter, gradient in gradients if group in getattr(parameter, "summed_over", ())]
-        self.peers.add_up(partial, getattr(self.peers.groups, group))
+    def _add_up_partial(self, gradients: Sequence[tuple[Any, Tensor]], *names: str) -> None:
+        for name in names:
+            partial = [gradient for parameter, gradient in gradients if name in getattr(parameter, "summed_over", ())]
+            self.peers.add_up(partial, getattr(self.peers.groups, name))
 
     def _norm(self, owned: Sequence[tuple[Any, Tensor]]) -> float:
         """The norm of the gradients of the whole model, each parameter counted once."""

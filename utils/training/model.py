@@ -15,6 +15,7 @@ from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
 from utils.families.models.decoder import run_layers
+from utils.kernels import split
 from utils.parallel.stages import Part
 
 
@@ -37,6 +38,7 @@ class TrainingModel(nn.Layer):
         prefix: PrefixTuning | None = None,
         neftune_alpha: float | None = None,
         inputs_need_gradient: bool = False,
+        vocabulary_group: Any = None,
         stages: Any = None,
     ) -> None:
         """
@@ -44,6 +46,7 @@ class TrainingModel(nn.Layer):
             neftune_alpha: noise scale of NEFTune, None for none.
             inputs_need_gradient: recomputation needs it when the embedding is frozen: a recomputed
                 block whose inputs have no gradient gives none to the adapter inside.
+            vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
             stages: the pipeline's (`utils.parallel.pipeline.Stages`), None without one. Every stage then hands
                 a gradient on to the one before, also where the embedding is frozen.
         """
@@ -52,7 +55,7 @@ class TrainingModel(nn.Layer):
         self.config = base.config
         self.neftune_alpha = neftune_alpha
         self.inputs_need_gradient = inputs_need_gradient or stages is not None
-        self.stages = stages
+        self.vocabulary_group, self.stages = vocabulary_group, stages
         self.layers = len(family.stack(base))
         if prefix is not None:
             for parameter in base.parameters():
@@ -60,6 +63,12 @@ class TrainingModel(nn.Layer):
         if stages is None or stages.parts[0].first:
             embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
             embedding.register_forward_post_hook(self._after_embedding)
+        self.head = Head(family, base)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether this process has the head: not on the pipeline stages before the last."""
+        return self.stages is None or bool(self.stages.last)
 
     def _after_embedding(self, layer: nn.Layer, inputs: Any, output: Tensor) -> Tensor:
         if not self.training:
@@ -102,18 +111,27 @@ class TrainingModel(nn.Layer):
         Args:
             hidden: last hidden states [batch, length, hidden].
             labels: [batch, length] int64, already shifted; IGNORED where nothing is supervised.
+
+        With a shared vocabulary the logits are this rank's part of it.
         """
         flat = labels.reshape([-1])
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
         hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
-        return self.family.logits(self.base, hidden), flat.index_select(positions)
+        hidden = split.for_parts(hidden, self.vocabulary_group)
+        return self.head(hidden), flat.index_select(positions)
+
+    def summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
+        if self.vocabulary_group is None:
+            return summed_loss(logits, targets)
+        return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch, see `supervised`."""
         logits, targets = self.supervised(hidden, labels)
         if not targets.shape[0]:
             return logits.sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
-        return summed_loss(logits, targets)
+        return self.summed_loss(logits, targets)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
         """The `loss` of a batch of the collator; not with pipeline stages, see `utils.training.steps`."""
@@ -131,9 +149,32 @@ class TrainingModel(nn.Layer):
         logits, targets = self.supervised(hidden, labels)
         if not targets.shape[0]:
             return 0.0, 0, 0
-        loss = summed_loss(logits, targets)
+        loss = self.summed_loss(logits, targets)
+        if self.vocabulary_group is not None:
+            logits = split.gathered(logits, self.vocabulary_group)
         right = (logits.argmax(axis=-1) == targets).sum()
         return float(loss), int(right), int(targets.shape[0])
+
+
+class Head(nn.Layer):
+    """Logits [..., vocabulary] of hidden states [..., hidden], as a layer of its own that has no parameters.
+
+    Weights that are gathered when a layer is called (sharding stage 3) are there only if a layer is called.
+    """
+
+    def __init__(self, family: FamilySpec, base: nn.Layer) -> None:
+        super().__init__()
+        self.parts = (family, base)  # a tuple, so that the model does not become a part of this layer
+
+    @property
+    def borrowed(self) -> list[Tensor]:
+        """The weight that this layer reads and another one has."""
+        family, base = self.parts
+        return [attrgetter(family.head_weight)(base)]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        family, base = self.parts
+        return family.logits(base, hidden)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
+from utils.parallel.picture import picture
 from utils.parallel.topology import Layout
-from utils.training.dry_run import argument_lines, memory_bytes, memory_line
+from utils.training.dry_run import argument_lines
+from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
 
 if TYPE_CHECKING:
@@ -149,8 +151,14 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
         from utils.parallel.pipeline import Stages
 
         stages = Stages(peers.layout, checkpoint.family.shape(checkpoint.config).layers)
-    model = TrainingModel(checkpoint.family, base, inputs_need_gradient=args.recompute, stages=stages)
-    return model, FullModel(checkpoint, held, base)
+    model = TrainingModel(
+        checkpoint.family,
+        base,
+        inputs_need_gradient=args.recompute,
+        vocabulary_group=held.vocabulary_group,
+        stages=stages,
+    )
+    return model, FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
 
 
 def report(
@@ -175,7 +183,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
-        *layout.lines(args),
+        *picture(layout, args, checkpoint.family.shape(checkpoint.config).layers),
         f"model: {checkpoint.family.title}, {whole:,} parameters, all of them trained, from {start}",
     ]
     for split, dataset in data.items():
@@ -186,7 +194,7 @@ def report(
         step = layout.global_batch(args)
         first = tokenizer.decode([int(i) for i in dataset[0]["input_ids"][:SHOWN_TOKENS]], skip_special=False)
         memory = memory_bytes(
-            args, checkpoint.family.shape(checkpoint.config), args.max_seq_length, whole, whole, dtype
+            args, layout, checkpoint.family.shape(checkpoint.config), args.max_seq_length, whole, whole, dtype
         )
         lines += [
             f"steps: {plan.steps:,} of {step * args.max_seq_length:,} tokens each ({step:,} samples), "

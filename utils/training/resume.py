@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
 
 if TYPE_CHECKING:
+    from utils.parallel.sharding import Share
     from utils.parallel.tensor import Held
 
 OPTIMIZER = "optimizer"
 PROGRESS = "progress.json"
 STATE = "trainer_state.json"
+MASTER = "master"  # slot of the float32 copy of a parameter in half precision
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -60,27 +63,39 @@ def incomplete(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("checkpoint-*") if is_checkpoint(path) and not is_good(path))
 
 
-def optimizer_tensors(optimizer: Any, parameters: Mapping[str, Any], held: Held) -> list[LazyTensor]:
+def optimizer_tensors(
+    optimizer: Any, parameters: Mapping[str, Any], held: Held, share: Share | None = None
+) -> list[LazyTensor]:
     """What the optimizer keeps, as whole tensors "PARAMETER|SLOT" (slots: moments, powers, master weights).
 
     Args:
         parameters: the trained ones by their names in files. Paddle's internal names depend on how many layers
             the process built before.
+        share: with sharding; reading is then an exchange with the other ranks that share.
     """
+    tensors = []
+    if share is not None:
+        named = {id(parameter): name for name, parameter in parameters.items()}
+        for slot in share.slots():
+            name = named[id(share.trained[slot.parameter])]
+            own = LazyTensor(f"{name}|{slot.name}", "float32", slot.shape, partial(share.read, slot))
+            tensors.append(held.joined(name, own))
+        return tensors
     names = {parameter.name: name for name, parameter in parameters.items()}
-    written, tensors = held.written(parameters), []
     for key, value in optimizer.state_dict().items():
         if key == "LR_Scheduler":
             continue
-        entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
-        for slot, tensor in entries.items():
-            internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
-            if (name := names[internal]) in written:
-                tensors.append(held.whole(name, tensor, key=f"{name}|{slot[len(internal) + 1 :]}"))
+        entries = {f"{k}|{MASTER}": v for k, v in value.items()} if key == "master_weights" else {key: value}
+        for entry, tensor in entries.items():
+            internal = max((n for n in names if entry.startswith((f"{n}_", f"{n}|"))), key=len)
+            name = names[internal]
+            tensors.append(held.whole(name, tensor, key=f"{name}|{entry[len(internal) + 1 :]}"))
     return tensors
 
 
-def load_optimizer(folder: Path, optimizer: Any, parameters: Mapping[str, Any], held: Held) -> None:
+def load_optimizer(
+    folder: Path, optimizer: Any, parameters: Mapping[str, Any], held: Held, share: Share | None = None
+) -> None:
     """Fills the optimizer from what `optimizer_tensors` gave.
 
     Raises:
@@ -88,6 +103,7 @@ def load_optimizer(folder: Path, optimizer: Any, parameters: Mapping[str, Any], 
     """
     import paddle
 
+    slots = {} if share is None else {(id(share.trained[slot.parameter]), slot.name): slot for slot in share.slots()}
     state: dict[str, Any] = {}
     for key, stored in stored_tensors(folder, OPTIMIZER).items():
         name, slot = key.split("|")
@@ -96,13 +112,15 @@ def load_optimizer(folder: Path, optimizer: Any, parameters: Mapping[str, Any], 
             continue
         if name not in parameters:
             raise UserError(f"{folder / OPTIMIZER}: holds the state of {name}, which this run does not train")
-        internal = parameters[name].name
-        tensor = paddle.to_tensor(np.ascontiguousarray(held.part(name, stored).read()))
-        if slot == "master":
-            state.setdefault("master_weights", {})[internal] = tensor
+        values = np.ascontiguousarray(held.part(name, stored).read())
+        if share is not None:
+            share.write(slots[id(parameters[name]), slot], values)
+        elif slot == MASTER:
+            state.setdefault("master_weights", {})[parameters[name].name] = paddle.to_tensor(values)
         else:
-            state[f"{internal}_{slot}"] = tensor
-    optimizer.set_state_dict(state)
+            state[f"{parameters[name].name}_{slot}"] = paddle.to_tensor(values)
+    if share is None:
+        optimizer.set_state_dict(state)
 
 
 def random_state() -> dict[str, Any]:

@@ -89,11 +89,24 @@ class OrderedSampler(DistributedBatchSampler):
 
 
 class EvaluationSampler(BatchSampler):
-    """Batches in order, of which each rank takes one in turn; every example once."""
+    """Batches in order, of which each rank takes one in turn; every example once.
 
-    def __init__(self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
+    Attributes:
+        own: number of this rank's batches that count.
+
+    Args:
+        together: every rank has as many batches as the first; those behind its own repeat the data's first one.
+    """
+
+    def __init__(
+        self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0, together: bool = False
+    ) -> None:
         super().__init__(dataset, batch_size=batch_size)
-        self.examples, self.starts = len(dataset), range(0, len(dataset), batch_size)[rank::ranks]
+        starts = range(0, len(dataset), batch_size)
+        self.examples, self.starts = len(dataset), list(starts[rank::ranks])
+        self.own = len(self.starts)
+        if together:
+            self.starts += [0] * (len(starts[::ranks]) - self.own)
 
     def __len__(self) -> int:
         return len(self.starts)

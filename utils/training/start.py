@@ -117,7 +117,7 @@ def build(
     family, prefix, layout = checkpoint.family, None, peers.layout
     stages: Any = None
     if layout.pipeline > 1:
-        from utils.parallel.pipeline import InStages, Stages, mark_copies
+        from utils.parallel.pipeline import InStages, Stages
 
         stages = Stages(layout, family.shape(checkpoint.config).layers)
     trained: Trained
@@ -149,7 +149,7 @@ def build(
         trained = Lora(checkpoint, held, adapted)
     elif args.prefix_tuning:
         if args.prefix_path:
-            prefix = load_prefix(base, family, args.prefix_path, checkpoint)
+            prefix = load_prefix(base, family, args.prefix_path, checkpoint, held)
         else:
             prefix = PrefixTuning(
                 family,
@@ -158,6 +158,7 @@ def build(
                 projection=args.prefix_projection,
                 projection_hidden=args.prefix_projection_hidden_size,
                 dtype=weights_dtype,
+                held=held,
             )
             if stages is None:
                 prefix.start_from_text(base, typical_ids)
@@ -166,17 +167,16 @@ def build(
                 divided: Any = InStages(family, checkpoint.config, stages)
                 prefix.start_from_text(base, typical_ids, divided, stages.complete)
                 peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
-        if stages is not None:
-            mark_copies(prefix.encoder.parameters(), layout)
         trained = Prefix(checkpoint, held, prefix)
     else:
-        trained = FullModel(checkpoint, held, base)
+        trained = FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
     model = TrainingModel(
         family,
         base,
         prefix=prefix,
         neftune_alpha=args.neftune_noise_alpha if args.neftune else None,
         inputs_need_gradient=args.recompute,
+        vocabulary_group=held.vocabulary_group,
         stages=stages,
     )
     return model, trained

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,10 +14,11 @@ import paddle
 from paddlenlp import trainer as library
 from tqdm import tqdm
 
-from utils.checkpoints.files import atomic_directory, atomic_write
+from utils.checkpoints.files import atomic_directory, write_json
 from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
 from utils.training import resume
+from utils.training.best import note_best
 from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.gradients import Gradients
 from utils.training.inputs import SIZES, SizingCollator, rows_of
@@ -122,6 +125,8 @@ class Trainer(library.Trainer):
         )
         self.remove_callback(library.PrinterCallback)
         self.trained = trained
+        self.optimizer: Any
+        self.share: Any = None  # of a sharded run, once it has an optimizer
         self.saver = Saver(self.peers, background=save_in_background)
         self.gradients = Gradients(model.parameters(), self.peers, limit=max_grad_norm)
         self.evaluate_generation = evaluate_generation
@@ -177,7 +182,9 @@ class Trainer(library.Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> EvaluationSampler:
         ranks, rank = self._readers()
-        return EvaluationSampler(eval_dataset, self.args.per_device_eval_batch_size, ranks=ranks, rank=rank)
+        together = self.peers.layout.stage == 3  # ranks need each other's weights
+        batch = self.args.per_device_eval_batch_size
+        return EvaluationSampler(eval_dataset, batch, ranks=ranks, rank=rank, together=together)
 
     def _readers(self) -> tuple[int, int]:
         """(in how many parts a batch is read, which of them this rank reads)."""
@@ -188,9 +195,22 @@ class Trainer(library.Trainer):
         """The library's preparation without its DataParallel, which would exchange gradients at every micro-batch."""
         rank, self.args.local_rank = self.args.local_rank, -1
         try:
-            return super()._wrap_model(model, training)
+            model = super()._wrap_model(model, training)
         finally:
             self.args.local_rank = rank
+        if training and self.peers.layout.stage and self.share is None:
+            from utils.parallel.sharding import wrap
+
+            head = self.model.head
+            self.optimizer, self.share = wrap(
+                self.model,
+                self.optimizer,
+                self.peers.layout.stage,
+                self.peers.groups.sharding,
+                borrowed={head: head.borrowed} if self.model.has_head else {},
+            )
+            self.gradients.share = self.share
+        return model
 
     @property
     def epochs(self) -> float:
@@ -305,18 +325,21 @@ class Trainer(library.Trainer):
             return known
         self.model.eval()
         if self.evaluate_generation is not None:
-            found = self.evaluate_generation(self.weights_step)
+            with self.whole_weights():
+                found = self.evaluate_generation(self.weights_step)
         else:
             self.peers.gate("waiting for other ranks to evaluate")
             scores = np.zeros(3)  # sum of losses, right guesses, targets
             loader = self.get_eval_dataloader(eval_dataset)
             bar = {"desc": "evaluating", "unit": "batch", "delay": BAR_DELAY, "leave": False}
-            for inputs in tqdm(loader, disable=not self.peers.first, **bar):
+            for number, inputs in enumerate(tqdm(loader, disable=not self.peers.first, **bar)):
                 inputs = dict(self._prepare_inputs(inputs))
                 inputs.pop(SIZES)
                 with self.autocast_smart_context_manager():
-                    scores += self.model.score(**inputs)
-            loss, right, targets = self.peers.sums((scores * self.peers.layout.counts).tolist())
+                    found_here = self.model.score(**inputs)
+                if number < loader.batch_sampler.own:
+                    scores += found_here
+            loss, right, targets = self.peers.sums(scores if self.peers.layout.counts else np.zeros(3))
             found = likelihood_metrics(loss, int(right), int(targets))
         self.signals.agree(self.peers.sums([self.signals.received is not None])[0] > 0)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -341,27 +364,32 @@ class Trainer(library.Trainer):
         """Writes `checkpoint-N`: weights, optimizer, scheduler, generators, place in the data."""
         output = Path(self.args.output_dir)
         folder = output / f"checkpoint-{self.state.global_step}"
-        self._note_best(folder, metrics)
+        note_best(self.state, self.args, folder, metrics)
         progress = self._progress(self.peers.gather(resume.random_state()))
-        state, best = self.state.to_json(), self.state.best_model_checkpoint
+        state, best = dataclasses.asdict(self.state), self.state.best_model_checkpoint
 
         def beside(staging: Path) -> None:
             self.trained.describe(staging)
             if self.extra_files is not None:
                 self.extra_files(staging)
-            atomic_write(staging / resume.STATE, state)
+            write_json(staging / resume.STATE, state)
             resume.save_progress(staging, progress)
 
-        self.saver.save(
-            lambda: atomic_directory(folder),
-            [self.trained.piece(), self._optimizer_piece()],
-            beside,
-            after=lambda: resume.delete_old(output, self.args.save_total_limit, best),
-        )
+        with self.whole_weights():
+            self.saver.save(
+                lambda: atomic_directory(folder),
+                [self.trained.piece(result=False), self._optimizer_piece()],
+                beside,
+                after=lambda: resume.delete_old(output, self.args.save_total_limit, best),
+            )
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A block in which this rank has no weights in slices only (sharding stage 3)."""
+        return nullcontext() if self.share is None else self.share.whole()
 
     def _optimizer_piece(self) -> Piece:
         held = self.trained.held
-        tensors = resume.optimizer_tensors(self.optimizer, self.trained.parameters(), held)
+        tensors = resume.optimizer_tensors(self.optimizer, self.trained.parameters(), held, self.share)
         return Piece(resume.OPTIMIZER, tensors, writes=held.writes)
 
     def _progress(self, random: list[dict[str, Any]]) -> dict[str, Any]:
@@ -382,22 +410,6 @@ class Trainer(library.Trainer):
             items = self.state.global_step * self.peers.layout.global_batch(self.args)
             progress["stream"] = self.train_dataset.state_after(items)
         return progress
-
-    def _note_best(self, folder: Path, metrics: dict[str, float] | None) -> None:
-        name = self.args.metric_for_best_model
-        if metrics is None or name is None:
-            return
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise UserError(
-                f"metric_for_best_model {name.removeprefix('eval_')}: this evaluation measures "
-                f"{', '.join(sorted(k.removeprefix('eval_') for k in metrics))}"
-            )
-        best, value = self.state.best_metric, metrics[name]
-        if not np.isfinite(value):
-            return
-        if best is None or (value > best if self.args.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_model_checkpoint = value, folder.name
 
     # --- resume --------------------------------------------------------------------------------------
 
@@ -448,7 +460,8 @@ class Trainer(library.Trainer):
         if checkpoint is None:
             return
         assert self.resumed is not None
-        resume.load_optimizer(Path(checkpoint), self.optimizer, self.trained.parameters(), self.trained.held)
+        parameters, held = self.trained.parameters(), self.trained.held
+        resume.load_optimizer(Path(checkpoint), self.optimizer, parameters, held, self.share)
         self.lr_scheduler.set_state_dict(self.resumed["scheduler"])
         self.lr_scheduler.last_lr = self.lr_scheduler.get_lr()  # the user may have changed the rate
         if self.do_grad_scaling:
@@ -488,6 +501,7 @@ class Trainer(library.Trainer):
         """Puts the best checkpoint's weights into the model; returns its name, or None without one."""
         name = self.state.best_model_checkpoint
         if name is not None:
-            self.trained.restore(Path(self.args.output_dir) / name)
+            with self.whole_weights():
+                self.trained.restore(Path(self.args.output_dir) / name)
             self.loaded_step = int(name.rsplit("-", 1)[1])
         return name

@@ -21,6 +21,7 @@ from utils.families.models.decoder import by_head, extended
 from utils.kernels.attention import every_head
 from utils.kernels.masks import Attend
 from utils.kernels.norm import rms_norm
+from utils.kernels.split import for_parts
 
 
 def angles(positions: Tensor, head_dim: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -107,6 +108,8 @@ class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
             group=config.num_attention_heads // config.multi_query_group_num,
             after=config.apply_residual_connection_post_layernorm,
             dropout=config.hidden_dropout if self.training else 0.0,
+            tensor_part=self.tensor_part,
+            key_value_group=self.key_value_group,
         )
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -134,16 +137,22 @@ def _layer(
     group: int,
     after: bool,
     dropout: float,
+    tensor_part: tuple[int, int],
+    key_value_group: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     attention, mlp = layer.self_attention, layer.mlp
     normed = _norm(layer.input_layernorm, hidden)
-    fused = attention.query_key_value(normed)
+    fused = for_parts(attention.query_key_value(normed), key_value_group)
     narrow = fused.shape[-1] // (group + 2)  # of this process's keys; as many values, `group` times as many queries
     parts = paddle.split(fused, [group * narrow, narrow, narrow], axis=-1)
     query, key, value = (by_head(part, channels) for part in parts)
+    rank, ranks = tensor_part
+    if key_value_group is not None:  # every process has all of the fused heads
+        few = query.shape[2] // ranks
+        query = query[:, :, rank * few : (rank + 1) * few]
     query, key = (_turned(x, turn(hidden.dtype), *turns(x.shape[2], hidden.dtype)) for x in (query, key))
     key, value = extended(past_key, key), extended(past_value, value)
-    seen, taken = (every_head(x, query.shape[2], group) for x in (key, value))
+    seen, taken = (every_head(x, query.shape[2], group, rank) for x in (key, value))
     attended = attention.dense(attend(query, seen, taken))
     hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
     normed = _norm(layer.post_attention_layernorm, hidden)

@@ -49,10 +49,6 @@ class GLMForConditionalGeneration(library.GLMForConditionalGeneration):
     def finish(self, hidden: Tensor) -> Tensor:
         return self.glm.transformer.final_layernorm(hidden)
 
-    def output(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocabulary]; the head is the embedding."""
-        return paddle.matmul(hidden, self.glm.word_embeddings.weight, transpose_y=True)
-
 
 def _layer(
     layer: Any,

@@ -10,6 +10,7 @@ from paddle import Tensor
 from utils.families.models.decoder import by_head, extended
 from utils.kernels.masks import Attend
 from utils.kernels.rotary import apply_rotary_pos_emb
+from utils.kernels.split import for_parts
 
 
 def layer_forward(
@@ -20,6 +21,7 @@ def layer_forward(
     *,
     attend: Attend,
     angles: Callable[[Any], tuple[Tensor, Tensor]],
+    key_value_group: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `LayerForward`.
 
@@ -27,6 +29,7 @@ def layer_forward(
         layer: a decoder layer of PaddleNLP's LLaMA or Qwen2.
         attend: of keys and values as they are cached, perhaps fewer than queries.
         angles: cos and sin [batch, length, 1, head_dim] in a type.
+        key_value_group: of the processes that read some each of the keys and values that all of them have.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -34,6 +37,7 @@ def layer_forward(
         by_head(project(normed), attention.head_dim)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    key, value = (for_parts(x, key_value_group) for x in (key, value))
     query, key = apply_rotary_pos_emb(query, key, *angles(value.dtype))
     key, value = extended(past_key, key), extended(past_value, value)
     hidden = hidden + attention.o_proj(attend(query, key, value))

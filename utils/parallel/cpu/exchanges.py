@@ -4,8 +4,9 @@ Every exchange is over when its method returns, whether it was asked to wait or 
 order happens in that order.
 
 gloo gives a rank 30 s to wait for its partners. The limit is a constant of gloo's context; Paddle hands none
-on (`new_group(timeout=...)` is for stores, and `ProcessGroupGloo.create` takes no options). Work that may keep
-one rank longer must therefore end at `Peers.gate`, which has no such limit, before the ranks exchange anything.
+on (`new_group(timeout=...)` is for stores, and `ProcessGroupGloo.create` takes no options). What one rank sends
+to another waits longer, see `pairs.meet`. Other work that may keep one rank longer must end at `Peers.gate`, which
+has no such limit, before the ranks exchange anything.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from utils.parallel.cpu.pairs import group_of, pair
+from utils.parallel.cpu.pairs import group_of, meet, pair
 
 # Types that gloo lacks, for some of which it ends the process; sums of half types are better in float32 anyway.
 SENT_AS = {
@@ -25,6 +26,7 @@ SENT_AS = {
     "int8": "int32",
     "int16": "int32",
 }
+PIECES_FROM = 1 << 18  # elements: one reduce per rank then takes half the time of an all-reduce, below it several times
 STREAMS = "_on_calc_stream"  # ending of the methods by which fleet asks for an exchange in order
 
 
@@ -118,12 +120,14 @@ def whole_exchanges() -> None:
 
     def send(self: Any, tensor: Any, dst: int, *_: Any) -> Done:
         with naming_ranks(self, f"a send to rank {dst} of them", tensor), as_sent(tensor, back=False) as sent:
+            meet(self, dst)
             group, place = pair(self, dst)
             plain["send"](group, sent, place, True).wait()
         return Done()
 
     def recv(self: Any, tensor: Any, src: int, *_: Any) -> Done:
         with naming_ranks(self, f"a receive from rank {src} of them", tensor), as_sent(tensor, back=True) as sent:
+            meet(self, src)
             group, place = pair(self, src)
             plain["recv"](group, sent, place, True).wait()
         return Done()
@@ -154,10 +158,18 @@ def whole_exchanges() -> None:
         """Each rank's [ranks * n, ...] -> [n, ...]: part r of the sum of them, for rank r."""
         import paddle
 
+        ranks, rank = self.size(), self.rank()
         with paddle.no_grad():
-            total = tensor.clone()
-            all_reduce(self, total, op)
-            part = total.reshape([self.size(), -1])[self.rank()]
+            if tensor.size < PIECES_FROM:
+                total = tensor.clone()
+                all_reduce(self, total, op)
+                part = total.reshape([ranks, -1])[rank]
+            else:
+                for dst, view in enumerate(tensor.reshape([-1]).split(ranks)):
+                    piece = view.clone()
+                    reduce(self, piece, dst, op)
+                    if dst == rank:
+                        part = piece
             paddle.assign(part.reshape(out.shape).astype(out.dtype), out)
         return Done()
 
