@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,7 @@ def train(runs: Sequence[Run], home: Path, case: Case) -> None:
     from family_cases import case as family_case
 
     folders = {family_case(n).checkpoint.family.name: family_case(n).folder for n in reversed(WITH_TOKENIZER)}
+    folders = {run.family: without_dropout(folders[run.family], home / "models" / run.family) for run in runs}
     jobs = [[str(run.output), words_of(run, home, folders[run.family], case)] for run in runs]
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "jobs.json"
@@ -129,6 +131,16 @@ def train(runs: Sequence[Run], home: Path, case: Case) -> None:
                     path.read_text("utf-8", "replace")[-3000:] for path in sorted(Path(folder).glob("*log*"))
                 )
                 (unfinished[0].output / "error.txt").write_text(said or done.stdout + done.stderr, "utf-8")
+
+
+def without_dropout(model: Path, copy: Path) -> Path:
+    """A copy of a model that drops nothing: ranks draw other masks."""
+    if not copy.is_dir():
+        shutil.copytree(model, copy)
+        config = json.loads((copy / "config.json").read_text("utf-8"))
+        config.update({name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)})
+        (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    return copy
 
 
 def work(listed: Path) -> None:

@@ -62,12 +62,19 @@ def add_lora(
         rslora=rslora,
         lora_plus_scale=lora_plus_scale,
         dtype=model.config.dtype,
-        # the library's fused forward and backward of a LoRA layer; it has no dropout
-        use_quick_lora=dropout == 0.0,
+        use_quick_lora=_quick(dropout, held),
     )
     adapted = LoRAModel(model, config)
     _draw(adapted, seed, held)
     return adapted
+
+
+def _quick(dropout: float, held: Held | None) -> bool:
+    """Whether the library's fused forward and backward of a LoRA layer can be used.
+
+    It has no dropout, and asks Paddle for operators of tensor parallelism that are no longer there.
+    """
+    return dropout == 0.0 and (held is None or held.parts.degree == 1)
 
 
 def _draw(adapted: LoRAModel, seed: int, held: Held | None) -> None:
@@ -142,7 +149,7 @@ def load_lora(
         merge_weights=False,
         lora_dropout=dropout,
         lora_plus_scale=lora_plus_scale,
-        use_quick_lora=dropout == 0.0,
+        use_quick_lora=_quick(dropout, held),
     )
     adapted = LoRAModel(model, LoRAConfig(**settings))
     restore_lora(adapted, Path(path), held)
