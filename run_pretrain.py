@@ -96,7 +96,7 @@ def main() -> None:
         model,
         trained,
         paddlenlp_arguments(args, device, dtype, plan.steps if plan else -1),
-        collator=Collator(tokenizer.pad_id),
+        collator=Collator(tokenizer.pad_id, layout.tensor if args.sequence_parallel else 1),
         train_dataset=data.get("train"),
         eval_dataset=data.get("dev"),
         name_rows=pretraining.SampleNames(tokenizer),

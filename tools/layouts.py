@@ -58,6 +58,7 @@ SOME = ("llama", "gpt-3")
 ALONE = Case(1, 8, 1)
 LAYOUTS = {
     "TP2": Case(2, 4, 2, TENSOR),
+    "TP2 sequence": Case(2, 4, 2, [*TENSOR, "--sequence_parallel", "true"]),
     "PP2": Case(2, 2, 4, PIPELINE),
     "stage1": Case(2, 2, 2, ["--sharding", "stage1"]),
     "stage2": Case(2, 2, 2, ["--sharding", "stage2"]),

@@ -37,6 +37,9 @@ class Divided(Protocol):
     def through(self, part: Part, batch: Batch, hidden: Tensor | None) -> Tensor:
         """Hidden states [batch, length, hidden] after a part; `hidden` None is the embedding's own."""
 
+    def travelling(self, batch: Batch) -> int:
+        """The length of the hidden states of a batch between layers."""
+
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses (scalar) of what the last part gives."""
 
@@ -247,7 +250,7 @@ class Schedule:
             scaler: of mixed precision.
         """
         self._batches, self._scale, self._begun, self._losses = batches, scale, {}, 0
-        self._length = max(batch["input_ids"].shape[1] for batch in batches)
+        self._length = max(map(self.model.travelling, batches))
         self.peers.gate("waiting for the other pipeline stages")
         self._fleet.set_virtual_pipeline_rank(0)
         nothing = iter([(None, None)] * len(batches))  # the parts find their batches themselves
@@ -260,7 +263,7 @@ class Schedule:
             number = self._begun.get(part, 0)
             self._begun[part] = number + 1
             batch = {name: value for name, value in self._batches[number].items() if name != "labels"}
-            length = batch["input_ids"].shape[1]
+            length = self.model.travelling(batch)
             if hidden is not None:
                 hidden = hidden[:, :length]
             hidden = self.model.through(part, batch, hidden)

@@ -127,6 +127,14 @@ class Held:
         """The ranks that share the vocabulary, or None where every rank has all of it."""
         return self.peers.groups.tensor if self.parts.shares_vocabulary else None
 
+    def sequence(self, family: FamilySpec, config: Mapping[str, Any], model: nn.Layer) -> Any:
+        """Makes the ranks of `model`, with its adapter in place, divide sequences too; None where there is one rank."""
+        from utils.parallel.sequence import Sequence
+
+        if self.parts.degree == 1:
+            return None
+        return Sequence(family, config, model, self.peers.groups.tensor)
+
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
         if self.elsewhere:

@@ -39,6 +39,7 @@ class TrainingModel(nn.Layer):
         neftune_alpha: float | None = None,
         inputs_need_gradient: bool = False,
         vocabulary_group: Any = None,
+        sequence: Any = None,
         stages: Any = None,
     ) -> None:
         """
@@ -47,6 +48,7 @@ class TrainingModel(nn.Layer):
             inputs_need_gradient: recomputation needs it when the embedding is frozen: a recomputed
                 block whose inputs have no gradient gives none to the adapter inside.
             vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
+            sequence: of sequence parallelism (`utils.parallel.sequence.Sequence`), None without.
             stages: the pipeline's (`utils.parallel.pipeline.Stages`), None without one. Every stage then hands
                 a gradient on to the one before, also where the embedding is frozen.
         """
@@ -55,7 +57,7 @@ class TrainingModel(nn.Layer):
         self.config = base.config
         self.neftune_alpha = neftune_alpha
         self.inputs_need_gradient = inputs_need_gradient or stages is not None
-        self.vocabulary_group, self.stages = vocabulary_group, stages
+        self.vocabulary_group, self.sequence, self.stages = vocabulary_group, sequence, stages
         self.layers = len(family.stack(base))
         if prefix is not None:
             for parameter in base.parameters():
@@ -93,11 +95,19 @@ class TrainingModel(nn.Layer):
         context = family.context(base, batch, 0 if prefix is None else prefix.length)
         if hidden is None:
             hidden = family.embed(base, context)
+            hidden = hidden if self.sequence is None else self.sequence.piece(hidden, base)
         cache = None if prefix is None else prefix.cache(hidden.shape[0], part.layers)
         layers, forward = family.stack(base), family.layer(base, context)
         own = [layers[number] for number in part.layers]
         hidden = run_layers(own, hidden, cache, forward, recomputed=base.enable_recompute)
-        return family.finish(base, hidden) if part.last else hidden
+        if not part.last:
+            return hidden
+        return family.finish(base, hidden if self.sequence is None else self.sequence.whole(hidden, base))
+
+    def travelling(self, batch: Mapping[str, Tensor]) -> int:
+        """The length of the hidden states of a training batch between layers."""
+        length = int(batch["input_ids"].shape[1])
+        return length if self.sequence is None else length // int(self.sequence.group.nranks)
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Last hidden states [batch, length, hidden] of a collated batch; None where only other stages have them."""

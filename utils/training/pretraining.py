@@ -136,7 +136,6 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     weights_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
     overrides = {
         "use_flash_attention": args.use_flash_attention,
-        "sequence_parallel": args.sequence_parallel,
         "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
     }
     held = Held.of(checkpoint.family, checkpoint.config, peers)
@@ -156,6 +155,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
         base,
         inputs_need_gradient=args.recompute,
         vocabulary_group=held.vocabulary_group,
+        sequence=held.sequence(checkpoint.family, checkpoint.config, base) if args.sequence_parallel else None,
         stages=stages,
     )
     return model, FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)

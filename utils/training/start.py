@@ -108,7 +108,6 @@ def build(
     weights_dtype = dtype if args.fp16_opt_level == "O2" or method(args) != "sft" else "float32"
     overrides = {
         "use_flash_attention": args.use_flash_attention,
-        "sequence_parallel": args.sequence_parallel,
         "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
     }
     held = Held.of(checkpoint.family, checkpoint.config, peers)
@@ -177,6 +176,7 @@ def build(
         neftune_alpha=args.neftune_noise_alpha if args.neftune else None,
         inputs_need_gradient=args.recompute,
         vocabulary_group=held.vocabulary_group,
+        sequence=held.sequence(family, checkpoint.config, base) if args.sequence_parallel else None,
         stages=stages,
     )
     return model, trained
