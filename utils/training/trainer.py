@@ -198,7 +198,11 @@ class Trainer(library.Trainer):
             model = super()._wrap_model(model, training)
         finally:
             self.args.local_rank = rank
-        if training and self.peers.layout.stage and self.share is None:
+        if not training:
+            return model
+        self.peers.gate("waiting for the model on other ranks")
+        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
+        if self.peers.layout.stage:
             from utils.parallel.sharding import wrap
 
             head = self.model.head
@@ -471,8 +475,6 @@ class Trainer(library.Trainer):
     def continue_state(self) -> None:
         """Corrects the state that the library has read from a checkpoint, before the first step."""
         layout = self.peers.layout
-        self.peers.gate("waiting for the model on other ranks")
-        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
         if place := layout.reader(layout.rank) * layout.pipeline + layout.coordinates(layout.rank)[1]:
             paddle.seed(self.args.seed + place)  # other dropout than that of the first
         if self.resumed is None:
