@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves convention of LLaMA."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): the halves convention of LLaMA, and the
+neighbours of ChatGLM2 and GPT-J."""
 
 from __future__ import annotations
 
@@ -99,3 +100,26 @@ class RotaryTable:
         both = paddle.to_tensor(np.concatenate([self._inverse, self._inverse]))
         angles = (position_ids.astype("float32").unsqueeze(-1) * both).unsqueeze(2)
         return tuple((wave * self._magnitude).astype(dtype) for wave in (angles.cos(), angles.sin()))
+
+
+def neighbour_angles(positions: Tensor, turned: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first `turned` dimensions of a
+    head turn, the others do not. Used as x * cos + (x @ quarter_turn) * sin.
+
+    Args:
+        positions: [batch, length], of any numeric type.
+    """
+    exponents = paddle.arange(0, turned, 2, dtype="float32") / turned
+    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
+    inverse = paddle.concat([inverse, paddle.zeros([head_dim - turned])])
+    angles = (positions.astype("float32").unsqueeze(-1) * inverse).unsqueeze(2)
+    return paddle.cos(angles), paddle.sin(angles)
+
+
+def quarter_turn(head_dim: int, dtype: Any) -> Tensor:
+    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
+
+    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
+    """
+    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
+    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)

@@ -19,31 +19,7 @@ from utils.families.models.decoder import Cache, by_head, extended, run_layers
 from utils.kernels.attention import every_head
 from utils.kernels.masks import Attend
 from utils.kernels.norm import rms_norm
-
-
-def angles(positions: Tensor, head_dim: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first half of a head
-    turn, the second half does not.
-
-    Args:
-        positions: [batch, length] int64.
-        ratio: positions are divided by it (ChatGLM2-6B-32K), which stretches the context.
-    """
-    width = head_dim // 2
-    exponents = paddle.arange(0, width, 2, dtype="float32") / width
-    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
-    inverse = paddle.concat([inverse, paddle.zeros([head_dim - inverse.shape[0]])])
-    turned = ((positions.astype("float32") / ratio).unsqueeze(-1) * inverse).unsqueeze(2)
-    return paddle.cos(turned), paddle.sin(turned)
-
-
-def quarter_turn(head_dim: int, dtype: Any) -> Tensor:
-    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
-
-    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
-    """
-    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
-    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)
+from utils.kernels.rotary import neighbour_angles, quarter_turn
 
 
 class ChatGLMv2Model(library.ChatGLMv2Model):
@@ -87,7 +63,8 @@ class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
         encoder, config = self.chatglm_v2.encoder, self.config
         hidden = self.chatglm_v2.embedding.word_embeddings(ids)
         heads, groups, channels = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
-        cos, sin = (x.astype(hidden.dtype) for x in angles(positions.expand(ids.shape), channels, config.rope_ratio))
+        places = positions.expand(ids.shape).astype("float32") / config.rope_ratio  # a longer context (ChatGLM2-6B-32K)
+        cos, sin = (x.astype(hidden.dtype) for x in neighbour_angles(places, channels // 2, channels))
         # tiled once: a product broadcast over the heads is slow on CPUs
         turns = [(cos.tile([1, 1, count, 1]), sin.tile([1, 1, count, 1])) for count in (heads, groups)]
         forward = partial(
