@@ -36,7 +36,7 @@ def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache]) -> No
         starts = [held[first + n].shape[2] if first + n in held else 0 for n in range(rows)]
         cache.reserve(first + rows, max(start + count for start, count in zip(starts, counts, strict=True)))
         new = random.normal(size=(2 * LAYERS, rows, HEADS, max(counts), WIDTH)).astype(np.float32)
-        cache.write(paddle.to_tensor(new), starts, counts, first)
+        cache.write([paddle.to_tensor(new)], starts, counts, first)
         for n, count in enumerate(counts):
             before = held.get(first + n, new[:, n, :, :0])
             held[first + n] = np.concatenate([before, new[:, n, :, :count]], axis=2)
@@ -58,7 +58,7 @@ def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
     cache = kind(LAYERS, HEADS, WIDTH, "float32")
     cache.reserve(2, 10)
     new = np.random.default_rng(1).normal(size=(2 * LAYERS, 2, HEADS, 10, WIDTH)).astype(np.float32)
-    cache.write(paddle.to_tensor(new), [0, 0], [10, 10])
+    cache.write([paddle.to_tensor(new)], [0, 0], [10, 10])
     name = "numpy.zeros" if kind is HostCache else "paddle.zeros"
     real, calls = (np.zeros if kind is HostCache else paddle.zeros), iter([True, False])
 

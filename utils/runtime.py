@@ -85,6 +85,14 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Returns to the system what `_keep_freed_memory` holds. After loading: what is left of files that were read
+    lies scattered, and what comes next does not fit into it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+    if trim is not None:
+        trim(0)
+
+
 def quiet_libraries() -> None:
     """Silences PaddleNLP's logger; call once after it has been imported."""
     from paddlenlp.utils.log import logger

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
+
+New: TypeAlias = "paddle.Tensor | NDArray[np.generic]"  # new keys and values, as a program gives them
 
 _STEP = 64  # positions; room is added in steps of this, or of an eighth where that is more
 
@@ -62,11 +66,12 @@ class Cache(ABC):
         """Keys and values of every layer in turn, of the first rows, [rows, kv_heads, room, head_dim]."""
 
     @abstractmethod
-    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
         """Stores keys and values of rows `first`, first + 1, ...
 
         Args:
-            new: [2 * layers, rows, kv_heads, length, head_dim]; of each row the first `counts` are real.
+            new: of all layers in turn, some in each, [2 * some, rows, kv_heads, length, head_dim]; of each row
+                the first `counts` are real.
             starts: the place of each row's first one.
         """
 
@@ -104,16 +109,17 @@ class HostCache(Cache):
             self._viewed = rows
         return self._views
 
-    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        values = np.from_dlpack(new.detach())
-        if all(count == 1 for count in counts):
-            rows = np.arange(first, first + len(starts))
-            for number, memory in enumerate(self._memory):
-                memory[:, rows, :, starts] = values[2 * number : 2 * number + 2, :, :, 0].transpose(1, 0, 2, 3)
-            return
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            for number, memory in enumerate(self._memory):
-                memory[:, first + row, :, start : start + count] = values[2 * number : 2 * number + 2, row, :, :count]
+    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+        rows, memories = np.arange(first, first + len(starts)), iter(self._memory)
+        for part in new:
+            values = part if isinstance(part, np.ndarray) else np.from_dlpack(part.detach())
+            # of each layer keys and values, as in the memory
+            for layer, memory in zip(values.reshape(-1, 2, *values.shape[1:]), memories, strict=False):
+                if all(count == 1 for count in counts):
+                    memory[:, rows, :, starts] = layer[:, :, :, 0].transpose(1, 0, 2, 3)
+                    continue
+                for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                    memory[:, first + row, :, start : start + count] = layer[:, row, :, :count]
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:
@@ -142,10 +148,11 @@ class DeviceCache(Cache):
     def tensors(self, rows: int) -> list[paddle.Tensor]:
         return [memory if rows == self.rows else memory[:rows] for memory in self._memory]
 
-    def write(self, new: paddle.Tensor, starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        for number, memory in enumerate(self._memory):
+    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
+        values = (part[number] for part in map(paddle.to_tensor, new) for number in range(part.shape[0]))
+        for memory, layer in zip(self._memory, values, strict=True):
             for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                memory[first + row, :, start : start + count] = new[number, row, :, :count]
+                memory[first + row, :, start : start + count] = layer[row, :, :count]
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:

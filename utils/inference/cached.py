@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from paddle import Tensor
 
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.cache import Cache, DeviceCache, HostCache
+from utils.inference.cache import Cache, DeviceCache, HostCache, New
 from utils.inference.engine import Engine, Logits
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
@@ -24,7 +24,7 @@ _ALIKE = 0.75  # prompts are read together where padding fills less than a quart
 class Program(Protocol):
     """One step of a model over new tokens."""
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
         """As `utils.inference.decoder.Decoder.forward`.
 
         Args:
@@ -99,7 +99,7 @@ class CachedEngine(Engine):
         if self._prefix is not None:
             stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
             for number in range(first, first + len(rows)):
-                self.cache.write(stored, [0], [self._before], number)
+                self.cache.write([stored], [0], [self._before], number)
         step = longest if any(row.text.context for row in rows) else CHUNK
         return self._feed(rows, first, [row.text.ids for row in rows], step, is_new=True)
 

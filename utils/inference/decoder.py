@@ -17,6 +17,11 @@ from utils.kernels import inference as kernels
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 
+# Layers whose keys and values are one tensor. A static program chooses between its ways anew for each such group:
+# Paddle's executor lists, for every operator of a block, all that must run before and after it, so a block of all
+# layers takes hundreds of megabytes.
+TOGETHER = 5
+
 
 def input_names(architecture: Architecture) -> tuple[str, ...]:
     """What a step needs beside the cache; a static program must not have inputs that change nothing."""
@@ -73,7 +78,7 @@ class Decoder(nn.Layer):
 
     # --- the forward pass ---------------------------------------------------------------------------
 
-    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One step over new tokens.
 
         Args:
@@ -84,54 +89,73 @@ class Decoder(nn.Layer):
                 head_dim]; nothing without a cache.
 
         Returns:
-            Logits [n, vocabulary] and the new keys and values, [2 * layers, batch, kv_heads, length, head_dim].
+            Logits [n, vocabulary] and the new keys and values of every layer in turn, some layers in one tensor,
+            [2 * some, batch, kv_heads, length, head_dim].
         """
         return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
 
-    @paddle.jit.not_to_static  # traced as it runs: the only control flow is one choice
-    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        length = given["ids"].shape[1]
-        if length >= 0:
-            return self._layers(given, past, one=length == 1 and bool(past))
-        # left open in a static program, which then has both ways; only two pieces, since the first run of a way
-        # takes memory by its operators (hundreds of megabytes for four pieces of 30 layers)
-        ways = [partial(self._layers, given, past, one=one, pieces=pieces) for one, pieces in ((True, 1), (False, 2))]
-        return paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways)
-
-    def _layers(
-        self, given: Mapping[str, Tensor], past: Sequence[Tensor], *, one: bool, pieces: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """All of the model.
-
-        Args:
-            one: the way that copies least, for one new token of each row behind a cache.
-            pieces: see `kernels.blocks_of`.
-        """
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
+    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         architecture, shape = self.architecture, self.architecture.shape
+        length = given["ids"].shape[1]
+        is_open = length < 0  # in a static program
+        one = not is_open and length == 1 and bool(past)
         hidden = self.embedding.embeddings(given["ids"])
         for operator in self.after_embedding:
             hidden = operator(hidden)
         for number, table in enumerate(architecture.tables):
             places = given["positions"][table.part] + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
-        slopes = None if architecture.slopes is None else self.slopes
         blocks = kernels.blocks_of(
             given["visible"],
             given.get("keys"),
-            slopes,
+            None if architecture.slopes is None else self.slopes,
             kv_heads=shape.kv_heads,
             group=shape.heads // shape.kv_heads,
-            pieces=pieces if architecture.causal else 1,
+            pieces=1 if one or not architecture.causal else 0,
         )
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
+        found: list[Tensor] = []
+        for first in range(0, shape.layers, TOGETHER):
+            layers = range(first, min(first + TOGETHER, shape.layers))
+            way = partial(self._layers, layers, hidden, given["chosen"], past, angles)
+            if is_open:
+                ways = partial(way, blocks[-1:], one=True), partial(way, blocks, one=False)
+                hidden, new = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways)
+            else:
+                hidden, new = way(blocks, one=one)
+            found.append(new)
+        for operator in self.before_head:
+            hidden = operator(hidden)
+        head = self.embedding if architecture.head is None else self.head
+        return head(hidden), found
+
+    def _layers(
+        self,
+        numbers: range,
+        hidden: Tensor,
+        chosen: Tensor,
+        past: Sequence[Tensor],
+        angles: tuple[Tensor, Tensor] | None,
+        blocks: list[kernels.Block],
+        *,
+        one: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Consecutive layers: hidden states, and new keys and values as `forward` returns them.
+
+        Args:
+            one: the way that copies least, for one new token of each row behind a cache.
+        """
+        architecture = self.architecture
         kept: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
+        for number in numbers:
+            layer = self.layers[number]
             before = (past[2 * number], past[2 * number + 1]) if past else None
             normed = layer.attention_norm(hidden) if architecture.norm_first else hidden
             attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
             kept += [key, value]
-            if number == shape.layers - 1:  # from here on only the tokens whose logits are wanted count
-                hidden, normed, attended = (_chosen(x, given["chosen"]) for x in (hidden, normed, attended))
+            if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
+                hidden, normed, attended = (_chosen(x, chosen) for x in (hidden, normed, attended))
             if architecture.parallel:
                 hidden = hidden + layer.attention_out(attended) + self._mlp(layer, layer.mlp_norm(hidden))
                 continue
@@ -142,10 +166,7 @@ class Decoder(nn.Layer):
             hidden = self._base(hidden, normed) + self._mlp(layer, normed)
             if not architecture.norm_first:
                 hidden = layer.mlp_norm(hidden)
-        for operator in self.before_head:
-            hidden = operator(hidden)
-        head = self.embedding if architecture.head is None else self.head
-        return head(hidden), paddle.stack(kept)
+        return hidden, paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""

@@ -153,7 +153,9 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     runtime.use_device(device)
     from utils.inference.generator import Generator, Speed
 
+    runtime.give_back_freed_memory()  # of the tokenizer's file
     engine = _engine(prepared, device)
+    runtime.give_back_freed_memory()
     generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
     seconds = time.perf_counter() - started
     if warm_up:

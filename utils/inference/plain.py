@@ -32,12 +32,12 @@ class LibraryProgram(nn.Layer):
             parameter.stop_gradient = True  # else the tracer would take the operators that have gradients
         self.eval()
 
-    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """As `utils.inference.decoder.Decoder.forward`."""
         return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
 
     @paddle.jit.not_to_static  # traced as it runs: there is no control flow over tensors here
-    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         turned = [tensor.transpose([0, 2, 1, 3]) for tensor in past]
         cache: Layers | None = list(zip(turned[::2], turned[1::2], strict=True)) if past else None
         known = Places(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
@@ -49,4 +49,4 @@ class LibraryProgram(nn.Layer):
             if cached < 0:  # left open in a static program
                 cached = paddle.shape(past[0])[2]
         new = [tensor[:, cached:].transpose([0, 2, 1, 3]) for layer in cache for tensor in layer]
-        return self.family.logits(self.model, states), paddle.stack(new)
+        return self.family.logits(self.model, states), [paddle.stack(new)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import paddle
 from paddle import Tensor
 
+from utils import runtime
 from utils.families import ModelShape
+from utils.inference.cache import New
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.plain import LibraryProgram
@@ -21,7 +23,7 @@ class DynamicProgram:
     def __init__(self, decoder: Decoder | LibraryProgram) -> None:
         self._decoder = decoder
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
         return self._decoder([inputs[name] for name in self._decoder.inputs], past)
 
 
@@ -41,9 +43,9 @@ class StaticProgram:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
             config.disable_mkldnn()  # slower for these shapes
-            # One operator after another, and memory given back in portions of 16 MiB: a queue of threads costs a
-            # tenth of a decoding step, giving back after every operator a twentieth.
-            paddle.set_flags({"FLAGS_new_executor_sequential_run": True, "FLAGS_eager_delete_tensor_gb": 1 / 64})
+            # One operator after another, and memory given back in portions of 256 KiB of each part of the program: a
+            # queue of threads costs a tenth of a decoding step, giving back after every operator a twentieth.
+            paddle.set_flags({"FLAGS_new_executor_sequential_run": True, "FLAGS_eager_delete_tensor_gb": 1 / 4096})
         config.enable_new_ir(True)
         config.enable_new_executor(True)
         config.disable_glog_info()
@@ -53,6 +55,7 @@ class StaticProgram:
         self._names = manifest.inputs
         self._shape, self._dtype = shape, manifest.dtype
         self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
+        runtime.give_back_freed_memory()
         self._first_runs(manifest.position_parts)
 
     def _first_runs(self, parts: int) -> None:
@@ -70,7 +73,7 @@ class StaticProgram:
                 [],
             )
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
         given = {name: inputs[name] for name in self._names}
         if not past:
             given, past = self._without_cache(given)
@@ -82,8 +85,9 @@ class StaticProgram:
                 self._inputs[f"past_{number}"].share_external_data(tensor)
         self._held = past
         self._predictor.run()
-        logits, new = (paddle.to_tensor(output.copy_to_cpu()) for output in self._outputs)
-        return logits, new
+        logits, *new = self._outputs
+        # each is copied only when the one before is stored, so that there is room for one in memory
+        return paddle.to_tensor(logits.copy_to_cpu()), (part.copy_to_cpu() for part in new)
 
     def _without_cache(self, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         batch, length = given["ids"].shape

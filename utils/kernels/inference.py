@@ -21,6 +21,7 @@ from utils.errors import UserError
 
 HIDDEN = -1e30  # added to the score of a key that is not seen
 BLOCK = 128  # tokens whose attention is computed together
+PIECES = 4  # blocks of a static program, whose number of blocks is fixed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -167,21 +168,35 @@ def blocks_of(
         pieces: number of blocks, of which the first see less where no token sees a later one; 0 chooses.
     """
     length, seen = visible.shape[2:]
+    borders: list[tuple[Any, Any]]
     if length < 0:  # left open in a static program
         length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
+        pieces = pieces or PIECES
+        borders = [(0, length)] if pieces == 1 else _open_borders(length, pieces)
     else:
         pieces = pieces or -(-length // BLOCK)
-    borders = [length * number // pieces for number in range(pieces + 1)]
+        borders = list(pairwise(length * number // pieces for number in range(pieces + 1)))
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
     found = []
-    for first, end in pairwise(borders):
+    for first, end in borders:
         part = scores if pieces == 1 else scores[:, :, first:end, : seen - length + end]
         if group > 1 or slopes is None:
             part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
         found.append(Block(first, end, part))
     return found
+
+
+def _open_borders(length: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
+    """First and end of each of so many blocks of an unknown number of tokens.
+
+    None may be empty. Where tokens are too few, the first blocks hold the first token again and again, so that
+    the last `length` tokens of all blocks are always the text.
+    """
+    size = (length + pieces - 1) // pieces
+    ends = [paddle.clip(length - size * later, min=1) for later in reversed(range(pieces))]
+    return [(paddle.clip(end - size, min=0), end) for end in ends]
 
 
 def attend(
@@ -208,7 +223,10 @@ def attend(
             k, v = paddle.concat([past[0], k], axis=2), paddle.concat([past[1], v], axis=2)
         scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
         found.append(paddle.matmul(_weights(scores, block.mask), v).reshape([0, heads, -1, width]))
-    return found[0] if len(found) == 1 else paddle.concat(found, axis=2)
+    if len(found) == 1:
+        return found[0]
+    joined = paddle.concat(found, axis=2)
+    return joined if query.shape[2] >= 0 else joined[:, :, -blocks[-1].end :]  # see `_open_borders`
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
