@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.locate import Checkpoint
-from utils.parallel.parts import Parts
 from utils.parallel.peers import Alone
-from utils.parallel.tensor import Held
+from utils.partition.parts import Parts
+from utils.partition.tensor import Held
 from utils.training.saving import Saver
 from utils.training.trained import Lora, Prefix, Trained
 

@@ -10,17 +10,27 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
-from family_cases import random_prefix
+from family_cases import NAMES, random_prefix
+from family_cases import case as family_case
 
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
 from utils.checkpoints.tensors import read_tensors
+from utils.families.decoder import DecoderFamily
 from utils.families.models import decoder
 from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CASES = ["bloom_tiny", "bloom_prefixed", "opt_tiny", "opt_narrow", "gpt2_tiny", "gpt2_prefixed"]
+
+
+def is_plain(checkpoint: Checkpoint) -> bool:
+    """Of such a family, and with one position per token, as `packed_row` has."""
+    family = checkpoint.family
+    return isinstance(family, DecoderFamily) and family.architecture(checkpoint.config).position_parts == 1
+
+
+CASES = [name for name in NAMES if is_plain(family_case(name).checkpoint)]
 ROWS = [[5, 9, 11, 8, 30, 7], [40, 41, 42], [12, 13, 14, 15]]
 
 

@@ -97,7 +97,7 @@ def penalised(scores: np.ndarray, prompt: list[int], tokens: list[int], options:
 
 
 class Hypotheses:
-    """BeamHypotheses of transformers."""
+    """The complete answers."""
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
@@ -134,10 +134,10 @@ def reference(engine: TextEngine, prompt: list[int], options: SamplingOptions) -
                     done.add(tokens, total)
             elif len(beams) < width:
                 beams.append((total, tokens))
-        if done.is_done(candidates[0][0], length):
-            return max(done.beams)[1]
-        if not beams:
+        if not beams or length == options.max_new_tokens:
             break
+        if done.is_done(beams[0][0], length):
+            return max(done.beams)[1]
     for total, tokens in beams:
         done.add(tokens, total)
     return max(done.beams)[1]

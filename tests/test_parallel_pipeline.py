@@ -15,8 +15,8 @@ from tiny_runs import Result, Tiny, write_rows
 
 from utils.errors import UserError
 from utils.families import FAMILIES
-from utils.parallel.stages import all_parts, names_elsewhere, own_parts, tied_name
 from utils.parallel.topology import Layout
+from utils.partition.stages import all_parts, names_elsewhere, own_parts, tied_name
 
 TWO = ["--pipeline_parallel_degree", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4]
 COMMON = ["--do_train", "--max_steps", 10, "--save_strategy", "no", "--lr_scheduler_type", "constant"]

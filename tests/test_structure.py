@@ -19,7 +19,18 @@ FORBIDDEN = {
     "data": {"adapters", "arguments", "inference", "training"},
     "adapters": {"arguments", "data", "inference", "training"},
     "inference": {"training"},
-    "parallel": {"adapters", "arguments", "checkpoints", "data", "families", "inference", "kernels", "training"},
+    "partition": {"adapters", "arguments", "data", "inference", "training"},
+    "parallel": {
+        "adapters",
+        "arguments",
+        "checkpoints",
+        "data",
+        "families",
+        "inference",
+        "kernels",
+        "partition",
+        "training",
+    },
 }
 
 

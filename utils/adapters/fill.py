@@ -10,7 +10,7 @@ import paddle
 
 from utils.checkpoints.tensors import open_tensors
 from utils.errors import raise_if
-from utils.parallel.tensor import Held
+from utils.partition.tensor import Held
 
 SHOWN_FAULTS = 5
 

@@ -24,7 +24,7 @@ from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.load import fill
 from utils.checkpoints.locate import Checkpoint
 from utils.families import FamilySpec
-from utils.parallel.tensor import Held
+from utils.partition.tensor import Held
 
 
 def add_lora(

@@ -18,7 +18,7 @@ from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.families import FamilySpec, Layers, ModelShape
 from utils.families.text import places
-from utils.parallel.tensor import Held
+from utils.partition.tensor import Held
 
 
 class PrefixTuning(nn.Layer):

@@ -12,7 +12,7 @@ from utils.checkpoints.match import check_shapes, match
 from utils.checkpoints.tensors import LazyTensor, cast
 
 if TYPE_CHECKING:
-    from utils.parallel.tensor import Held
+    from utils.partition.tensor import Held
 
 
 def build(

@@ -11,6 +11,7 @@ from utils.families.chatglm import CHATGLM
 from utils.families.chatglm2 import CHATGLM2
 from utils.families.glm import GLM
 from utils.families.gpt import GPT
+from utils.families.gptj import GPTJ
 from utils.families.llama import LLAMA
 from utils.families.mistral import MISTRAL
 from utils.families.opt import OPT
@@ -18,7 +19,7 @@ from utils.families.qwen import QWEN
 from utils.families.qwen2 import QWEN2
 
 FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, GPT, OPT, GLM, QWEN, QWEN2, MISTRAL)
+    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, GPT, OPT, GLM, QWEN, QWEN2, MISTRAL, GPTJ)
 }
 
 __all__ = ["FAMILIES", "FamilySpec", "Layers", "ModelShape", "Weight", "family_of"]

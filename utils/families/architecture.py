@@ -84,11 +84,13 @@ class Architecture:
         activation: of the MLP, by its published name (see `utils.kernels.inference`).
         gated: activation(gate) * up instead of activation(x).
         head: the parameter of the logits, a table [vocabulary, width] or a matrix [width, vocabulary], by its
-            whole name; None is the embedding.
+            whole name; None is the embedding. One that ends with ".weight" may have a bias beside it.
         head_is_table: which of the two.
         norm_first: norms stand before attention and MLP, else after the sums.
         residual: what the outputs of attention and MLP are added to: the hidden states, or their norm.
         residual_factor: what that is multiplied with.
+        parallel: the MLP reads the hidden states before attention, through its own norm or attention's, and both
+            outputs are added at once (Wang & Komatsuzaki 2021, GPT-J); only with `norm_first` and `residual` "hidden".
         causal: whether no token ever sees a later one.
         slopes: float32 [heads] of linear biases by position (ALiBi, arXiv:2108.12409), or None.
     """
@@ -113,6 +115,7 @@ class Architecture:
     norm_first: bool = True
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0
+    parallel: bool = False
 
     @property
     def position_parts(self) -> int:
@@ -155,6 +158,19 @@ def partial_order(head_dim: int, rotated: int) -> NDArray[np.int64] | None:
     half, rest = rotated // 2, (head_dim - rotated) // 2
     still = rotated + rest
     return np.r_[0:half, rotated:still, half:rotated, still:head_dim].astype(np.int64)
+
+
+def turned_neighbours(head_dim: int, turned: int, ratio: float = 1.0) -> Rotary:
+    """Of heads whose first `turned` dimensions turn in pairs of neighbours (2i, 2i + 1), the others not at all.
+
+    Args:
+        ratio: what positions are divided by.
+    """
+    inverse = np.zeros(head_dim // 2, dtype=np.float64)
+    inverse[: turned // 2] = 10000.0 ** (-np.arange(0, turned, 2) / turned) / ratio
+    still = turned + (head_dim - turned) // 2
+    order = np.r_[0:turned:2, turned:still, 1:turned:2, still:head_dim].astype(np.int64)
+    return Rotary(inverse[None].astype(np.float32), order)
 
 
 def alibi_slopes(heads: int) -> Floats:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from utils.errors import UserError, notice
-from utils.families.architecture import Architecture, LayerNames, Rotary
+from utils.families.architecture import Architecture, LayerNames, turned_neighbours
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
@@ -164,11 +162,6 @@ class ChatGLM2(DecoderFamily):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, shape = _known(config), self.shape(config)
-        turned = shape.head_dim // 2  # neighbours in the first half of a head turn, the second half does not
-        inverse = np.zeros(shape.head_dim // 2, dtype=np.float64)
-        inverse[: turned // 2] = 10000.0 ** (-np.arange(0, turned, 2) / turned) / known["rope_ratio"]
-        still = turned + turned // 2
-        order = np.r_[0:turned:2, turned:still, 1:turned:2, still : shape.head_dim].astype(np.int64)
 
         def layer(number: int) -> LayerNames:
             place = f"chatglm_v2.encoder.layers.{number}"
@@ -191,7 +184,7 @@ class ChatGLM2(DecoderFamily):
             gated=True,
             final_norm="chatglm_v2.encoder.final_layernorm",
             head=f"{HEAD}.weight",
-            rotary=Rotary(inverse[None].astype(np.float32), order),
+            rotary=turned_neighbours(shape.head_dim, shape.head_dim // 2, known["rope_ratio"]),
             residual="normed" if known["apply_residual_connection_post_layernorm"] else "hidden",
         )
 

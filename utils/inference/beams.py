@@ -1,15 +1,15 @@
 """Beam search: several texts of one prompt grow together, and the likeliest whole one is the answer.
 
-The rules are those of Hugging Face's beam search without sampling:
+The rules are those of Hugging Face's beam search without sampling, as transformers 4.57.6 has them:
 
 - A candidate's total is the sum of its tokens' log-probabilities, after penalties. Each step looks at
   twice as many of the best candidates as there are beams (more, if there are several end tokens).
 - A candidate that ends among the best `num_beams` is complete: its score is
   total / length ** length_penalty, the end token counted. The best `num_beams` of these are kept. Other
   candidates that end are dropped; of those that go on, the best `num_beams` become the next beams.
-- With `early_stopping` the search ends when `num_beams` answers are complete; otherwise when, besides,
-  no beam scores better than the worst of them at the present length.
-- At the length limit the beams count as complete.
+- At the length limit the beams count as complete, and the search ends.
+- Before, with `early_stopping` the search ends when `num_beams` answers are complete; otherwise when,
+  besides, no beam scores better than the worst of them at the present length.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class BeamSearch(Answer):
                 chosen.append(candidate)
         length = len(self._beams[0].tokens) + 1
         self._go_on([(candidate, self._grown(candidate, found, None)) for candidate in chosen])
-        if self._is_done(candidates[0].total, length):
-            self._finish()
-        elif length >= self.request.budget or not chosen:
+        if length >= self.request.budget or not chosen:
             for beam in self._beams:
                 self._complete(beam, "length", ended=False)
+            self._finish()
+        elif self._is_done(length):
             self._finish()
 
     def _best(self, found: Sequence[View]) -> list[_Candidate]:
@@ -162,11 +162,11 @@ class BeamSearch(Answer):
         self._pool.sort(key=lambda one: -one.score)
         del self._pool[self._width :]
 
-    def _is_done(self, best_total: float, length: int) -> bool:
+    def _is_done(self, length: int) -> bool:
         if len(self._pool) < self._width:
             return False
-        options = self.request.options
-        return options.early_stopping or self._pool[-1].score >= best_total / length**options.length_penalty
+        options, best = self.request.options, self._beams[0].total  # they stand in order
+        return options.early_stopping or self._pool[-1].score >= best / length**options.length_penalty
 
     def _finish(self) -> None:
         best, request = self._pool[0], self.request

@@ -59,7 +59,10 @@ class Decoder(nn.Layer):
             self.layers.append(_Layer(weights, architecture.layer(number)))
         self.before_head = weights.some(architecture.final_norm, architecture.output_projection)
         if architecture.head is not None:
-            self.head = kernels.Table(weights.values(architecture.head, turned=not architecture.head_is_table))
+            self.head = kernels.Table(
+                weights.values(architecture.head, turned=not architecture.head_is_table),
+                weights.bias(architecture.head),
+            )
         if architecture.slopes is not None:
             self.slopes = kernels.fixed(paddle.to_tensor(architecture.slopes))
         if architecture.rotary is not None:
@@ -129,6 +132,9 @@ class Decoder(nn.Layer):
             kept += [key, value]
             if number == shape.layers - 1:  # from here on only the tokens whose logits are wanted count
                 hidden, normed, attended = (_chosen(x, given["chosen"]) for x in (hidden, normed, attended))
+            if architecture.parallel:
+                hidden = hidden + layer.attention_out(attended) + self._mlp(layer, layer.mlp_norm(hidden))
+                continue
             hidden = self._base(hidden, normed) + layer.attention_out(attended)
             if not architecture.norm_first:
                 hidden = layer.attention_norm(hidden)
@@ -282,6 +288,11 @@ class _Weights:
         """A parameter [rows, width], or its transpose."""
         values = self._read(name)
         return self._tensor(values.T if turned else values)
+
+    def bias(self, weight: str) -> Tensor | None:
+        """The bias beside a parameter called "NAME.weight", if there is one."""
+        name = f"{weight.removesuffix('.weight')}.bias"
+        return self._tensor(self._read(name)) if name in self._known else None
 
     def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,))

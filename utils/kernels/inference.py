@@ -76,11 +76,14 @@ class Table(Operator):
     """A table [vocabulary, width]: embeddings of tokens, logits of hidden states, or both.
 
     Kept in two halves where the vocabulary is even: the product of one row with one matrix runs on one
-    core only, that with two matrices on two.
+    core only, that with two matrices on two. A head may add a bias [vocabulary].
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.has_bias = bias is not None
+        if bias is not None:
+            self.bias = fixed(bias)
         self.vocabulary, width = values.shape
         self.halved = self.vocabulary % 2 == 0
         self.weight = fixed(values.reshape([2, self.vocabulary // 2, width]) if self.halved else values)
@@ -94,10 +97,12 @@ class Table(Operator):
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, width] -> logits [rows, vocabulary]."""
-        if not self.halved:
-            return paddle.matmul(x, self.weight, transpose_y=True)
-        both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), self.weight, transpose_y=True)
-        return both.transpose([1, 0, 2]).reshape([-1, self.vocabulary])
+        if self.halved:
+            both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), self.weight, transpose_y=True)
+            logits = both.transpose([1, 0, 2]).reshape([-1, self.vocabulary])
+        else:
+            logits = paddle.matmul(x, self.weight, transpose_y=True)
+        return logits + self.bias if self.has_bias else logits
 
 
 class RMSNorm(Operator):

@@ -1,7 +1,10 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves convention of LLaMA."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): the halves convention of LLaMA, and the
+neighbours of ChatGLM2 and GPT-J."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -88,3 +91,52 @@ class RotaryTable:
             cos, sin = (paddle.to_tensor(f(both) * self._magnitude).astype(dtype) for f in (np.cos, np.sin))
             self._tables[dtype] = cos, sin
         return tuple(F.embedding(positions, table).unsqueeze(2) for table in self._tables[dtype])
+
+
+def _neighbour_angles(positions: Tensor, turned: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first `turned` dimensions of a
+    head turn, the others do not.
+
+    Args:
+        positions: [batch, length], of any numeric type.
+    """
+    exponents = paddle.arange(0, turned, 2, dtype="float32") / turned
+    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
+    inverse = paddle.concat([inverse, paddle.zeros([head_dim - turned])])
+    angles = (positions.astype("float32").unsqueeze(-1) * inverse).unsqueeze(2)
+    return paddle.cos(angles), paddle.sin(angles)
+
+
+def _quarter_turn(head_dim: int, dtype: Any) -> Tensor:
+    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
+
+    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
+    """
+    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
+    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)
+
+
+def neighbours_turned(positions: Tensor, turned: int, head_dim: int) -> Callable[[Tensor], Tensor]:
+    """A function that turns queries or keys [batch, length, heads, head_dim] by their positions, see above.
+
+    What is the same for all layers is worked out once, when heads and type are known.
+
+    Args:
+        positions: [batch or 1, length], of any numeric type.
+    """
+
+    @cache
+    def waves(heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
+        # tiled: a product broadcast over the heads is slow on CPUs
+        cos, sin = (
+            wave.astype(dtype).tile([1, 1, heads, 1]) for wave in _neighbour_angles(positions, turned, head_dim)
+        )
+        return cos, sin
+
+    matrix = cache(partial(_quarter_turn, head_dim))
+
+    def turn(x: Tensor) -> Tensor:
+        cos, sin = waves(x.shape[2], x.dtype)
+        return x * cos + paddle.matmul(x, matrix(x.dtype)) * sin
+
+    return turn

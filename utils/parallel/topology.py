@@ -30,7 +30,7 @@ class Layout:
         local_size, local_rank: the same on this machine.
         tensor, pipeline, sharding: processes over which each of them splits a model; 1 for none.
         stage: what sharding splits: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 without it.
-        virtual: parts that each pipeline stage has of the layers, see `utils.parallel.stages`.
+        virtual: parts that each pipeline stage has of the layers, see `utils.partition.stages`.
     """
 
     world: int = 1

@@ -8,8 +8,8 @@ from utils.checkpoints.locate import Checkpoint
 from utils.data.encode import IGNORED
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
-from utils.parallel.picture import picture
 from utils.parallel.topology import Layout
+from utils.partition.picture import picture
 from utils.training.batches import epoch_steps
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import Plan, method

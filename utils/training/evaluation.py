@@ -67,7 +67,7 @@ class GenerationEvaluation:
         self.model.eval()
         family: Any = self.model.family
         if self.model.stages is not None:
-            from utils.parallel.pipeline import InStages
+            from utils.partition.pipeline import InStages
 
             family = InStages(family, self.config, self.model.stages, self.model.vocabulary_group)
         engine = EagerEngine(

@@ -16,7 +16,7 @@ from utils.data.encode import IGNORED
 from utils.families import FamilySpec
 from utils.families.models.decoder import run_layers
 from utils.kernels import split
-from utils.parallel.stages import Part
+from utils.partition.stages import Part
 
 
 class TrainingModel(nn.Layer):
@@ -48,8 +48,8 @@ class TrainingModel(nn.Layer):
             inputs_need_gradient: recomputation needs it when the embedding is frozen: a recomputed
                 block whose inputs have no gradient gives none to the adapter inside.
             vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
-            sequence: of sequence parallelism (`utils.parallel.sequence.Sequence`), None without.
-            stages: the pipeline's (`utils.parallel.pipeline.Stages`), None without one. Every stage then hands
+            sequence: of sequence parallelism (`utils.partition.sequence.Sequence`), None without.
+            stages: the pipeline's (`utils.partition.pipeline.Stages`), None without one. Every stage then hands
                 a gradient on to the one before, also where the embedding is frozen.
         """
         super().__init__()

@@ -16,8 +16,8 @@ from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
-from utils.parallel.picture import picture
 from utils.parallel.topology import Layout
+from utils.partition.picture import picture
 from utils.training.dry_run import argument_lines
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
@@ -129,7 +129,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     from paddlenlp.trainer import set_seed
 
     from utils.checkpoints.load import load_model, new_model
-    from utils.parallel.tensor import Held
+    from utils.partition.tensor import Held
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel
 
@@ -147,7 +147,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
         base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     stages: Any = None
     if peers.layout.pipeline > 1:
-        from utils.parallel.pipeline import Stages
+        from utils.partition.pipeline import Stages
 
         stages = Stages(peers.layout, checkpoint.family.shape(checkpoint.config).layers)
     model = TrainingModel(

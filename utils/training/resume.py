@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
-    from utils.parallel.tensor import Held
+    from utils.partition.tensor import Held
 
 OPTIMIZER = "optimizer"
 PROGRESS = "progress.json"

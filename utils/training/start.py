@@ -101,7 +101,7 @@ def build(
     from utils.adapters.lora import add_lora, load_lora
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
-    from utils.parallel.tensor import Held
+    from utils.partition.tensor import Held
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel, Lora, Prefix
 
@@ -116,7 +116,7 @@ def build(
     family, prefix, layout = checkpoint.family, None, peers.layout
     stages: Any = None
     if layout.pipeline > 1:
-        from utils.parallel.pipeline import InStages, Stages
+        from utils.partition.pipeline import InStages, Stages
 
         stages = Stages(layout, family.shape(checkpoint.config).layers)
     trained: Trained

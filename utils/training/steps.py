@@ -86,7 +86,7 @@ class PipelineSteps(Steps):
         if len(self._waiting) < self.micro_batches:
             return paddle.zeros([])
         if self._schedule is None:
-            from utils.parallel.pipeline import Schedule
+            from utils.partition.pipeline import Schedule
 
             self._schedule = Schedule(self.model, self.model.layers, self.micro_batches, self.peers)
         with self.autocast():

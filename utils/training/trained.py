@@ -14,7 +14,7 @@ from utils.checkpoints.load import fill_model
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.merge_tp import open_shards
 from utils.checkpoints.save import describe_model
-from utils.parallel.tensor import Held
+from utils.partition.tensor import Held
 from utils.training.saving import Piece
 
 

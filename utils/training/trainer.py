@@ -19,6 +19,7 @@ from utils.errors import UserError, notice
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.best import note_best
+from utils.training.boundaries import Boundaries
 from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.gradients import Gradients
 from utils.training.inputs import SIZES, SizingCollator, rows_of
@@ -33,34 +34,6 @@ from utils.training.trained import Trained
 from utils.training.window import Window
 
 BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
-
-
-class _Boundaries(library.TrainerCallback):
-    """Hooks into the library's loop at the places where exactness needs them."""
-
-    def __init__(self, owner: Trainer) -> None:
-        self.owner = owner
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.owner.continue_state()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.owner.evaluate_first and state.global_step == 0:
-            started = time.monotonic()
-            self.owner.evaluate()
-            self.owner.window.pause(time.monotonic() - started)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.owner.restore_random_state()
-
-    def on_optimizer_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.owner.weight_gradients()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # the loop counts epochs from the batches of this process, wrong after a resume
-        state.epoch = state.global_step / self.owner.steps_per_epoch
-        if state.global_step >= state.max_steps and args.logging_strategy == library.IntervalStrategy.STEPS:
-            control.should_log = True  # the last steps may not fill a logging window
 
 
 class Trainer(library.Trainer):
@@ -121,7 +94,7 @@ class Trainer(library.Trainer):
             data_collator=SizingCollator(collator),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_Boundaries(self), self.signals, *callbacks],
+            callbacks=[Boundaries(self), self.signals, *callbacks],
         )
         self.remove_callback(library.PrinterCallback)
         self.trained = trained
@@ -198,7 +171,11 @@ class Trainer(library.Trainer):
             model = super()._wrap_model(model, training)
         finally:
             self.args.local_rank = rank
-        if training and self.peers.layout.stage and self.share is None:
+        if not training:
+            return model
+        self.peers.gate("waiting for the model on other ranks")
+        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
+        if self.peers.layout.stage:
             from utils.parallel.sharding import wrap
 
             head = self.model.head
@@ -472,8 +449,6 @@ class Trainer(library.Trainer):
     def continue_state(self) -> None:
         """Corrects the state that the library has read from a checkpoint, before the first step."""
         layout = self.peers.layout
-        self.peers.gate("waiting for the model on other ranks")
-        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
         if place := layout.reader(layout.rank) * layout.pipeline + layout.coordinates(layout.rank)[1]:
             paddle.seed(self.args.seed + place)  # other dropout than that of the first
         if self.resumed is None:

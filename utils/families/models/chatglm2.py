@@ -8,7 +8,7 @@ ignores `rope_ratio`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import paddle
@@ -21,32 +21,8 @@ from utils.families.models.decoder import by_head, extended
 from utils.kernels.attention import every_head
 from utils.kernels.masks import Attend
 from utils.kernels.norm import rms_norm
+from utils.kernels.rotary import neighbours_turned
 from utils.kernels.split import for_parts
-
-
-def angles(positions: Tensor, head_dim: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first half of a head
-    turn, the second half does not.
-
-    Args:
-        positions: [batch, length] int64.
-        ratio: positions are divided by it (ChatGLM2-6B-32K), which stretches the context.
-    """
-    width = head_dim // 2
-    exponents = paddle.arange(0, width, 2, dtype="float32") / width
-    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
-    inverse = paddle.concat([inverse, paddle.zeros([head_dim - inverse.shape[0]])])
-    turned = ((positions.astype("float32") / ratio).unsqueeze(-1) * inverse).unsqueeze(2)
-    return paddle.cos(turned), paddle.sin(turned)
-
-
-def quarter_turn(head_dim: int, dtype: Any) -> Tensor:
-    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
-
-    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
-    """
-    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
-    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)
 
 
 class ChatGLMv2Model(library.ChatGLMv2Model):
@@ -91,19 +67,11 @@ class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
         """
         config = self.config
         channels = config.kv_channels
-
-        # Both for all layers, once their numbers of heads and their type are known.
-        @cache
-        def turns(heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
-            # tiled: a product broadcast over the heads is slow on CPUs
-            cos, sin = (x.astype(dtype).tile([1, 1, heads, 1]) for x in angles(positions, channels, config.rope_ratio))
-            return cos, sin
-
+        places = positions.astype("float32") / config.rope_ratio  # a longer context (ChatGLM2-6B-32K)
         return partial(
             _layer,
             attend=attend,
-            turns=turns,
-            turn=cache(partial(quarter_turn, channels)),
+            turn=neighbours_turned(places, channels // 2, channels),
             channels=channels,
             group=config.num_attention_heads // config.multi_query_group_num,
             after=config.apply_residual_connection_post_layernorm,
@@ -120,10 +88,6 @@ def _norm(layer: Any, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, layer.weight, layer.epsilon)
 
 
-def _turned(x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x * cos + paddle.matmul(x, turn) * sin
-
-
 def _layer(
     layer: Any,
     hidden: Tensor,
@@ -131,8 +95,7 @@ def _layer(
     past_value: Tensor | None,
     *,
     attend: Attend,
-    turns: Callable[[int, Any], tuple[Tensor, Tensor]],
-    turn: Callable[[Any], Tensor],
+    turn: Callable[[Tensor], Tensor],
     channels: int,
     group: int,
     after: bool,
@@ -150,7 +113,7 @@ def _layer(
     if key_value_group is not None:  # every process has all of the fused heads
         few = query.shape[2] // ranks
         query = query[:, :, rank * few : (rank + 1) * few]
-    query, key = (_turned(x, turn(hidden.dtype), *turns(x.shape[2], hidden.dtype)) for x in (query, key))
+    query, key = turn(query), turn(key)
     key, value = extended(past_key, key), extended(past_value, value)
     seen, taken = (every_head(x, query.shape[2], group, rank) for x in (key, value))
     attended = attention.dense(attend(query, seen, taken))

@@ -25,8 +25,8 @@ from utils.families.base import FamilySpec, Layers
 from utils.families.models.decoder import run_layers
 from utils.families.text import Places
 from utils.parallel.peers import Alone
-from utils.parallel.stages import Part, all_parts, own_parts
 from utils.parallel.topology import Layout
+from utils.partition.stages import Part, all_parts, own_parts
 
 Batch = Mapping[str, Tensor]
 

@@ -20,9 +20,9 @@ from utils.checkpoints.load import fill
 from utils.checkpoints.shards import axis_of, part_length, split
 from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
-from utils.parallel.parts import Parts
 from utils.parallel.peers import Alone
-from utils.parallel.stages import names_elsewhere, own_parts, tied_name
+from utils.partition.parts import Parts
+from utils.partition.stages import names_elsewhere, own_parts, tied_name
 
 
 def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
@@ -129,7 +129,7 @@ class Held:
 
     def sequence(self, family: FamilySpec, config: Mapping[str, Any], model: nn.Layer) -> Any:
         """Makes the ranks of `model`, with its adapter in place, divide sequences too; None where there is one rank."""
-        from utils.parallel.sequence import Sequence
+        from utils.partition.sequence import Sequence
 
         if self.parts.degree == 1:
             return None
@@ -138,13 +138,13 @@ class Held:
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
         if self.elsewhere:
-            from utils.parallel.pipeline import keep_own
+            from utils.partition.pipeline import keep_own
 
             keep_own(model, self.elsewhere)
         if self.parts.degree > 1:
             share_layers(model, self.parts, self.peers.groups.tensor)
         if self.tied is not None and self.tied not in self.elsewhere:
-            from utils.parallel.pipeline import mark_tied
+            from utils.partition.pipeline import mark_tied
 
             mark_tied(dict(model.named_parameters())[self.tied], self.peers.layout)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from utils.parallel.stages import Part, all_parts
 from utils.parallel.topology import Layout
+from utils.partition.stages import Part, all_parts
 
 SHOWN_READERS = 4
 _SHARDED = {1: "the optimizer's state", 2: "the optimizer's state and gradients", 3: "weights, gradients and the rest"}

@@ -1,0 +1,149 @@
+"""GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side behind one norm; parts of each head turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import raise_if
+from utils.families.architecture import Architecture, LayerNames, turned_neighbours
+from utils.families.base import ModelShape, Split, Weight
+from utils.families.decoder import DecoderFamily
+from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
+from utils.families.tokenizers_bpe import bpe_tokenizer
+
+_LINEARS: dict[str, Split] = {
+    "attn.q_proj": "column",
+    "attn.k_proj": "column",
+    "attn.v_proj": "column",
+    "attn.out_proj": "row",
+    "mlp.fc_in": "column",
+    "mlp.fc_out": "row",
+}
+_BIASED = ("mlp.fc_in", "mlp.fc_out")
+_DEFAULTS = {  # the same names in both layouts
+    "n_positions": 2048,
+    "rotary_dim": 64,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_KEPT = ("vocab_size", "n_embd", "n_layer", "n_head", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class GptJ(DecoderFamily):
+    name = "gptj"
+    title = "GPT-J"
+    model_types = ("gptj",)
+    architectures = ("GPTJForCausalLM",)
+    config_class = "paddlenlp.transformers:GPTJConfig"
+    model_class = "utils.families.models.gptj:GPTJForCausalLM"
+    backbone = "transformer"
+    embedding = "wte"
+    layers = "transformer.h"
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
+    tokenizer_files = VOCABULARY_FILES
+
+    def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: what this module does not compute.
+        """
+        known = {
+            "model_type": "gptj",
+            "architectures": ["GPTJForCausalLM"],
+            **{name: config[name] for name in _KEPT if name in config},
+            **{name: config.get(name, default) for name, default in _DEFAULTS.items()},
+            "tie_word_embeddings": False,
+        }
+        turned, head_dim = known["rotary_dim"], self.shape(config).head_dim
+        faults = []
+        if not isinstance(turned, int) or turned % 2 or not 0 < turned <= head_dim:
+            faults.append(f"config.json: rotary_dim is {turned!r}; expected an even number up to {head_dim}")
+        if config.get("tie_word_embeddings"):
+            faults.append("config.json: tie_word_embeddings is not supported; a GPT-J model has a head of its own")
+        raise_if(faults)
+        return known
+
+    def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return self.paddle_config(config)
+
+    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
+        found = [Weight("transformer.wte.weight", "transformer.wte.weight", split="vocabulary")]
+
+        def norm(name: str) -> list[Weight]:
+            return [Weight(f"{name}.{kind}", f"{name}.{kind}") for kind in ("weight", "bias")]
+
+        for layer in range(config["n_layer"]):
+            place = f"transformer.h.{layer}"
+            found += norm(f"{place}.ln_1")
+            for part, split in _LINEARS.items():
+                name = f"{place}.{part}"
+                found.append(Weight(f"{name}.weight", f"{name}.weight", transpose=True, split=split))
+                if part in _BIASED:
+                    found.append(Weight(f"{name}.bias", f"{name}.bias", split=None if split == "row" else split))
+        found += norm("transformer.ln_f")
+        found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True, split="vocabulary_columns"))
+        found.append(Weight("lm_head.bias", "lm_head.bias", split="vocabulary_columns"))
+        return found
+
+    def ignored_weights(self) -> tuple[str, ...]:
+        return (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask as a buffer
+
+    def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
+        return bpe_tokenizer(folder, config)
+
+    def shape(self, config: Mapping[str, Any]) -> ModelShape:
+        hidden, heads = config["n_embd"], config["n_head"]
+        return ModelShape(
+            hidden=hidden,
+            layers=config["n_layer"],
+            heads=heads,
+            kv_heads=heads,
+            head_dim=hidden // heads,
+            intermediate=config.get("n_inner") or 4 * hidden,
+            vocabulary=config["vocab_size"],
+            positions=config.get("n_positions", _DEFAULTS["n_positions"]),
+            tied=False,
+        )
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        def layer(number: int) -> LayerNames:
+            place = f"transformer.h.{number}"
+            return LayerNames(
+                attention_norm=f"{place}.ln_1",
+                query_key_value=tuple(f"{place}.attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
+                attention_out=f"{place}.attn.out_proj",
+                mlp_norm=f"{place}.ln_1",
+                mlp_in=(f"{place}.mlp.fc_in",),
+                mlp_out=f"{place}.mlp.fc_out",
+            )
+
+        known, shape = self.paddle_config(config), self.shape(config)
+        return Architecture(
+            shape,
+            layer,
+            embedding="transformer.wte",
+            norm="layer",
+            epsilon=known["layer_norm_epsilon"],
+            activation=known["activation_function"],
+            gated=False,
+            final_norm="transformer.ln_f",
+            head="lm_head.weight",
+            rotary=turned_neighbours(shape.head_dim, known["rotary_dim"]),
+            parallel=True,
+        )
+
+    def logits(self, model: Any, hidden: Any) -> Any:
+        return super().logits(model, hidden) + model.lm_head.bias
+
+    def head_by_rows(self, model: Any) -> bool:
+        return False
+
+
+GPTJ = GptJ()
