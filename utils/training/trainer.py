@@ -254,7 +254,8 @@ class Trainer(library.Trainer):
         named = ""
         if self.name_rows is not None:
             names = self.name_rows([ids for batch in batches for ids in rows_of(batch)])
-            named = " on " + "; ".join(filter(None, self.peers.gather(names) if together else [names]))
+            found = self.peers.gather(names) if together else [names]
+            named = " on " + "; ".join(dict.fromkeys(filter(None, found)))  # ranks that share a model have the same
         good = resume.checkpoints(Path(self.args.output_dir))
         kept = f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
         raise UserError(
