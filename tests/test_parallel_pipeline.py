@@ -7,16 +7,22 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case
 from launching import launch
 from tiny_models import write_tiny_llama
 from tiny_runs import Result, Tiny, write_rows
 
+from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families import FAMILIES
+from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
+from utils.partition.pipeline import Stages
 from utils.partition.stages import all_parts, names_elsewhere, own_parts, tied_name
+from utils.partition.tensor import Held
+from utils.training.model import TrainingModel
 
 TWO = ["--pipeline_parallel_degree", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4]
 COMMON = ["--do_train", "--max_steps", 10, "--save_strategy", "no", "--lr_scheduler_type", "constant"]
@@ -147,6 +153,28 @@ def test_every_parameter_has_its_stage(name: str) -> None:
     held = [names - names_elsewhere(family, config, own_parts(layout, layers)) for layout in layouts]
     tied = tied_name(family, config)
     assert held[0] | held[1] == names and held[0] & held[1] == ({tied} if tied else set())
+
+
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
+def test_stages_in_turn_compute_what_the_whole_model_does(name: str) -> None:
+    """Each with its own parameters alone, under their ordinary names."""
+    checkpoint = case(name).checkpoint
+    family, whole = checkpoint.family, case(name).model
+    batch = {"input_ids": paddle.to_tensor([[5, 7, 6, 9, 8], [9, 6, 5, 5, 7]])}
+    labels, names, hidden = batch["input_ids"], dict(whole.named_parameters()).keys(), None
+    found: list[str] = []
+    with paddle.no_grad():
+        for rank in range(2):
+            layout = Layout(world=2, rank=rank, pipeline=2)
+            base = load_model(checkpoint, "float32", held=Held.of(family, checkpoint.config, Alone(layout)))
+            stages = Stages(layout, family.shape(checkpoint.config).layers)
+            model = TrainingModel(family, base, stages=stages)
+            model.eval()
+            hidden = model.through(stages.parts[0], batch, hidden)
+            found += [key for key, value in base.named_parameters() if getattr(value, "counted", True)]
+        loss = model.loss(hidden, labels)
+    assert sorted(found) == sorted(names)
+    assert abs(float(loss) - float(TrainingModel(family, whole)(labels, **batch))) < 1e-4
 
 
 def test_degrees_that_do_not_fit() -> None:
