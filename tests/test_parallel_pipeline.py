@@ -10,9 +10,10 @@ import numpy as np
 import paddle
 import pytest
 from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case
-from launching import launch
+from launching import launch, start_launched
 from tiny_models import write_tiny_llama
 from tiny_runs import Result, Tiny, write_rows
+from tiny_text import pretrain, tokenize_text
 
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
@@ -127,6 +128,33 @@ def test_more_parts(stages: int, virtual: int, tmp_path: Path) -> None:
     shared += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8]
     parts = launch(tiny, tmp_path / "parts", *options, *shared, processes=stages)
     equal(parts, tiny.run(tmp_path / "alone", *options), "eval_loss")
+
+
+@pytest.mark.matrix
+def test_stages_beside_everything_else(tmp_path: Path) -> None:
+    """With tensor parallel and answers from both; with sharded states."""
+    tiny = bench(tmp_path, None, tie_word_embeddings=True)
+    options = [*COMMON, *METHODS["prefix"], "--do_eval", "--eval_with_do_generation", "--eval_max_new_tokens", 6]
+    alone = tiny.run(tmp_path / "alone", *options)
+    tensor = launch(tiny, tmp_path / "tensor", *options, *TWO, "--tensor_parallel_degree", 2, processes=4)
+    equal(tensor, alone, "eval_bleu4", "eval_rougel")
+    sharded = [*TWO[:-1], 2, "--sharding", "stage1", "--sharding_parallel_degree", 2]
+    equal(launch(tiny, tmp_path / "sharded", *options, *sharded, processes=4), alone, "eval_bleu4", "eval_rougel")
+
+
+@pytest.mark.matrix
+def test_pretraining_starts_from_the_same_weights(tmp_path: Path) -> None:
+    model, text, output = tmp_path / "model", tmp_path / "text", tmp_path / "both"
+    write_tiny_llama(model, initializer_range=0.05)
+    tokenize_text(model, text)
+    options = ["--do_train", "--max_steps", 10]
+    alone = pretrain(model, text, tmp_path / "alone", *options)
+    words = ["--model_name_or_path", model, "--input_dir", text, "--output_dir", output, "--split", "8,1,1", *options]
+    words += ["--max_seq_length", 16, "--learning_rate", 1e-2, "--logging_steps", 1, "--device", "cpu"]
+    words += [*TWO[:2], "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
+    both = start_launched(Tiny(tmp_path), output, script="run_pretrain.py", words=[str(word) for word in words]).wait()
+    assert both.code == 0, both.err
+    equal(both, alone)
 
 
 # --- who has what ----------------------------------------------------------------------------------------
