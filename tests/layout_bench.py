@@ -85,9 +85,7 @@ class Bench:
         common = ["--do_train", "--do_eval", "--max_steps", STEPS, "--lr_scheduler_type", "constant"]
         common += ["--save_strategy", "steps", "--save_steps", HALFWAY, "--per_device_train_batch_size", rows]
         common += ["--gradient_accumulation_steps", micro_batches]
-        return self.tiny(work.model).arguments(
-            output, [*common, *METHODS[work.method], *options, *work.more, *more]
-        )
+        return self.tiny(work.model).arguments(output, [*common, *METHODS[work.method], *options, *work.more, *more])
 
     def run(self, works: Sequence[Work], layout: str, start: str | None = None) -> list[Path]:
         """Runs all works in a layout, from the checkpoints of another layout's run if there is a `start`."""
@@ -113,6 +111,8 @@ class Bench:
 
     def difference(self, work: Work, layout: str, start: str | None = None) -> float:
         """The largest of a loss or gradient norm of a run from that of one process without a break."""
-        ours, wanted = (np.array(list(figures(o))) for o in (self.output(work, layout, start), self.output(work, "one")))
+        ours, wanted = (
+            np.array(list(figures(o))) for o in (self.output(work, layout, start), self.output(work, "one"))
+        )
         assert len(wanted) == STEPS and ours.shape == wanted.shape
         return float(np.abs(ours - wanted).max())

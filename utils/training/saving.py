@@ -201,4 +201,6 @@ def _said(target: Path | None) -> Iterator[None]:
         yield
     except OSError as error:
         where = target or error.filename or "a folder"
-        raise UserError(f"{where} could not be written: {error.strerror or error}; what was there before stays") from error
+        raise UserError(
+            f"{where} could not be written: {error.strerror or error}; what was there before stays"
+        ) from error
