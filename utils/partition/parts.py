@@ -60,6 +60,23 @@ class Parts:
         few = self.sizes.kv_heads // self.degree
         return slice(self.rank * few, (self.rank + 1) * few)
 
+    @property
+    def query_heads(self) -> list[int]:
+        """The heads that this rank computes."""
+        few = self.sizes.heads // self.degree
+        return list(range(self.rank * few, (self.rank + 1) * few))
+
+    @property
+    def read_heads(self) -> list[int]:
+        """The key and value heads that those read, in their order, where a rank need not have others.
+
+        Equally many heads read each. Where the degree neither divides the key and value heads nor is a multiple
+        of their number, this takes as many copies as there are heads.
+        """
+        read = [head * self.sizes.kv_heads // self.sizes.heads for head in self.query_heads]
+        divides = self.sizes.kv_heads % self.degree == 0 or self.degree % self.sizes.kv_heads == 0
+        return list(dict.fromkeys(read)) if divides else read
+
     def rule(self, name: str) -> Split | None:
         """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.
 
