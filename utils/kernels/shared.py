@@ -8,7 +8,7 @@ import paddle
 from paddle import Tensor
 
 from utils.kernels.inference import Linear, Operator, Table, fixed
-from utils.kernels.split import gathered, summed
+from utils.kernels.rings import gathered, summed
 
 
 class SharedRows(Operator):

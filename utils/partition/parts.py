@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoints.shards import axis_of, join, split
+from utils.errors import raise_if
 from utils.families.base import FamilySpec, Split
 
 _ADAPTER = ("lora_A", "lora_B")
@@ -87,6 +88,17 @@ class Parts:
             return self._running.get(name)
         rule = self._running.get(f"{path}.weight")
         return rule if (rule == "row") == (kind == "lora_A") else None
+
+    def check(self, matrices: Mapping[str, tuple[int, int | None]]) -> None:
+        """Raises `UserError` unless the degree divides what is shared of parameters of these shapes."""
+        lengths = {name: sizes[axis_of(self.rule(name), 2)] for name, sizes in matrices.items() if self.rule(name)}
+        raise_if(
+            [
+                f"tensor_parallel_degree {self.degree} does not divide the {length} rows or columns of {name}"
+                for name, length in lengths.items()
+                if length is not None and length % self.degree
+            ]
+        )
 
     def stored_rule(self, name: str) -> Split | None:
         """The rule by which shard files of tensor-parallel runs hold a parameter of the model."""
