@@ -123,6 +123,14 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
+def renew_sizes(folder: Path) -> None:
+    """Takes files that were added to a folder of `atomic_directory`, or changed in it, for its own from now on."""
+    if (folder / COMPLETE).is_file():
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE)
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        atomic_write(folder / COMPLETE, json.dumps({"files": sizes}))
+
+
 def is_complete(folder: Path) -> bool:
     """Whether `atomic_directory` finished this folder and all of its files still have their sizes."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoints.companions import has_tokenizer, write_companions
-from utils.checkpoints.files import atomic_directory, atomic_write, write_json
+from utils.checkpoints.files import atomic_directory, atomic_write, renew_sizes, write_json
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.match import match, some
 from utils.checkpoints.merge import check_target
@@ -100,6 +100,7 @@ def merge_tp(
         _write_beside(folder, record, earlier)
         files = write_model(folder, tensors, *layout)
         write_json(folder / MERGE_RECORD, {**record, "files": _weight_files(folder)})
+        renew_sizes(folder)  # config.json has changed; a run can still continue from the shards
         return files
     with atomic_directory(target) as staging:
         if has_tokenizer(checkpoint.folder, checkpoint.family):

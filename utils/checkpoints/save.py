@@ -99,13 +99,27 @@ def write_model(
     return files
 
 
-def describe_model(folder: Path, family: FamilySpec, config: Mapping[str, Any], export_format: str, dtype: str) -> None:
-    """Writes the config.json and generation_config.json that belong to a model's weights of a type."""
+def describe_model(
+    folder: Path,
+    family: FamilySpec,
+    config: Mapping[str, Any],
+    export_format: str,
+    dtype: str,
+    *,
+    tensor_parallel_degree: int = 1,
+) -> None:
+    """Writes the config.json and generation_config.json that belong to a model's weights of a type.
+
+    Args:
+        tensor_parallel_degree: how many processes have stored their part of the weights; 1 for whole weights.
+    """
     if export_format == "hf":
         described = {**family.published_config(config), "torch_dtype": dtype}
     else:
         described = {**family.paddle_config(config), "dtype": dtype}
     described.setdefault("model_type", family.model_types[0])
+    if tensor_parallel_degree > 1:
+        described["tensor_parallel_degree"] = tensor_parallel_degree
     write_json(folder / "config.json", described)
     if not (folder / "generation_config.json").exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -29,9 +30,11 @@ from utils.parallel.topology import Layout
 
 STEP_SECONDS = 1800.0  # ranks do the same work: one that is so much later hangs
 ALONE_SECONDS = 24 * 3600.0  # one rank works, the others wait: tokenizing, saving
+TOLD_SECONDS = 1.0  # for another rank to say why it does not answer
 SEEN_SECONDS = 5.0  # for rank 0 to show what another rank has found
 BUCKET_BYTES = 64 << 20
 EXIT_FAILED = 1
+UNANSWERED = re.compile(r"an exchange among ranks .*(Timed out|timeout|closed|reset|Broken pipe|did not come).*", re.I)
 STORE_GONE = (RuntimeError, ValueError)  # what the store raises when the process that serves it has ended
 
 Value = TypeVar("Value")
@@ -77,6 +80,14 @@ class Alone:
         """The JSON value of every rank, in their order."""
         return [value]
 
+    def from_first(self, make: Callable[[], Value], what: str) -> Value:
+        """The JSON value that rank 0 makes, while the others wait.
+
+        Args:
+            what: is being waited for, for messages.
+        """
+        return make()
+
     def add_up(self, tensors: Sequence[Any], group: Any) -> None:
         """Replaces each tensor by its sum over a group, worked out in float32; all have the same result.
 
@@ -105,6 +116,7 @@ class Peers(Alone):
         self.store = store
         self.passed = 0  # gates
         self.gathered = 0
+        self.made = 0
         self.relayed = False  # another rank's failure is what ends this one
 
     # --- waiting -------------------------------------------------------------------------------------
@@ -181,6 +193,14 @@ class Peers(Alone):
             json.loads(bytes(self.store.get(f"gather/{number}/{rank}")).decode()) for rank in range(self.layout.world)
         ]
 
+    def from_first(self, make: Callable[[], Value], what: str) -> Value:
+        self.made += 1
+        key = f"made/{self.made % 2}"  # rank 0 makes no third value while another still reads the first
+        if self.first:
+            self.store.set(key, json.dumps(make()))
+        self.gate(what)
+        return json.loads(bytes(self.store.get(key)).decode())
+
     def add_up(self, tensors: Sequence[Any], group: Any) -> None:
         import paddle.distributed as dist
 
@@ -229,7 +249,13 @@ class Peers(Alone):
         end(errors.EXIT_USER_ERROR)
 
     def crashed(self, error: BaseException) -> None:
-        """Ends this process after a bug, with its traceback, and the other ranks with its last line."""
+        """Ends this process after a bug, with its traceback, and the other ranks with its last line.
+
+        An exchange in which another rank did not answer is no bug: that rank has the reason, if it could say it.
+        """
+        told = unanswered(error)
+        if told or self.relayed:
+            self._partner_lost(told)
         traceback.print_exception(error)
         last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         rank = self.layout.rank
@@ -240,6 +266,19 @@ class Peers(Alone):
         except STORE_GONE:
             pass
         end(EXIT_FAILED)
+
+    def _partner_lost(self, told: str) -> None:
+        """Ends this process with what another rank has found, or else with what it was told itself."""
+        started = time.monotonic()
+        try:
+            while time.monotonic() - started < TOLD_SECONDS:
+                self.heed()
+                time.sleep(0.05)
+        except UserError as error:
+            self.failed(error.faults)
+        except STORE_GONE as error:
+            self._lost(error)
+        self.failed([told])
 
     def _publish(self, faults: Sequence[str]) -> None:
         if self.store.add("failures", 1) == 1:
@@ -265,6 +304,20 @@ class Peers(Alone):
         while self.first and self.store.add("left", 0) < self.layout.world and time.monotonic() - started < 60:
             time.sleep(0.02)
         end(code)
+
+
+def unanswered(error: BaseException) -> str:
+    """What to say of an exchange that failed because a rank of it has ended or hangs; "" of any other error.
+
+    Within a backward pass Paddle makes one text of an error and where it came from.
+    """
+    found = UNANSWERED.search(str(error))
+    if found is None:
+        return ""
+    return (
+        f"{found[0].strip()}; one of these ranks has ended or hangs: look at the ends of their workerlog files. "
+        "The same command continues from the last checkpoint"
+    )
 
 
 def end(code: int) -> None:

@@ -24,7 +24,7 @@ from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
 from utils.families.base import FamilySpec, Layers
 from utils.families.models.decoder import run_layers
 from utils.families.text import Places
-from utils.parallel.peers import Alone
+from utils.parallel.peers import STEP_SECONDS, Alone
 from utils.parallel.topology import Layout
 from utils.partition.stages import Part, all_parts, own_parts
 
@@ -251,7 +251,7 @@ class Schedule:
         """
         self._batches, self._scale, self._begun, self._losses = batches, scale, {}, 0
         self._length = max(map(self.model.travelling, batches))
-        self.peers.gate("waiting for the other pipeline stages")
+        self.peers.gate("waiting for the other pipeline stages", STEP_SECONDS)
         self._fleet.set_virtual_pipeline_rank(0)
         nothing = iter([(None, None)] * len(batches))  # the parts find their batches themselves
         losses = self._fleet.forward_backward_pipeline(nothing, scaler, return_micro_batch_loss=True)

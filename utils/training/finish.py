@@ -69,7 +69,8 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
         write_json(folder / STATE, dataclasses.asdict(trainer.state))
 
     with trainer.whole_weights():
-        trainer.saver.save(lambda: install(output), [trainer.trained.piece()], beside, background=False)
+        pieces = [trainer.trained.piece()]
+        trainer.saver.save(lambda: install(output), pieces, beside, target=output, background=False)
     if peers.first:
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
 
 ARGUMENTS = "arguments.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of a result, whose files vary in number
 
 
 def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, source: Path) -> Callable[[Path], None]:
@@ -37,7 +39,7 @@ def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, sou
 @contextmanager
 def install(folder: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well each file moves into `folder`, so that none is ever half-written
-    there."""
+    there. Weights of an earlier result go first: an index of theirs would be read instead of the new file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".final.tmp-{os.getpid()}-") as name:
         staging = Path(name)
@@ -45,6 +47,10 @@ def install(folder: Path) -> Iterator[Path]:
         for path in sorted(staging.iterdir()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        written = {path.name for path in staging.iterdir()}
+        for path in sorted(folder.iterdir(), reverse=True):  # the index before its files
+            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+                path.unlink()
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
 

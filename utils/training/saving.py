@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from utils.parallel.peers import ALONE_SECONDS, Alone
 
 _METADATA = {"format": "np"}
 _LOOK_SECONDS = 0.1  # between two looks for the files of other ranks
+_SETTLE_SECONDS = 60.0  # of a run that fails, for what it is writing
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Saver:
         pieces: Sequence[Piece],
         alone: Callable[[Path], None],
         *,
+        target: Path | None = None,
         after: Callable[[], None] = lambda: None,
         background: bool | None = None,
     ) -> None:
@@ -69,12 +71,16 @@ class Saver:
             place: opens the folder on the first rank, and puts it into place when all is written.
             pieces: of this rank, the same names in the same order on all ranks.
             alone: writes what belongs beside, on the first rank.
+            target: where the folder will be, for messages.
             after: what the first rank does when the folder is in place.
             background: instead of the saver's own way.
+
+        Raises:
+            UserError: it could not be written.
         """
         self.wait()
         background = self.background if background is None else background
-        with ExitStack() as opened:
+        with ExitStack() as opened, _said(target):
             own = str(opened.enter_context(place())) if self.peers.first else ""
             folder = Path(self.peers.gather(own)[0])
             plans = [self._plan(piece) for piece in pieces]
@@ -83,9 +89,14 @@ class Saver:
             closing = opened.pop_all()
 
         def work(together: bool) -> None:
-            with closing:
-                for piece, plan in zip(pieces, plans, strict=True):
-                    self._write(folder, piece, plan)
+            with _said(target), closing:
+                try:
+                    for piece, plan in zip(pieces, plans, strict=True):
+                        self._write(folder, piece, plan)
+                except FileNotFoundError:
+                    if self.peers.first or folder.is_dir():
+                        raise
+                    # else rank 0 has given up, and says why
                 if together:
                     self.peers.gate("waiting for other ranks to write")
                 if self.peers.first:
@@ -105,7 +116,7 @@ class Saver:
         """Returns when what is being written in the background is in place, on all ranks.
 
         Raises:
-            OSError, UserError: it could not be written.
+            UserError: it could not be written.
         """
         if self._thread is None:
             return
@@ -113,9 +124,18 @@ class Saver:
             self._thread.join(_LOOK_SECONDS)
             self.peers.check()
         self._thread = None
+        self.check()
+        self.peers.gate("waiting for rank 0 to save")
+
+    def check(self) -> None:
+        """Returns at once; raises `UserError` if what this rank has been writing in the background cannot be."""
         if self._failure is not None:
             raise self._failure
-        self.peers.gate("waiting for rank 0 to save")
+
+    def settle(self) -> None:
+        """Gives what is being written the time to end, before the run ends for another reason."""
+        if self._thread is not None:
+            self._thread.join(_SETTLE_SECONDS)
 
     def _guarded(self, work: Callable[[bool], None]) -> None:
         try:
@@ -165,4 +185,22 @@ class Saver:
 
 
 def _copied(piece: Piece) -> Piece:
-    return replace(piece, tensors=[in_memory(tensor.name, np.array(tensor.read())) for tensor in piece.tensors])
+    """The piece with its present values, of which a rank that does not write keeps none."""
+    copies = []
+    for tensor in piece.tensors:
+        values = tensor.read()
+        if piece.writes:
+            copies.append(in_memory(tensor.name, np.array(values)))
+    return replace(piece, tensors=copies)
+
+
+@contextmanager
+def _said(target: Path | None) -> Iterator[None]:
+    """Turns errors of the file system into what the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        where = target or error.filename or "a folder"
+        raise UserError(
+            f"{where} could not be written: {error.strerror or error}; what was there before stays"
+        ) from error

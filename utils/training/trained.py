@@ -80,7 +80,9 @@ class FullModel(Trained):
 
     def describe(self, folder: Path) -> None:
         dtype = str(max(self.parameters().values(), key=lambda value: value.size).dtype).removeprefix("paddle.")
-        describe_model(folder, self.base.family, self.base.config, "paddle", dtype)
+        # beside shards it says how many there must be: the last ones could be missing unnoticed
+        degree = self.held.parts.degree if shard_files(folder) else 1
+        describe_model(folder, self.base.family, self.base.config, "paddle", dtype, tensor_parallel_degree=degree)
 
     def restore(self, folder: Path) -> None:
         if shard_files(folder):

@@ -221,6 +221,7 @@ class Trainer(library.Trainer):
     def weight_gradients(self) -> None:
         """Makes the gradients of the step those of the mean over its targets on all ranks; checks them."""
         assert self.steps is not None
+        self.saver.check()
         steps, stopping = self.steps, self.signals.received is not None
         counted = [float(paddle.add_n([loss for loss, _ in steps.losses])), *steps.counts.tolist()]
         found = self.peers.sums([*(counted if self.peers.layout.counts else np.zeros(4)), stopping])
@@ -257,6 +258,7 @@ class Trainer(library.Trainer):
             names = self.name_rows([ids for batch in batches for ids in rows_of(batch)])
             found = self.peers.gather(names) if together else [names]
             named = " on " + "; ".join(dict.fromkeys(filter(None, found)))  # ranks that share a model have the same
+        self.saver.settle()
         good = resume.checkpoints(Path(self.args.output_dir))
         kept = f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
         raise UserError(
@@ -359,6 +361,7 @@ class Trainer(library.Trainer):
                 lambda: atomic_directory(folder),
                 [self.trained.piece(result=False), self._optimizer_piece()],
                 beside,
+                target=folder,
                 after=lambda: resume.delete_old(output, self.args.save_total_limit, best),
             )
 
@@ -419,7 +422,9 @@ class Trainer(library.Trainer):
         try:
             self.train(str(plan.start) if plan.start else None)
             self.saver.wait()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):  # Ctrl-C stops at once
+                self.saver.settle()
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, handlers, files
             raise
         seconds = time.monotonic() - started

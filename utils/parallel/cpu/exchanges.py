@@ -1,7 +1,8 @@
 """Exchanges of tensors among the ranks of a gloo group: all types, all methods, errors that name the ranks.
 
 Every exchange is over when its method returns, whether it was asked to wait or not: what is asked for in one
-order happens in that order.
+order happens in that order. gloo refuses tensors without elements, the hidden states of a micro-batch without
+targets for one; there is nothing to exchange of them.
 
 gloo gives a rank 30 s to wait for its partners. The limit is a constant of gloo's context; Paddle hands none
 on (`new_group(timeout=...)` is for stores, and `ProcessGroupGloo.create` takes no options). What one rank sends
@@ -104,16 +105,22 @@ def whole_exchanges() -> None:
     }
 
     def all_reduce(self: Any, tensor: Any, op: Any = core.ReduceOp.SUM, *_: Any) -> Done:
+        if tensor.size == 0:
+            return Done()
         with naming_ranks(self, "an all-reduce", tensor), as_sent(tensor, back=True) as sent:
             plain["all_reduce"](self, sent, op, True).wait()
         return Done()
 
     def broadcast(self: Any, tensor: Any, src: int, *_: Any) -> Done:
+        if tensor.size == 0:
+            return Done()
         with naming_ranks(self, "a broadcast", tensor), as_sent(tensor, back=self.rank() != src) as sent:
             plain["broadcast"](self, sent, src, True).wait()
         return Done()
 
     def reduce(self: Any, tensor: Any, dst: int, op: Any = core.ReduceOp.SUM, *_: Any) -> Done:
+        if tensor.size == 0:
+            return Done()
         with naming_ranks(self, "a reduce", tensor), as_sent(tensor, back=self.rank() == dst) as sent:
             plain["reduce"](self, sent, dst, op, True).wait()
         return Done()
@@ -134,6 +141,8 @@ def whole_exchanges() -> None:
 
     def all_gather_into_tensor(self: Any, out: Any, tensor: Any, *_: Any) -> Done:
         """Each rank's [n, ...] -> [ranks * n, ...] (or [ranks, n, ...], as `out` is shaped)."""
+        if out.size == 0:
+            return Done()
         with (
             naming_ranks(self, "an all-gather", tensor),
             as_sent(tensor, back=False) as sent,
