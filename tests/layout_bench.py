@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, int, int, list[object]]] = {
     "stage2": (2, 2, 2, STAGE2),
     "stage3": (2, 2, 2, STAGE3),
     "TP2 PP2": (4, 2, 4, [*TENSOR, *PIPELINE]),
+    "DP2": (2, 4, 1, []),
     "DP4": (4, 2, 1, []),
 }
 METHODS: dict[str, list[object]] = {
@@ -39,15 +40,23 @@ METHODS: dict[str, list[object]] = {
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: a model and a method."""
+    """A training.
+
+    Attributes:
+        model: see `Bench.tiny`.
+        more: further arguments.
+        start: the layout that has made the first half of the steps, as another run; None for a run without a break.
+    """
 
     model: str
     method: str
     more: tuple[object, ...] = ()
+    start: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.method}" + "".join(str(word).lstrip("-") for word in self.more[:1])
+        words = [self.model, self.method, *(str(word).lstrip("-") for word in self.more[:1])]
+        return "-".join(words) + (f" from {self.start}" if self.start else "")
 
 
 class Bench:
@@ -87,32 +96,35 @@ class Bench:
         common += ["--gradient_accumulation_steps", micro_batches]
         return self.tiny(work.model).arguments(output, [*common, *METHODS[work.method], *options, *work.more, *more])
 
-    def run(self, works: Sequence[Work], layout: str, start: str | None = None) -> list[Path]:
-        """Runs all works in a layout, from the checkpoints of another layout's run if there is a `start`."""
-        outputs = []
-        for work in works:
-            output = self.output(work, layout, start)
-            if start is not None:
+    def run(self, layout: str, works: Sequence[Work]) -> None:
+        """Runs all works in a layout, several processes in one launch; those with a start from its checkpoint."""
+        outputs = [self.output(work, layout) for work in works]
+        for work, output in zip(works, outputs, strict=True):
+            if work.start is not None:
                 halfway = f"checkpoint-{HALFWAY}"
-                shutil.copytree(self.output(work, start) / halfway, output / halfway)
-            outputs.append(output)
-        processes = LAYOUTS[layout][0]
+                shutil.copytree(self.output(replace(work, start=None), work.start) / halfway, output / halfway)
         words = [self.words(work, layout, output) for work, output in zip(works, outputs, strict=True)]
-        if processes == 1:
-            for output, one in zip(outputs, words, strict=True):
-                run_main("finetune_generation", one, {"PADDLE_LLM_CACHE": str(self.home / "cache")}, output, 0)
-        else:
+        processes, cache = LAYOUTS[layout][0], self.home / "cache"
+        if processes > 1:
             jobs = [Job(output, one) for output, one in zip(outputs, words, strict=True)]
-            launch_jobs(jobs, self.home / "logs" / f"{layout}-{start}", processes, self.home / "cache")
-        return outputs
+            launch_jobs(jobs, self.home / "logs" / layout, processes, cache)
+            return
+        for output, one in zip(outputs, words, strict=True):
+            run_main("finetune_generation", one, {"PADDLE_LLM_CACHE": str(cache)}, output, 0)
 
-    def output(self, work: Work, layout: str, start: str | None = None) -> Path:
-        return self.home / "runs" / (layout if start is None else f"{start} to {layout}") / work.name
+    def output(self, work: Work, layout: str) -> Path:
+        return self.home / "runs" / layout / work.name
 
-    def difference(self, work: Work, layout: str, start: str | None = None) -> float:
-        """The largest of a loss or gradient norm of a run from that of one process without a break."""
-        ours, wanted = (
-            np.array(list(figures(o))) for o in (self.output(work, layout, start), self.output(work, "one"))
-        )
-        assert len(wanted) == STEPS and ours.shape == wanted.shape
-        return float(np.abs(ours - wanted).max())
+    def alone(self, work: Work) -> Path:
+        """The output of one process without a break, which is run the first time."""
+        whole = replace(work, start=None)
+        if not self.output(whole, "one").is_dir():
+            self.run("one", [whole])
+        return self.output(whole, "one")
+
+    def check(self, work: Work, layout: str, bound: float = 1e-4) -> None:
+        """Compares the losses and gradient norms of a run with those of one process without a break."""
+        ours, wanted = (np.array(list(figures(o))) for o in (self.output(work, layout), self.alone(work)))
+        assert len(wanted) == STEPS
+        np.testing.assert_allclose(ours, wanted, atol=bound, rtol=0, err_msg=f"{work} as {layout}")
+        print(f"{layout}: {work.name}: {np.abs(ours - wanted).max():.1e}")

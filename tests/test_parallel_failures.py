@@ -116,7 +116,7 @@ def test_a_failing_rank(layout: str, rank: int, tiny: Tiny, tmp_path: Path) -> N
     run = start(tiny, tmp_path / "out", layout, "--max_steps", 10, code=FAILING.format(rank=rank)).wait()
     assert run.code == 2, run.out + run.err
     assert "error: row 7 is bad" in run.out and "Traceback" not in run.err + run.out, run.out + run.err
-    assert [line for line in run.err.splitlines() if line.startswith("error:")][0] == "error: row 7 is bad"
+    assert next(line for line in run.err.splitlines() if line.startswith("error:")) == "error: row 7 is bad"
 
 
 @pytest.mark.matrix
@@ -145,7 +145,8 @@ saving.write_lazy = full
 """
 
 
-@pytest.mark.parametrize(("rank", "background"), [(1, True), pytest.param(0, False, marks=heavy)])
+@pytest.mark.matrix
+@pytest.mark.parametrize(("rank", "background"), [(1, True), (0, False)])
 def test_a_full_disk(rank: int, background: bool, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
     options = ["--max_steps", 3000, "--save_strategy", "steps", "--save_steps", 2, "--async_save", background]
     run = start(tiny, tmp_path / "out", "TP2", *options, code=FULL.format(rank=rank)).wait()

@@ -53,8 +53,8 @@ def by_hand(prefix: Path) -> str:
     return str(prefix)
 
 
-def pretrain(model: Path, data: object, output: Path, *options: object, expect: int = 0) -> Result:
-    """run_pretrain.main in this process; of an option that is given twice the last value counts."""
+def pretrain_words(model: Path, data: object, output: Path, *options: object) -> list[str]:
+    """The command line of run_pretrain.py; of an option that is given twice the last value counts."""
     chosen: dict[str, list[str]] = {
         "--model_name_or_path": [str(model)],
         "--input_dir": [str(data)],
@@ -76,9 +76,12 @@ def pretrain(model: Path, data: object, output: Path, *options: object, expect: 
             chosen[name] = []
         else:
             chosen[name].append(option)
-    return run_main(
-        "run_pretrain", [part for key, given in chosen.items() for part in (key, *given)], {}, output, expect
-    )
+    return [part for key, given in chosen.items() for part in (key, *given)]
+
+
+def pretrain(model: Path, data: object, output: Path, *options: object, expect: int = 0) -> Result:
+    """run_pretrain.main in this process."""
+    return run_main("run_pretrain", pretrain_words(model, data, output, *options), {}, output, expect)
 
 
 def no_meta(folder: Path) -> Path:

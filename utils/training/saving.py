@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,8 +134,11 @@ class Saver:
 
     def settle(self) -> None:
         """Gives what is being written the time to end, before the run ends for another reason."""
-        if self._thread is not None:
-            self._thread.join(_SETTLE_SECONDS)
+        started = time.monotonic()
+        with suppress(UserError):  # another rank has failed before, and writes nothing more
+            while self._thread and self._thread.is_alive() and time.monotonic() - started < _SETTLE_SECONDS:
+                self._thread.join(_LOOK_SECONDS)
+                self.peers.check()
 
     def _guarded(self, work: Callable[[bool], None]) -> None:
         try:
@@ -200,7 +203,5 @@ def _said(target: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = target or error.filename or "a folder"
-        raise UserError(
-            f"{where} could not be written: {error.strerror or error}; what was there before stays"
-        ) from error
+        said = f"{target or error.filename or 'a folder'} could not be written: {error.strerror or error}"
+        raise UserError(f"{said}; what was there before stays") from error
