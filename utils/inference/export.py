@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,13 +178,11 @@ def export(
 @contextmanager
 def _staged(output: Path, peers: Alone) -> Iterator[Path]:
     """The folder that all processes fill; it becomes `output` when all have ended the block well."""
-    if not peers.first:
-        yield Path(peers.from_first(str, "waiting for the folder of the export"))
-        peers.gate("waiting for the end of the export")
-        return
-    with atomic_directory(output) as staging:
+    made = atomic_directory(output) if peers.first else nullcontext(output)
+    with made as staging:
         yield Path(peers.from_first(lambda: str(staging), "waiting for the folder of the export"))
-        peers.gate("waiting for the end of the export")
+        peers.gate("waiting for the programs of other processes")
+    peers.gate("waiting for the end of the export")
 
 
 def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> None:

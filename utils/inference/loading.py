@@ -210,7 +210,7 @@ def _engine(prepared: Prepared, device: str) -> Engine:
     if manifest is not None:
         folder = checkpoint.files[0].parent
         if manifest.degree > 1:
-            from utils.kernels.rings import open_ring
+            from utils.parallel.groups import open_ring
 
             open_ring(prepared.peers.groups.tensor, manifest.ring)
         kv_heads = manifest.cache[1]
