@@ -18,11 +18,8 @@ from utils.errors import UserError
 
 CORE = [Work("llama", method) for method in ("sft", "shards", "lora", "prefix")]
 # one key and value head, an odd vocabulary, queries, keys and values mixed by head, Conv1D, all of it
-FAMILIES = [
-    Work(name, method)
-    for name in ("kv1", "odd", "glm_tiny", "gpt2_tiny", "chatglm2_wide")
-    for method in ("shards", "sft")
-]
+NAMES = ("kv1", "odd", "glm_tiny", "gpt2_tiny", "chatglm2_wide")
+FAMILIES = [Work(name, method) for name in NAMES for method in ("shards", "sft")]
 ANSWERS = ("--eval_with_do_generation", "--eval_max_new_tokens", 6, "--do_predict")
 BEST = ("--load_best_model_at_end", "--evaluation_strategy", "steps", "--eval_steps", HALFWAY, "--learning_rate", 0.05)
 EVALUATED = [Work("llama", method, more) for method in ("sft", "lora") for more in (ANSWERS, BEST)]
@@ -144,7 +141,7 @@ def test_a_layout_continues_another(start: str, to: str, matrix: Bench) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("layout", ["TP2", "TP2 PP2"])
 def test_shards_are_a_model(layout: str, matrix: Bench) -> None:
-    for name in ("llama", "kv1", "odd", "glm_tiny", "gpt2_tiny", "chatglm2_wide"):
+    for name in ("llama", *NAMES):
         check_shards(matrix, layout, name)
 
 
@@ -166,7 +163,7 @@ def test_evaluation_and_saving_in_the_background(layout: str, matrix: Bench) -> 
 def test_pretraining(layout: str, matrix: Bench) -> None:
     """From new weights, which every rank draws whole and cuts, and from those of a model."""
     jobs: dict[str, list[Job]] = {"one": [], layout: []}
-    for name in ("llama", "gpt2_tiny", "odd", "glm_tiny", "chatglm2_wide"):
+    for name in ("llama", *NAMES):
         text, model = matrix.home / "text" / name, matrix.tiny(name).model
         if not text.is_dir():
             tokenize_text(model, text)
