@@ -126,6 +126,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     Args:
         dtype: the type to compute in; weights are kept in it with fp16_opt_level O2, in float32 otherwise.
     """
+    import paddle
     from paddlenlp.trainer import set_seed
 
     from utils.checkpoints.load import load_model, new_model
@@ -144,6 +145,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
         set_seed(args.seed)
     else:
         set_seed(args.seed)
+        paddle.seed(args.seed)  # the library seeds pipeline stages apart, and they draw one model
         base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     stages: Any = None
     if peers.layout.pipeline > 1:
