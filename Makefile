@@ -1,6 +1,6 @@
 # make demo   tunes a real language model on this machine and shows that it answers better
 # make test   runs the whole test suite
-# make matrix runs every cell of the support table and rewrites it in README.md (some minutes)
+# make matrix runs every cell of the support table and rewrites it in README.md, then every parallel layout (an hour)
 # All set up .venv first; what is done already is skipped.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
@@ -36,6 +36,10 @@ test: $(INSTALLED)
 matrix: $(INSTALLED)
 	@echo "==> matrix: every family and method with the real scripts on tiny models"
 	$(BIN)/python tools/matrix.py
+	@echo "==> matrix: every family in every parallel layout"
+	$(BIN)/python tools/layouts.py
+	@echo "==> matrix: checkpoints across layouts, and what happens when ranks fail"
+	$(BIN)/python -m pytest -m matrix
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

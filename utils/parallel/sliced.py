@@ -185,7 +185,15 @@ class WeightShare(Share):
         parameter = self.trained[name]
         if not hasattr(parameter, "fw_storage"):
             return parameter.name, parameter
-        return f"{SLICE}{parameter.name}", parameter.fw_storage
+        return f"{SLICE}{parameter.name}", self._slice(parameter)
+
+    def _slice(self, parameter: Tensor) -> Tensor:
+        """This rank's slice of a weight, which fleet drops while the weight is whole."""
+        if parameter.fw_storage is not None:
+            return parameter.fw_storage
+        start, end = self.fleet._param2buffer[parameter.name][self.rank]
+        gathered, _ = self.fleet._task_flow.full_param[parameter.name]
+        return gathered[start:end]
 
     def read(self, slot: Slot) -> np.ndarray:
         kept = self._kept(slot.parameter)
