@@ -2,7 +2,8 @@
 
 The folder holds the program, its weights, config, tokenizer, chat template and generation settings: it alone is
 enough for `predictor.py --mode static`. `--help` lists the arguments. Before it says done, the exported model is
-loaded in a new process and compared with the one it was made from.
+loaded in a new process and compared with the one it was made from. Several processes (`python -m
+paddle.distributed.launch`) export a part of every layer each, for as many processes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from utils.errors import run_script
 from utils.inference.export import check_target, export
 from utils.inference.loading import check_model_type, prepare
 from utils.inference.verify import verify_export
+from utils.parallel.peers import start
+from utils.parallel.topology import Layout
 
 
 def main() -> None:
@@ -23,6 +26,9 @@ def main() -> None:
     run = parse(ExportArguments, script="export_model.py")
     output = Path(run.output_path)
     check_target(output)
+    layout = Layout.of_prediction()
+    layout.check_device(run)
+    peers = start(layout, run.device)
     prepared = prepare(
         str(run.model_name_or_path),
         device=run.device,
@@ -31,13 +37,17 @@ def main() -> None:
         lora_path=run.lora_path,
         prefix_path=run.prefix_path,
         inference_model=run.inference_model,
+        peers=peers,
     )
     check_model_type(run, prepared.checkpoint)
     export(prepared, output, device=run.device, verify=verify_export)
-    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    if not peers.first:
+        return
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
     kind = " --inference_model" if run.inference_model else ""
+    launcher = f" -u -m paddle.distributed.launch --nproc_per_node {layout.world}" if peers.several else ""
     print(f"exported to {output} ({size:,.1f} MB)")
-    print(f"run it: python predictor.py --model_name_or_path {output} --mode static{kind}")
+    print(f"run it: python{launcher} predictor.py --model_name_or_path {output} --mode static{kind}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Answers the prompts of a file, or chats, with a model: python predictor.py --model_name_or_path NAME ...
 
 `--help` lists the arguments. `--data_file` holds JSON Lines with "src" (and "tgt", if known); the
-answers go to `--output_file` in the same order.
+answers go to `--output_file` in the same order. Several processes (`python -m paddle.distributed.launch`) share the
+model, each with a part of every layer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from utils.inference.benchmark import QUESTIONS_FILE, answer_examples, table
 from utils.inference.chat import Chat, chat_in_terminal
 from utils.inference.loading import Prepared, check_model_type, load, prepare
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import start
+from utils.parallel.topology import Layout
 
 if TYPE_CHECKING:
     from utils.inference.generator import Speed
@@ -27,6 +30,9 @@ def main() -> None:
     """Parses, checks, loads, answers."""
     runtime.prepare()
     run = parse(PredictArguments, script="predictor.py")
+    layout = Layout.of_prediction()
+    layout.check_device(run)
+    peers = start(layout, run.device)
     prepared = prepare(
         str(run.model_name_or_path),
         device=run.device,
@@ -36,6 +42,7 @@ def main() -> None:
         prefix_path=run.prefix_path,
         mode=run.mode,
         inference_model=run.inference_model,
+        peers=peers,
     )
     check_model_type(run, prepared.checkpoint)
     src_length = fitting_src_length(run, prepared)
@@ -43,7 +50,7 @@ def main() -> None:
     load_now = partial(load, prepared, run.device, warm_up=run.benchmark)
     if run.interactive:
         generator = load_now()
-        chat_in_terminal(Chat(prepared, generator, options, src_length))
+        chat_in_terminal(Chat(prepared, generator, options, src_length), peers)
         speed: Speed | None = generator.speed
     elif run.data_file is None and run.benchmark:
         speed = answer_examples(prepared, load_now(), options, run.batch_size)

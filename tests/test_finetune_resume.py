@@ -370,7 +370,7 @@ def test_the_best_and_the_newest_checkpoints_stay(tiny: Tiny, tmp_path: Path) ->
     """A learning rate that ruins the model later makes an early checkpoint the best one."""
     options = ["--do_train", "--do_eval", "--lora", "--evaluation_strategy", "steps", "--eval_steps", 2]
     options += ["--save_steps", 2, "--save_total_limit", 1, "--max_steps", 12, "--load_best_model_at_end"]
-    options += ["--metric_for_best_model", "accuracy", "--learning_rate", 0.1, "--warmup_steps", 12]
+    options += ["--metric_for_best_model", "accuracy", "--learning_rate", 0.3, "--warmup_steps", 12]
     run = tiny.run(tmp_path / "whole", *options)
     scores = {int(row["step"]): float(row["eval_accuracy"]) for row in run.curve if row["eval_accuracy"]}
     best = max(scores, key=lambda step: scores[step])

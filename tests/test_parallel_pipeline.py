@@ -7,16 +7,23 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case
-from launching import launch
+from launching import launch, start_launched
 from tiny_models import write_tiny_llama
 from tiny_runs import Result, Tiny, write_rows
+from tiny_text import pretrain, tokenize_text
 
+from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families import FAMILIES
+from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
+from utils.partition.pipeline import Stages
 from utils.partition.stages import all_parts, names_elsewhere, own_parts, tied_name
+from utils.partition.tensor import Held
+from utils.training.model import TrainingModel
 
 TWO = ["--pipeline_parallel_degree", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4]
 COMMON = ["--do_train", "--max_steps", 10, "--save_strategy", "no", "--lr_scheduler_type", "constant"]
@@ -123,6 +130,33 @@ def test_more_parts(stages: int, virtual: int, tmp_path: Path) -> None:
     equal(parts, tiny.run(tmp_path / "alone", *options), "eval_loss")
 
 
+@pytest.mark.matrix
+def test_stages_beside_everything_else(tmp_path: Path) -> None:
+    """With tensor parallel and answers from both; with sharded states."""
+    tiny = bench(tmp_path, None, tie_word_embeddings=True)
+    options = [*COMMON, *METHODS["prefix"], "--do_eval", "--eval_with_do_generation", "--eval_max_new_tokens", 6]
+    alone = tiny.run(tmp_path / "alone", *options)
+    tensor = launch(tiny, tmp_path / "tensor", *options, *TWO, "--tensor_parallel_degree", 2, processes=4)
+    equal(tensor, alone, "eval_bleu4", "eval_rougel")
+    sharded = [*TWO[:-1], 2, "--sharding", "stage1", "--sharding_parallel_degree", 2]
+    equal(launch(tiny, tmp_path / "sharded", *options, *sharded, processes=4), alone, "eval_bleu4", "eval_rougel")
+
+
+@pytest.mark.matrix
+def test_pretraining_starts_from_the_same_weights(tmp_path: Path) -> None:
+    model, text, output = tmp_path / "model", tmp_path / "text", tmp_path / "both"
+    write_tiny_llama(model, initializer_range=0.05)
+    tokenize_text(model, text)
+    options = ["--do_train", "--max_steps", 10]
+    alone = pretrain(model, text, tmp_path / "alone", *options)
+    words = ["--model_name_or_path", model, "--input_dir", text, "--output_dir", output, "--split", "8,1,1", *options]
+    words += ["--max_seq_length", 16, "--learning_rate", 1e-2, "--logging_steps", 1, "--device", "cpu"]
+    words += [*TWO[:2], "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4]
+    both = start_launched(Tiny(tmp_path), output, script="run_pretrain.py", words=[str(word) for word in words]).wait()
+    assert both.code == 0, both.err
+    equal(both, alone)
+
+
 # --- who has what ----------------------------------------------------------------------------------------
 
 
@@ -147,6 +181,28 @@ def test_every_parameter_has_its_stage(name: str) -> None:
     held = [names - names_elsewhere(family, config, own_parts(layout, layers)) for layout in layouts]
     tied = tied_name(family, config)
     assert held[0] | held[1] == names and held[0] & held[1] == ({tied} if tied else set())
+
+
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
+def test_stages_in_turn_compute_what_the_whole_model_does(name: str) -> None:
+    """Each with its own parameters alone, under their ordinary names."""
+    checkpoint = case(name).checkpoint
+    family, whole = checkpoint.family, case(name).model
+    batch = {"input_ids": paddle.to_tensor([[5, 7, 6, 9, 8], [9, 6, 5, 5, 7]])}
+    labels, names, hidden = batch["input_ids"], dict(whole.named_parameters()).keys(), None
+    found: list[str] = []
+    with paddle.no_grad():
+        for rank in range(2):
+            layout = Layout(world=2, rank=rank, pipeline=2)
+            base = load_model(checkpoint, "float32", held=Held.of(family, checkpoint.config, Alone(layout)))
+            stages = Stages(layout, family.shape(checkpoint.config).layers)
+            model = TrainingModel(family, base, stages=stages)
+            model.eval()
+            hidden = model.through(stages.parts[0], batch, hidden)
+            found += [key for key, value in base.named_parameters() if getattr(value, "counted", True)]
+        loss = model.loss(hidden, labels)
+    assert sorted(found) == sorted(names)
+    assert abs(float(loss) - float(TrainingModel(family, whole)(labels, **batch))) < 1e-4
 
 
 def test_degrees_that_do_not_fit() -> None:

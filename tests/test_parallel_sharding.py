@@ -15,15 +15,13 @@ WORKER = Path(__file__).resolve().parent / "sharding_worker.py"
 CASES = 4 * 3  # kinds of training by stages
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_a_sharded_run_is_that_of_one_process(processes: int, tmp_path: Path) -> None:
     """With 2 processes sharding alone, with 4 two copies of the model, each sharded over 2.
 
     The worker compares losses, gradient norms, weights and the optimizer's state after accumulation, clipping, weight
     decay, recomputation, a parameter without gradient, a tied head, LoRA+, and a change of objects halfway.
     """
-    if processes == 4 and not os.environ.get("SLOW_TESTS"):
-        pytest.skip("a minute on two cores; SLOW_TESTS=1 runs it")
     model = tmp_path / "model"
     model.mkdir()
     write_tiny_llama(model, tie_word_embeddings=True)

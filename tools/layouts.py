@@ -63,6 +63,8 @@ LAYOUTS = {
     "stage1": Case(2, 2, 2, ["--sharding", "stage1"]),
     "stage2": Case(2, 2, 2, ["--sharding", "stage2"]),
     "stage3": Case(2, 2, 2, ["--sharding", "stage3"]),
+    "PP2 stage2": Case(4, 2, 2, [*PIPELINE, "--sharding", "stage2"], SOME),
+    "PP2 stage3": Case(4, 2, 2, [*PIPELINE, "--sharding", "stage3"], SOME),
     "TP2 PP2": Case(4, 2, 4, [*TENSOR, *PIPELINE], SOME),
     "TP2 stage2": Case(4, 2, 2, [*TENSOR, "--sharding", "stage2"], SOME),
     "DP2 PP2": Case(4, 2, 2, PIPELINE, SOME),

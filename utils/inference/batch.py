@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from utils.checkpoints.files import atomic_file
 from utils.data.rows import RowFault, read_lines, to_row
 from utils.errors import UserError, notice
-from utils.inference.journal import Journal
+from utils.inference.journal import Answers, Journal
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import Alone
 
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator, Speed
@@ -129,7 +130,7 @@ def answer_file(
             f"first {cut[0]}; their rows have a note in {output_file}"
         )
     drawn = {"seed": secrets.randbits(32) if options.seed is None else options.seed}
-    journal = Journal(output_file, run_key(prepared, questions, options), drawn, resume=resume)
+    journal = _journal(output_file, run_key(prepared, questions, options), drawn, resume, prepared.peers)
     finished = False
     try:
         if journal.other_run:
@@ -137,14 +138,8 @@ def answer_file(
         if journal.answers:
             notice(f"continuing after {len(journal.answers)} of {len(questions)} rows ({journal.path})")
         speed = _answer_missing(questions, journal, load, options, batch_size)
-        with atomic_file(output_file) as file:
-            for number, question in enumerate(questions):
-                answer = journal.answers.get(number, {"output": None, "error": question.error})
-                row = {"src": question.src, "tgt": question.tgt, **answer}
-                remarks = [remark for remark in (question.note, answer.get("note")) if remark]
-                if remarks:
-                    row["note"] = "; ".join(remarks)
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        if prepared.peers.first:
+            _write(output_file, questions, journal.answers)
         finished = True
     finally:
         journal.close(remove=finished)
@@ -152,9 +147,32 @@ def answer_file(
     return speed
 
 
+def _journal(output_file: Path, key: str, facts: dict[str, Any], resume: bool, peers: Alone) -> Answers:
+    """The journal of a run. Of several processes the first has it; the others have the same answers in memory."""
+    kept: list[Journal] = []
+
+    def opened() -> tuple[list[tuple[int, dict[str, Any]]], dict[str, Any]]:
+        kept.append(Journal(output_file, key, facts, resume=resume))
+        return list(kept[0].answers.items()), kept[0].facts
+
+    answers, known = peers.from_first(opened, "waiting for the answers of an earlier run")
+    return kept[0] if kept else Answers(output_file, dict(answers), known)
+
+
+def _write(output_file: Path, questions: Sequence[Question], answers: dict[int, dict[str, Any]]) -> None:
+    with atomic_file(output_file) as file:
+        for number, question in enumerate(questions):
+            answer = answers.get(number, {"output": None, "error": question.error})
+            row = {"src": question.src, "tgt": question.tgt, **answer}
+            remarks = [remark for remark in (question.note, answer.get("note")) if remark]
+            if remarks:
+                row["note"] = "; ".join(remarks)
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
 def _answer_missing(
     questions: Sequence[Question],
-    journal: Journal,
+    journal: Answers,
     load: Callable[[], Generator],
     options: SamplingOptions,
     batch_size: int,

@@ -53,12 +53,14 @@ class CachedEngine(Engine):
         *,
         dtype: str,
         prefix: NDArray[np.float32] | None = None,
+        kv_heads: int | None = None,
     ) -> None:
         """
         Args:
             family, config: of the model.
             prefix: keys and values of prefix tuning in the program's layout, [2 * layers, kv_heads,
                 length, head_dim]; every text sees them.
+            kv_heads: of the program, if it has a part of the model's.
         """
         shape = family.shape(config)
         self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
@@ -69,7 +71,7 @@ class CachedEngine(Engine):
         self._before = 0 if prefix is None else prefix.shape[2]
         on_host = paddle.get_device() == "cpu" and dtype == "float32"
         kind: Callable[..., Cache] = HostCache if on_host else DeviceCache
-        self.cache = kind(shape.layers, shape.kv_heads, shape.head_dim, dtype)
+        self.cache = kind(shape.layers, kv_heads or shape.kv_heads, shape.head_dim, dtype)
         self._rows: list[_Row] = []
 
     # --- slots --------------------------------------------------------------------------------------

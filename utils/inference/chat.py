@@ -9,6 +9,7 @@ from utils.data.template import Message
 from utils.errors import notice
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import Alone
 
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator
@@ -81,13 +82,24 @@ def _interrupted(text: str) -> Completion:
     return Completion(text, (), "stop", 0)
 
 
-def chat_in_terminal(chat: Chat) -> None:
-    """Reads messages from standard input and writes answers to standard output until the end of input."""
+def _read() -> str | None:
+    """A message; None at the end of input."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def chat_in_terminal(chat: Chat, peers: Alone) -> None:
+    """Reads messages from standard input and writes answers to standard output until the end of input.
+
+    Args:
+        peers: all of these processes take part; the first speaks with the user.
+    """
     notice(HELP)
     while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        text = peers.from_first(_read, "waiting for a message")
+        if text is None:
             print()
             return
         if text == "/exit":

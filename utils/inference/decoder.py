@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import paddle
@@ -14,6 +16,8 @@ from utils.checkpoints.tensors import cast
 from utils.families import ModelShape
 from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.kernels import inference as kernels
+from utils.kernels.shared import SharedRows, SharedTable
+from utils.partition.parts import Parts
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 
@@ -37,25 +41,55 @@ def input_names(architecture: Architecture) -> tuple[str, ...]:
     return tuple(name for name, needed in used.items() if needed)
 
 
+def own_architecture(architecture: Architecture, parts: Parts | None) -> Architecture:
+    """What a tensor-parallel rank computes of a model: some of the heads."""
+    if parts is None:
+        return architecture
+    queries, read = parts.query_heads, parts.read_heads
+    shape = replace(architecture.shape, heads=len(queries), kv_heads=len(read))
+    return replace(
+        architecture, shape=shape, slopes=None if architecture.slopes is None else architecture.slopes[queries]
+    )
+
+
 class Decoder(nn.Layer):
     """A model of one family: token ids and the cache in, logits and new keys and values out.
 
     Query, key and value are one matrix; the factor on attention scores is in the query's, and the dimensions of
     heads stand in `Rotary.order`. The weights of RMS norms are in the matrices behind them.
+
+    A tensor-parallel rank has some heads, columns of the MLP and tokens of the vocabulary; hidden states and logits
+    are whole.
+
+    Attributes:
+        kv_heads: how many heads of keys and values the cache has.
     """
 
-    def __init__(self, architecture: Architecture, parameters: Container[str], read: Read, dtype: str) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        parameters: Container[str],
+        read: Read,
+        dtype: str,
+        *,
+        parts: Parts | None = None,
+        group: Any = None,
+    ) -> None:
         """
         Args:
             parameters: names of the model's parameters.
             read: gives their values in the Paddle layout, in layer order.
             dtype: of weights and hidden states.
+            parts, group: what this tensor-parallel rank has of the model, and all ranks that share it; None for all
+                of it.
         """
         super().__init__()
+        weights = _Weights(architecture, parameters, read, dtype, parts, group)
+        architecture = own_architecture(architecture, parts)
         self.architecture, self.dtype = architecture, dtype
         shape = architecture.shape
-        weights = _Weights(architecture, parameters, read, dtype)
-        self.embedding = kernels.Table(weights.values(f"{architecture.embedding}.weight"))
+        self.kv_heads = shape.kv_heads
+        self.embedding = weights.table(f"{architecture.embedding}.weight")
         self.after_embedding = weights.some(architecture.embedding_norm, architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
             self.add_parameter(f"table_{number}", kernels.fixed(weights.values(f"{table.name}.weight")))
@@ -64,10 +98,8 @@ class Decoder(nn.Layer):
             self.layers.append(_Layer(weights, architecture.layer(number)))
         self.before_head = weights.some(architecture.final_norm, architecture.output_projection)
         if architecture.head is not None:
-            self.head = kernels.Table(
-                weights.values(architecture.head, turned=not architecture.head_is_table),
-                weights.bias(architecture.head),
-            )
+            bias = weights.bias(architecture.head)
+            self.head = weights.table(architecture.head, bias, turned=not architecture.head_is_table)
         if architecture.slopes is not None:
             self.slopes = kernels.fixed(paddle.to_tensor(architecture.slopes))
         if architecture.rotary is not None:
@@ -223,16 +255,18 @@ class _Layer(nn.Layer):
         super().__init__()
         self.attention_norm = weights.norm(names.attention_norm, folded=weights.folds)
         self.attention_in = weights.joined(names.query_key_value, weights.by_part(names), behind=names.attention_norm)
-        self.attention_out = weights.linear(names.attention_out)
+        self.attention_out = weights.rows(names.attention_out)
         self.mlp_norm = weights.norm(names.mlp_norm, folded=weights.folds)
         if len(names.mlp_in) == 2 or not weights.architecture.gated:
             ways = [(source, _whole) for source in names.mlp_in]
         else:  # the gate's columns come first
             ways = [(names.mlp_in[0], _first_half), (names.mlp_in[0], _second_half)]
-        self.mlp_in, *up = (weights.joined((source,), part, behind=names.mlp_norm) for source, part in ways)
+        self.mlp_in, *up = (
+            weights.joined((source,), weights.own_columns(half), behind=names.mlp_norm) for source, half in ways
+        )
         if up:  # not one matrix with the gate: parting their outputs costs more than a second product
             self.mlp_up = up[0]
-        self.mlp_out = weights.linear(names.mlp_out)
+        self.mlp_out = weights.rows(names.mlp_out)
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
@@ -295,10 +329,19 @@ class _Rotary(nn.Layer):
 
 
 class _Weights:
-    """Reads the parameters of a model into the operators of the decoder."""
+    """Reads the parameters of a model, or a rank's parts of them, into the operators of the decoder."""
 
-    def __init__(self, architecture: Architecture, parameters: Container[str], read: Read, dtype: str) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        parameters: Container[str],
+        read: Read,
+        dtype: str,
+        parts: Parts | None,
+        group: Any,
+    ) -> None:
         self.architecture, self._known, self._read, self._dtype = architecture, parameters, read, dtype
+        self._parts, self._group = parts, group
         # the weight of a norm is a factor on the rows of the Linears behind it, if nothing else sees the norm
         self.folds = architecture.norm == "rms" and architecture.norm_first and architecture.residual == "hidden"
 
@@ -314,6 +357,32 @@ class _Weights:
         """The bias beside a parameter called "NAME.weight", if there is one."""
         name = f"{weight.removesuffix('.weight')}.bias"
         return self._tensor(self._read(name)) if name in self._known else None
+
+    def _own(self, values: np.ndarray, axis: int) -> np.ndarray:
+        """This rank's part along an axis, one of equal ones."""
+        if self._parts is None:
+            return values
+        return np.split(values, self._parts.degree, axis)[self._parts.rank]
+
+    def own_columns(self, arrange: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda values: self._own(arrange(values), 1)
+
+    def table(self, name: str, bias: Tensor | None = None, *, turned: bool = False) -> kernels.Table | SharedTable:
+        """The table [vocabulary, width] of a parameter, or of its transpose."""
+        if self._parts is None or not self._parts.shares_vocabulary:
+            return kernels.Table(self.values(name, turned=turned), bias)
+        values = self._read(name)
+        own = self._tensor(self._own(values.T if turned else values, 0))
+        if bias is not None:
+            bias = bias.split(self._parts.degree)[self._parts.rank]
+        return SharedTable(own, bias, self._group)
+
+    def rows(self, source: str) -> kernels.Linear | SharedRows:
+        """A Linear of whose inputs a rank has its part."""
+        if self._parts is None:
+            return self.linear(source)
+        weight = f"{source}.weight"
+        return SharedRows(self._tensor(self._own(self._read(weight), 0)), self.bias(weight), self._group)
 
     def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,))
@@ -367,19 +436,27 @@ class _Weights:
         return kernels.Linear(matrix, self._tensor(arrange(np.concatenate(biases)[None])[0]))
 
     def by_part(self, names: LayerNames) -> Callable[[np.ndarray], np.ndarray]:
-        """Arranges the columns of query, key and value: by part, in `Rotary.order`, the scale in the query."""
+        """Arranges the columns of query, key and value: by part, in `Rotary.order`, the scale in the query; of a
+        rank those of its heads."""
         shape, rotary = self.architecture.shape, self.architecture.rotary
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         scale = np.float32(width**-0.5 if names.score_scale is None else names.score_scale)
+        own: list[int] | None = None
+        if self._parts is not None:
+            read = [heads + head for head in self._parts.read_heads]
+            own = [*self._parts.query_heads, *read, *(head + kv_heads for head in read)]
+        local = own_architecture(self.architecture, self._parts).shape
+        queries, turning = local.heads, local.heads + local.kv_heads
 
         def arrange(values: np.ndarray) -> np.ndarray:
             rows = values.shape[0]
             if names.by_head:
                 values = values.reshape(rows, heads, 3, width).transpose(0, 2, 1, 3)
-            columns = values.reshape(rows, heads + 2 * kv_heads, width).copy()
+            columns = values.reshape(rows, heads + 2 * kv_heads, width)
+            columns = columns.copy() if own is None else columns[:, own]
             if rotary is not None and rotary.order is not None:
-                columns[:, : heads + kv_heads] = columns[:, : heads + kv_heads][..., rotary.order]
-            columns[:, :heads] *= scale
+                columns[:, :turning] = columns[:, :turning][..., rotary.order]
+            columns[:, :queries] *= scale
             return columns.reshape(rows, -1)
 
         return arrange

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,8 @@ from utils.checkpoints.locate import Checkpoint, read_json
 from utils.checkpoints.tensors import open_tensors, write_safetensors
 from utils.errors import UserError, raise_if
 from utils.families import family_of
+from utils.parallel.peers import Alone
+from utils.parallel.topology import Layout
 
 if TYPE_CHECKING:
     from utils.inference.engine import Engine
@@ -46,6 +49,8 @@ class Manifest:
         prefix: length of the prefix in the folder; 0 without one.
         source: what was exported, in words.
         files: size and SHA-256 of every file.
+        degree: processes that share the model; from 2 on each has its program in a folder "rank_N" of its own.
+        ring: the number under which they exchange.
     """
 
     format: int
@@ -58,6 +63,8 @@ class Manifest:
     prefix: int
     source: str
     files: dict[str, dict[str, Any]]
+    degree: int = 1
+    ring: int = 0
 
 
 def paddle_version() -> str:
@@ -74,11 +81,17 @@ def is_export(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_export(name: str) -> tuple[Checkpoint, Manifest]:
-    """An exported folder that is known to be whole.
+def own_folder(folder: Path, layout: Layout) -> Path:
+    """Where the program of this process lies in an exported folder."""
+    return folder if layout.tensor == 1 else folder / f"rank_{layout.rank}"
+
+
+def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
+    """An exported folder that is known to be whole, as far as this process needs it.
 
     Raises:
-        UserError: no export, files missing or changed, or written by another version of Paddle.
+        UserError: no export, files missing or changed, written by another version of Paddle, or for another number
+            of processes.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -99,7 +112,16 @@ def read_export(name: str) -> tuple[Checkpoint, Manifest]:
             f"{folder}: was exported by Paddle {manifest.paddle}, this is Paddle {paddle_version()}; "
             f"programs run in the version that wrote them: {again}"
         )
+    own = own_folder(folder, layout)
+    if manifest.degree != layout.tensor:
+        start = f"-m paddle.distributed.launch --nproc_per_node {manifest.degree} " if manifest.degree > 1 else ""
+        raise UserError(
+            f"{folder}: was exported for {_processes(manifest.degree)}, but {_processes(layout.tensor)} "
+            f"{'run' if layout.tensor > 1 else 'runs'}; start it with python {start}predictor.py ..., or {again}"
+        )
     for file, facts in manifest.files.items():
+        if (folder / file).parent not in (folder, own):
+            continue
         path = folder / file
         if not path.is_file():
             faults.append(f"{folder}: {file} is missing; {again}")
@@ -112,7 +134,7 @@ def read_export(name: str) -> tuple[Checkpoint, Manifest]:
     family = family_of(config)
     if family is None:
         raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; {again}")
-    return Checkpoint(name, folder, config, family, "paddle", (folder / PROGRAM, folder / WEIGHTS)), manifest
+    return Checkpoint(name, folder, config, family, "paddle", (own / PROGRAM, own / WEIGHTS)), manifest
 
 
 def prefix_cache(folder: Path, manifest: Manifest) -> NDArray[np.float32] | None:
@@ -123,7 +145,8 @@ def prefix_cache(folder: Path, manifest: Manifest) -> NDArray[np.float32] | None
 def export(
     prepared: Prepared, output: Path, *, device: str, verify: Callable[[Path, Engine, Prepared, str], None]
 ) -> None:
-    """Writes the program, its weights, config, tokenizer, template, generation settings and manifest.
+    """Writes the program, its weights, config, tokenizer, template, generation settings and manifest; of several
+    processes each the program of its part.
 
     `output` appears whole or not at all; only an earlier export is ever replaced.
 
@@ -137,36 +160,63 @@ def export(
     check_target(output)
     from utils.inference.loading import engine_of, load_program
 
-    with atomic_directory(output) as staging:
+    peers = prepared.peers
+    with _staged(output, peers) as staging:
         layer, prefix = load_program(prepared, device)
-        save_program(layer, staging, prepared)
+        own = own_folder(staging, peers.layout)
+        own.mkdir(exist_ok=True)
+        save_program(layer, own, prepared)
         if prefix is not None:
-            write_safetensors(staging / PREFIX_CACHE, [("prefix", prefix)], {"format": "np"})
-        checkpoint = prepared.checkpoint
-        write_json(staging / "config.json", checkpoint.config)
-        prepared.tokenizer.save(staging)
-        prepared.template.save(staging)
-        if (checkpoint.folder / GENERATION_CONFIG).is_file():
-            settings = read_json(checkpoint.folder / GENERATION_CONFIG)
-            write_json(staging / GENERATION_CONFIG, settings)
-        architecture = checkpoint.family.architecture(checkpoint.config)
-        adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
-        shape = checkpoint.family.shape(checkpoint.config)
-        source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
-        manifest = Manifest(
-            FORMAT,
-            paddle_version(),
-            prepared.inference_model,
-            prepared.dtype,
-            layer.inputs,
-            architecture.position_parts,
-            (shape.layers, shape.kv_heads, shape.head_dim),
-            0 if prefix is None else prefix.shape[2],
-            source,
-            {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staging.iterdir())},
-        )
-        write_json(staging / MANIFEST, asdict(manifest))
+            write_safetensors(own / PREFIX_CACHE, [("prefix", prefix)], {"format": "np"})
+        peers.gate("waiting for the programs of all processes")
+        if peers.first:
+            _describe(staging, prepared, layer, prefix)
+        peers.gate("waiting for the description of the programs")
         verify(staging, engine_of(prepared, layer, prefix), prepared, device)
+
+
+@contextmanager
+def _staged(output: Path, peers: Alone) -> Iterator[Path]:
+    """The folder that all processes fill; it becomes `output` when all have ended the block well."""
+    made = atomic_directory(output) if peers.first else nullcontext(output)
+    with made as staging:
+        yield Path(peers.from_first(lambda: str(staging), "waiting for the folder of the export"))
+        peers.gate("waiting for the programs of other processes")
+    peers.gate("waiting for the end of the export")
+
+
+def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> None:
+    """Writes all that lies beside the programs."""
+    checkpoint, peers = prepared.checkpoint, prepared.peers
+    write_json(staging / "config.json", checkpoint.config)
+    prepared.tokenizer.save(staging)
+    prepared.template.save(staging)
+    if (checkpoint.folder / GENERATION_CONFIG).is_file():
+        settings = read_json(checkpoint.folder / GENERATION_CONFIG)
+        write_json(staging / GENERATION_CONFIG, settings)
+    architecture = checkpoint.family.architecture(checkpoint.config)
+    adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
+    shape = checkpoint.family.shape(checkpoint.config)
+    source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
+    manifest = Manifest(
+        FORMAT,
+        paddle_version(),
+        prepared.inference_model,
+        prepared.dtype,
+        layer.inputs,
+        architecture.position_parts,
+        (shape.layers, layer.kv_heads, shape.head_dim),
+        0 if prefix is None else prefix.shape[2],
+        source,
+        {
+            path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        },
+        peers.layout.tensor,
+        peers.groups.tensor.id if peers.several else 0,
+    )
+    write_json(staging / MANIFEST, asdict(manifest))
 
 
 def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
@@ -187,7 +237,7 @@ def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
         "chosen": InputSpec([-1], "int64", "chosen"),
     }
     past = [
-        InputSpec([-1, shape.kv_heads, -1, shape.head_dim], prepared.dtype, f"past_{number}")
+        InputSpec([-1, layer.kv_heads, -1, shape.head_dim], prepared.dtype, f"past_{number}")
         for number in range(2 * shape.layers)
     ]
     inputs = [specs[name] for name in layer.inputs]
@@ -209,6 +259,10 @@ def check_same_kind(checkpoint: Checkpoint, manifest: Manifest, inference_model:
         advice = "add --inference_model" if manifest.inference_model else "leave --inference_model out"
         kind = "with" if manifest.inference_model else "without"
         raise UserError(f"{checkpoint.folder}: was exported {kind} --inference_model; {advice}, or export it again")
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _command(name: str) -> str:

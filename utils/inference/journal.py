@@ -13,7 +13,26 @@ from utils.errors import UserError
 SUFFIX = ".partial"
 
 
-class Journal:
+class Answers:
+    """The answers of one run so far, of a process that does not write them.
+
+    Attributes:
+        path: where another process may write them.
+        answers, facts, other_run: as of `Journal`.
+    """
+
+    def __init__(self, output: Path, answers: dict[int, dict[str, Any]], facts: dict[str, Any]) -> None:
+        self.path = output.with_name(output.name + SUFFIX)
+        self.answers, self.facts, self.other_run = answers, facts, False
+
+    def record(self, row: int, answer: dict[str, Any]) -> None:
+        self.answers[row] = answer
+
+    def close(self, *, remove: bool) -> None:
+        pass
+
+
+class Journal(Answers):
     """The answers of one run so far.
 
     The file's first line names the run (`key`); every further line is one answer. It is locked while
@@ -37,9 +56,7 @@ class Journal:
         Raises:
             UserError: another process is writing the same output.
         """
-        self.path = output.with_name(output.name + SUFFIX)
-        self.answers: dict[int, dict[str, Any]] = {}
-        self.facts = facts
+        super().__init__(output, {}, facts)
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +78,7 @@ class Journal:
 
     def record(self, row: int, answer: dict[str, Any]) -> None:
         """Adds one answer; it outlives the process from here on."""
-        self.answers[row] = answer
+        super().record(row, answer)
         self._append({"row": row, "answer": answer})
 
     def close(self, *, remove: bool) -> None:

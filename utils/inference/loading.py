@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,14 @@ from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import Alone
+from utils.partition.parts import Parts
 
 if TYPE_CHECKING:
     from utils.adapters.prefix import PrefixTuning
     from utils.inference.engine import Engine
     from utils.inference.generator import Generator
+    from utils.partition.tensor import Held
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Prepared:
         lora, prefix: folders of adapters of this model, or None.
         inference_model: whether the generic decoder computes instead of the library's model.
         manifest: of an exported model, which runs as a static program; None for weights.
+        peers: the processes that share the model, each with a part of every layer.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +55,16 @@ class Prepared:
     prefix: Path | None = None
     inference_model: bool = False
     manifest: Manifest | None = None
+    peers: Alone = field(default_factory=Alone)
+
+    @property
+    def parts(self) -> Parts | None:
+        """What this process has of the model; None for all of it."""
+        layout, checkpoint = self.peers.layout, self.checkpoint
+        if layout.tensor == 1:
+            return None
+        _, _, _, tensor = layout.coordinates(layout.rank)
+        return Parts(checkpoint.family, checkpoint.config, layout.tensor, tensor)
 
     @property
     def positions(self) -> int | None:
@@ -72,6 +86,7 @@ def prepare(
     prefix_path: str | None = None,
     mode: str = "dynamic",
     inference_model: bool = False,
+    peers: Alone | None = None,
 ) -> Prepared:
     """Finds and checks a model and its adapter; reads no weights and loads no Paddle.
 
@@ -84,18 +99,23 @@ def prepare(
         chat_template: a template file of the user's.
         mode: "static" expects the folder of an exported model as `name`.
         inference_model: whether the generic decoder computes instead of the library's model.
+        peers: the processes that share the model, if there are several.
 
     Raises:
-        UserError: no such model, no tokenizer, an adapter of another model, and so on.
+        UserError: no such model, or one that so many processes cannot share, no tokenizer, an adapter of another
+            model, and so on.
     """
+    peers = peers or Alone()
     manifest = None
     if mode == "static":
-        checkpoint, manifest = read_export(name)
+        checkpoint, manifest = read_export(name, peers.layout)
         check_same_kind(checkpoint, manifest, inference_model)
     else:
         if is_export(Path(name).expanduser()):
             raise UserError(f"{name}: holds an exported model; only predictor.py runs it, with --mode static")
-        checkpoint = locate(name)
+        with peers.one_after_first():  # which may download
+            checkpoint = locate(name)
+        peers.layout.check_model(checkpoint.family.shape(checkpoint.config))
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     for path, config_name in ((lora_path, LORA_CONFIG), (prefix_path, PREFIX_CONFIG)):
         if path is not None:
@@ -114,7 +134,7 @@ def prepare(
         raise UserError(
             f"{name}: was exported in {manifest.dtype}; leave --dtype out, or export it again in {computed}"
         )
-    return Prepared(
+    prepared = Prepared(
         checkpoint,
         tokenizer,
         template,
@@ -123,7 +143,11 @@ def prepare(
         Path(prefix_path) if prefix_path else None,
         inference_model,
         manifest,
+        peers,
     )
+    if prepared.parts is not None:
+        prepared.parts.check(checkpoint.family.architecture(checkpoint.config).matrices())
+    return prepared
 
 
 def check_model_type(run: Any, checkpoint: Checkpoint) -> None:
@@ -156,6 +180,7 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     runtime.give_back_freed_memory()  # of the tokenizer's file
     engine = _engine(prepared, device)
     runtime.give_back_freed_memory()
+    prepared.peers.gate("waiting for the weights of all processes")
     generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
     seconds = time.perf_counter() - started
     if warm_up:
@@ -170,16 +195,37 @@ def _engine(prepared: Prepared, device: str) -> Engine:
     if manifest is None and not prepared.inference_model:
         from utils.inference.eager import EagerEngine
 
-        model, prefix_tuning = _library_model(prepared)
-        return EagerEngine(family, model, config, prefix=prefix_tuning)
+        held = _held(prepared)
+        model, prefix_tuning = _library_model(prepared, held)
+        return EagerEngine(
+            family,
+            model,
+            config,
+            prefix=prefix_tuning,
+            vocabulary_group=None if held is None else held.vocabulary_group,
+        )
     from utils.inference.cached import CachedEngine
     from utils.inference.programs import StaticProgram
 
     if manifest is not None:
-        program = StaticProgram(checkpoint.folder, manifest, family.shape(config), device)
-        prefix = prefix_cache(checkpoint.folder, manifest)
-        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix)
+        folder = checkpoint.files[0].parent
+        if manifest.degree > 1:
+            from utils.parallel.groups import open_ring
+
+            open_ring(prepared.peers.groups.tensor, manifest.ring)
+        kv_heads = manifest.cache[1]
+        program = StaticProgram(folder, manifest, replace(family.shape(config), kv_heads=kv_heads), device)
+        prefix = prefix_cache(folder, manifest)
+        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix, kv_heads=kv_heads)
     return engine_of(prepared, *load_program(prepared, device))
+
+
+def _held(prepared: Prepared) -> Held | None:
+    """What this process has of the library's model, if not all."""
+    from utils.partition.tensor import Held
+
+    checkpoint = prepared.checkpoint
+    return Held.of(checkpoint.family, checkpoint.config, prepared.peers) if prepared.peers.several else None
 
 
 def engine_of(prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> Engine:
@@ -189,26 +235,31 @@ def engine_of(prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None
 
     checkpoint = prepared.checkpoint
     return CachedEngine(
-        checkpoint.family, checkpoint.config, DynamicProgram(layer), dtype=prepared.dtype, prefix=prefix
+        checkpoint.family,
+        checkpoint.config,
+        DynamicProgram(layer),
+        dtype=prepared.dtype,
+        prefix=prefix,
+        kv_heads=layer.kv_heads,
     )
 
 
-def _library_model(prepared: Prepared) -> tuple[Any, PrefixTuning | None]:
+def _library_model(prepared: Prepared, held: Held | None) -> tuple[Any, PrefixTuning | None]:
     """The library's model with the adapter in it, and the prefix."""
     from utils.checkpoints.load import load_model
 
     checkpoint = prepared.checkpoint
-    model, prefix = load_model(checkpoint, prepared.dtype), None
+    model, prefix = load_model(checkpoint, prepared.dtype, held=held), None
     if prepared.lora is not None:
         from utils.adapters.lora import load_lora
 
-        adapted = load_lora(model, checkpoint.family, prepared.lora, checkpoint)
+        adapted = load_lora(model, checkpoint.family, prepared.lora, checkpoint, held=held)
         adapted.eval()
         model = adapted.model
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
 
-        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, prepared.dtype)
+        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, prepared.dtype, held)
         prefix.eval()
     return model, prefix
 
@@ -226,26 +277,32 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
     from utils.checkpoints.merge import parameters
 
     known = parameters(checkpoint, prepared.lora, "float32")
+    parts = prepared.parts
     order = None  # of the dimensions of a head
+    heads: slice | list[int] = slice(None)
     layer: Any
     if prepared.inference_model:
         from utils.inference.decoder import Decoder
 
-        layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype)
+        group = prepared.peers.groups.tensor
+        layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype, parts=parts, group=group)
+        heads = heads if parts is None else parts.read_heads
         order = None if architecture.rotary is None else architecture.rotary.order
     else:
         from utils.checkpoints.load import build, fill_model
         from utils.inference.plain import LibraryProgram
 
-        model = build(checkpoint, prepared.dtype)
-        fill_model(model, checkpoint, known)
-        layer = LibraryProgram(checkpoint.family, model, checkpoint.config)
+        held = _held(prepared)
+        model = build(checkpoint, prepared.dtype, held=held)
+        fill_model(model, checkpoint, known, held=held)
+        layer = LibraryProgram(checkpoint.family, model, checkpoint.config, held)
+        heads = heads if parts is None else parts.key_value_heads
     prefix = None
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
 
         tuned = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32")
-        prefix = prefix_array(tuned, order)
+        prefix = prefix_array(tuned, order)[:, heads]
     return layer, prefix
 
 

@@ -41,12 +41,20 @@ def trial(engine: Engine, vocabulary: int) -> dict[str, list[list[float]]]:
 
 
 def verify_export(folder: Path, engine: Engine, prepared: Prepared, device: str) -> None:
-    """Loads an exported folder in a new process and compares it with an engine of the same model.
+    """Loads an exported folder, in a new process if there is but one, and compares it with an engine of the same model.
 
     Raises:
         UserError: the process failed, or its logits differ by more than `TOLERANCE`.
     """
     wanted = trial(engine, engine.vocabulary)
+    if prepared.peers.several:
+        from utils.inference.loading import load, prepare
+
+        exported = prepare(
+            str(folder), device=device, mode="static", inference_model=prepared.inference_model, peers=prepared.peers
+        )
+        _compare(folder, wanted, trial(load(exported, device).engine, engine.vocabulary))
+        return
     arguments = json.dumps({"folder": str(folder), "device": device, "inference_model": prepared.inference_model})
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -55,7 +63,10 @@ def verify_export(folder: Path, engine: Engine, prepared: Prepared, device: str)
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise UserError(f"{folder}: the exported model does not run (exit code {done.returncode}):\n{said}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    _compare(folder, wanted, json.loads(done.stdout.splitlines()[-1]))
+
+
+def _compare(folder: Path, wanted: dict[str, list[list[float]]], found: dict[str, list[list[float]]]) -> None:
     ours, theirs = np.array(wanted["logits"]), np.array(found["logits"])
     difference = float(np.abs(ours - theirs).max() / np.abs(ours).max())
     if not difference <= TOLERANCE:

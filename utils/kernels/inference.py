@@ -195,8 +195,13 @@ def _open_borders(length: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
     the last `length` tokens of all blocks are always the text.
     """
     size = (length + pieces - 1) // pieces
-    ends = [paddle.clip(length - size * later, min=1) for later in reversed(range(pieces))]
-    return [(paddle.clip(end - size, min=0), end) for end in ends]
+    ends = [_at_least(1, length - size * later) for later in reversed(range(pieces))]
+    return [(_at_least(0, end - size), end) for end in ends]
+
+
+def _at_least(least: int, number: Tensor) -> Tensor:
+    """Not `clip`, which ends a program with oneDNN, the inference library's default, if it gets integers."""
+    return paddle.maximum(number, paddle.full([], least, number.dtype))
 
 
 def attend(

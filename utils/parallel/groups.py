@@ -127,3 +127,31 @@ def seed_everything(seed: int, layout: Layout) -> None:
     tracker.add("global_seed", first + place)
     tracker.add("local_seed", first + places + split)
     tracker.add("model_parallel_rng", first + places + layout.world + split)
+
+
+_rings: set[int] = set()  # that `open_ring` has opened
+
+
+def open_ring(group: Any, number: int) -> None:
+    """Connects the ranks of a group for the exchanges inside of programs; all must come.
+
+    Args:
+        number: of the group when the programs were traced.
+    """
+    import paddle
+    from paddle.base import core
+
+    from utils.parallel.cpu.stores import own_store
+
+    gpu = paddle.is_compiled_with_cuda()
+    if number in _rings or (number == group.id and not gpu):  # Paddle connects gloo groups for programs too
+        return
+    _rings.add(number)
+    store, contexts, key = core.create_or_get_global_tcp_store(), core.CommContextManager, str(number)
+    if not gpu:
+        store = own_store(store, f"ring {number}", group.rank == 0)
+        contexts.create_gloo_comm_context(store, key, group.rank, group.nranks)
+        return
+    create: Any = getattr(contexts, "create_nccl_comm_context")  # noqa: B009 - builds for CPUs have none
+    contexts.set_device_id(paddle.distributed.ParallelEnv().device_id)
+    create(store, key, group.rank, group.nranks, f"ring {number}")

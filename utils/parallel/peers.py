@@ -80,6 +80,14 @@ class Alone:
         """The JSON value of every rank, in their order."""
         return [value]
 
+    def from_first(self, make: Callable[[], Value], what: str) -> Value:
+        """The JSON value that rank 0 makes, while the others wait.
+
+        Args:
+            what: is being waited for, for messages.
+        """
+        return make()
+
     def add_up(self, tensors: Sequence[Any], group: Any) -> None:
         """Replaces each tensor by its sum over a group, worked out in float32; all have the same result.
 
@@ -108,6 +116,7 @@ class Peers(Alone):
         self.store = store
         self.passed = 0  # gates
         self.gathered = 0
+        self.made = 0
         self.relayed = False  # another rank's failure is what ends this one
 
     # --- waiting -------------------------------------------------------------------------------------
@@ -183,6 +192,14 @@ class Peers(Alone):
         return [
             json.loads(bytes(self.store.get(f"gather/{number}/{rank}")).decode()) for rank in range(self.layout.world)
         ]
+
+    def from_first(self, make: Callable[[], Value], what: str) -> Value:
+        self.made += 1
+        key = f"made/{self.made % 2}"  # rank 0 makes no third value while another still reads the first
+        if self.first:
+            self.store.set(key, json.dumps(make()))
+        self.gate(what)
+        return json.loads(bytes(self.store.get(key)).decode())
 
     def add_up(self, tensors: Sequence[Any], group: Any) -> None:
         import paddle.distributed as dist

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, raise_if
@@ -74,6 +75,12 @@ class Layout:
             stage=int(args.sharding[len("stage")]) if sharding > 1 else 0,
             virtual=args.virtual_pp_degree if pipeline > 1 else 1,
         )
+
+    @classmethod
+    def of_prediction(cls, environment: Mapping[str, str] | None = None) -> Layout:
+        """All processes that the launcher has started share one model, tensor parallel."""
+        whole = SimpleNamespace(tensor_parallel_degree=world_size(environment), pipeline_parallel_degree=1, sharding="")
+        return cls.of(whole, environment)
 
     @property
     def data(self) -> int:

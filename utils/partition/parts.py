@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoints.shards import axis_of, join, split
+from utils.errors import raise_if
 from utils.families.base import FamilySpec, Split
 
 _ADAPTER = ("lora_A", "lora_B")
@@ -60,6 +61,23 @@ class Parts:
         few = self.sizes.kv_heads // self.degree
         return slice(self.rank * few, (self.rank + 1) * few)
 
+    @property
+    def query_heads(self) -> list[int]:
+        """The heads that this rank computes."""
+        few = self.sizes.heads // self.degree
+        return list(range(self.rank * few, (self.rank + 1) * few))
+
+    @property
+    def read_heads(self) -> list[int]:
+        """The key and value heads that those read, in their order, where a rank need not have others.
+
+        Equally many heads read each. Where the degree neither divides the key and value heads nor is a multiple
+        of their number, this takes as many copies as there are heads.
+        """
+        read = [head * self.sizes.kv_heads // self.sizes.heads for head in self.query_heads]
+        divides = self.sizes.kv_heads % self.degree == 0 or self.degree % self.sizes.kv_heads == 0
+        return list(dict.fromkeys(read)) if divides else read
+
     def rule(self, name: str) -> Split | None:
         """The rule by which a parameter is cut: one of the model, or of a LoRA layer in it.
 
@@ -70,6 +88,17 @@ class Parts:
             return self._running.get(name)
         rule = self._running.get(f"{path}.weight")
         return rule if (rule == "row") == (kind == "lora_A") else None
+
+    def check(self, matrices: Mapping[str, tuple[int, int | None]]) -> None:
+        """Raises `UserError` unless the degree divides what is shared of parameters of these shapes."""
+        lengths = {name: sizes[axis_of(self.rule(name), 2)] for name, sizes in matrices.items() if self.rule(name)}
+        raise_if(
+            [
+                f"tensor_parallel_degree {self.degree} does not divide the {length} rows or columns of {name}"
+                for name, length in lengths.items()
+                if length is not None and length % self.degree
+            ]
+        )
 
     def stored_rule(self, name: str) -> Split | None:
         """The rule by which shard files of tensor-parallel runs hold a parameter of the model."""

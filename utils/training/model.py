@@ -116,7 +116,7 @@ class TrainingModel(nn.Layer):
         return self.stages.passing(lambda part, hidden: self.through(part, batch, hidden))
 
     def supervised(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [targets, vocabulary] and labels [targets] of the supervised positions.
+        """Logits [targets, vocabulary] and labels [targets] of the supervised positions; [1, vocabulary] without any.
 
         Args:
             hidden: last hidden states [batch, length, hidden].
@@ -126,7 +126,9 @@ class TrainingModel(nn.Layer):
         """
         flat = labels.reshape([-1])
         positions = paddle.nonzero(flat != IGNORED).reshape([-1])
-        hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(positions)
+        # without targets one position goes through the head all the same: ranks exchange there, and not nothing
+        chosen = positions if positions.shape[0] else paddle.zeros([1], dtype="int64")
+        hidden = hidden.reshape([-1, hidden.shape[-1]]).index_select(chosen)
         hidden = split.for_parts(hidden, self.vocabulary_group)
         return self.head(hidden), flat.index_select(positions)
 

@@ -145,7 +145,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
         set_seed(args.seed)
     else:
         set_seed(args.seed)
-        paddle.seed(args.seed)  # the library seeds pipeline stages apart, and they draw one model
+        paddle.seed(args.seed)  # the library's seed is another on each pipeline stage; all draw the same model
         base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     stages: Any = None
     if peers.layout.pipeline > 1:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_directory, write_json
 from utils.errors import UserError, notice
+from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.best import note_best
@@ -453,9 +454,8 @@ class Trainer(library.Trainer):
 
     def continue_state(self) -> None:
         """Corrects the state that the library has read from a checkpoint, before the first step."""
-        layout = self.peers.layout
-        if place := layout.reader(layout.rank) * layout.pipeline + layout.coordinates(layout.rank)[1]:
-            paddle.seed(self.args.seed + place)  # other dropout than that of the first
+        if self.peers.several:
+            seed_everything(self.args.seed, self.peers.layout)
         if self.resumed is None:
             return
         self.window = Window.from_json(self.resumed["window"])

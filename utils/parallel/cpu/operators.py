@@ -123,7 +123,9 @@ def tensor_parallel_operators() -> None:
             return Split.apply(x, group or group_of(0), rank, ranks)
 
     operators: Any = paddle._C_ops  # the last arguments of some choose streams, which a CPU does not have
-    operators.c_identity = lambda x, number, *_: Identity.apply(x, group_of(number))
+    operators.c_identity = lambda x, number, *_: (
+        Identity.apply(x, group_of(number)) if paddle.in_dynamic_mode() else x  # programs have no gradients here
+    )
     operators.c_split = lambda x, rank, ranks, number, *_: Split.apply(x, group_of(number), rank, ranks)
     operators.c_concat = lambda x, rank, ranks, number, *_: Concat.apply(x, group_of(number), rank, ranks)
     operators.c_softmax_with_cross_entropy = lambda x, label, ignored, number, rank, ranks: SoftmaxCrossEntropy.apply(
