@@ -22,7 +22,9 @@ CORE = [Work("llama", method) for method in ("sft", "shards", "lora", "prefix")]
 NAMES = ("kv1", "odd", "glm_tiny", "gpt2_tiny", "chatglm2_wide")
 FAMILIES = [Work(name, method) for name in NAMES for method in ("shards", "sft")]
 ANSWERS = ("--eval_with_do_generation", "--eval_max_new_tokens", 6, "--do_predict")
-BEST = ("--load_best_model_at_end", "--evaluation_strategy", "steps", "--eval_steps", HALFWAY, "--learning_rate", 0.05)
+# of SFT the first checkpoint, whose loss is the higher one, passes for the better
+BEST = ("--load_best_model_at_end", "--evaluation_strategy", "steps", "--eval_steps", HALFWAY)
+BEST += ("--greater_is_better", "true")
 EVALUATED = [Work("llama", method, more) for method in ("sft", "lora") for more in (ANSWERS, BEST)]
 ASYNC = [Work("llama", method, ("--async_save", "true")) for method in ("sft", "shards", "lora")]
 
@@ -67,6 +69,8 @@ def check_same_files(bench: Bench, work: Work, layout: str) -> None:
         if not name.endswith(("_runtime", "_second")):
             assert results[0][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name  # ppl is e to the loss
     assert states[0]["best_model_checkpoint"] == states[1]["best_model_checkpoint"]
+    if work == Work("llama", "sft", BEST):
+        assert states[0]["best_model_checkpoint"] == f"checkpoint-{HALFWAY}"
 
 
 def check_same_tensors(bench: Bench, work: Work, layout: str) -> None:

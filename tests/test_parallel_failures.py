@@ -13,6 +13,8 @@ from launching import Launched, start_launched
 from many_runs import figures
 from tiny_runs import Tiny, tiny  # noqa: F401
 
+from utils.training.resume import checkpoints, step_of
+
 LAYOUTS: dict[str, tuple[int, list[object]]] = {
     "TP2": (2, ["--tensor_parallel_degree", 2]),
     "PP2": (2, ["--pipeline_parallel_degree", 2]),
@@ -154,3 +156,36 @@ def test_a_full_disk(rank: int, background: bool, tiny: Tiny, tmp_path: Path) ->
     said = [line for line in run.err.splitlines() if line.startswith("error:")]
     assert "checkpoint-2 could not be written: No space left on device" in said[0] and len(set(said)) == 1
     assert "Traceback" not in run.err and not run.checkpoints()
+
+
+SLOW = """
+import time
+from utils.training import saving
+write = saving.write_lazy
+def slow(*args):
+    time.sleep(2)
+    write(*args)
+saving.write_lazy = slow
+"""
+
+
+@pytest.mark.parametrize("layout", ["one", pytest.param("TP2", marks=heavy)])
+def test_a_signal_while_a_checkpoint_is_written(layout: str, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Steps go on while it is written; it is finished, and that of the last step is written too."""
+    options = ["--max_steps", 3000, "--save_strategy", "steps", "--save_steps", 10, "--async_save", "true"]
+    output = tmp_path / "out"
+    if layout == "one":
+        process = tiny.start(output, *SFT, *options, code=PREPARED + SLOW)
+        read = iter(process.stdout.readline, "")
+        assert any("step 11/" in line for line in read) and not (output / "checkpoint-10").exists()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    else:
+        run = start(tiny, output, layout, *options, code=SLOW)
+        until(run, 11)
+        assert not (output / "checkpoint-10").exists()
+        run.process.send_signal(signal.SIGTERM)
+        err = run.wait().err
+    first, last = checkpoints(output)
+    assert first.name == "checkpoint-10" and step_of(last) >= 11, err
+    assert f"stopped after step {step_of(last)} of 3000" in err and "Traceback" not in err
