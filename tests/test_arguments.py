@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +335,9 @@ WRONG = "--dataset_name_or_path ./absent --src_length 9 --max_length 9 --device 
 
 
 def run_script(root: Path, command: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The process that has ended, and the seconds of processor time that it took: other jobs have no part in them."""
     script, *words = command.split()
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, str(root / script), *words],
         cwd=folder,
@@ -345,7 +346,8 @@ def run_script(root: Path, command: str, folder: Path) -> tuple[subprocess.Compl
         text=True,
         check=False,
     )
-    return done, time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(
@@ -364,8 +366,6 @@ def run_script(root: Path, command: str, folder: Path) -> tuple[subprocess.Compl
 )
 def test_scripts_answer_within_a_second_and_write_nothing(root: Path, tmp_path: Path, command: str, code: int) -> None:
     done, seconds = run_script(root, command, tmp_path)
-    if seconds >= 1:  # another job may have had the processor
-        done, seconds = run_script(root, command, tmp_path)
     assert done.returncode == code and seconds < 1
     assert list(tmp_path.iterdir()) == []
     if code == 0:
