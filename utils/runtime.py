@@ -138,15 +138,28 @@ def check_device(device: str, *, explicit: bool) -> str:
 
 def load_paddle() -> None:
     """Imports Paddle without its start-up noise (several threads on a CPU are meant)."""
-    with _without_noise():
+    with _without_noise(), _without_images():
         import paddle  # noqa: F401
 
 
 def load_library() -> None:
     """Imports Paddle and PaddleNLP without their start-up noise. PaddleNLP takes seconds and 250 MB: only what
     runs its models or its trainer calls this."""
-    with _without_noise():
+    with _without_noise(), _without_images():
         quiet_libraries()
+
+
+@contextlib.contextmanager
+def _without_images() -> Iterator[None]:
+    """Where OpenCV is installed, importing Paddle would load it too: 22 MB for images, of which there are none here."""
+    if "cv2" in sys.modules:
+        yield
+        return
+    sys.modules["cv2"] = None  # type: ignore[assignment]  # what Paddle finds where it is not installed
+    try:
+        yield
+    finally:
+        del sys.modules["cv2"]
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 
 from utils.errors import UserError
 
+ENDLESS = 2**31 - 1  # behind the end of any text
 HIDDEN = -1e30  # added to the score of a key that is not seen
 BLOCK = 128  # tokens whose attention is computed together
 PIECES = 4  # blocks of a static program, whose number of blocks is fixed
@@ -145,14 +146,20 @@ class Block:
     """Consecutive new tokens and what they see, the same for every layer.
 
     Attributes:
-        first, end: their places, and so what they see: the tokens before `end`. Numbers, or tensors where a
-            program leaves the length open.
+        first, end: their places. Numbers, or int64 tensors [1] where a program leaves the length open: each
+            layer cuts by them with one operator.
+        seen: number of keys that they see, the first ones, those of the cache among them; likewise.
         mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
+        start: of the text: 0 of the same kind.
+        text: the bounds of the text in all blocks together, see `_open_borders`; None where they are the text.
     """
 
     first: Any
     end: Any
+    seen: Any
     mask: Tensor
+    start: Any = 0
+    text: tuple[Tensor, Tensor] | None = None
 
 
 def blocks_of(
@@ -172,7 +179,8 @@ def blocks_of(
     if length < 0:  # left open in a static program
         length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
         pieces = pieces or PIECES
-        borders = [(0, length)] if pieces == 1 else _open_borders(length, pieces)
+        start, endless = (paddle.full([1], place, "int64") for place in (0, ENDLESS))
+        borders = [(start, length)] if pieces == 1 else _open_borders(length, pieces)
     else:
         pieces = pieces or -(-length // BLOCK)
         borders = list(pairwise(length * number // pieces for number in range(pieces + 1)))
@@ -181,10 +189,15 @@ def blocks_of(
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
     found = []
     for first, end in borders:
-        part = scores if pieces == 1 else scores[:, :, first:end, : seen - length + end]
+        before = seen - length + end
+        part = scores if pieces == 1 else scores[:, :, first:end, :before]
         if group > 1 or slopes is None:
             part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
-        found.append(Block(first, end, part))
+        if isinstance(end, int):
+            found.append(Block(first, end, before, part))
+        else:
+            first, end, before = (place.reshape([1]) for place in (first, end, before))
+            found.append(Block(first, end, before, part, start, (-end, endless)))
     return found
 
 
@@ -219,19 +232,25 @@ def attend(
     """
     heads, width = query.shape[1], query.shape[3]
     kv_heads = key.shape[1]
+    if past is not None:
+        key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value)))  # noqa: B905 - it is traced
     found = []
-    for block in blocks:
-        q, k, v = query, key, value
-        if len(blocks) > 1:
-            q, k, v = query[:, :, block.first : block.end], key[:, :, : block.end], value[:, :, : block.end]
-        if past is not None:
-            k, v = paddle.concat([past[0], k], axis=2), paddle.concat([past[1], v], axis=2)
+    for number, block in enumerate(blocks):
+        q = query if len(blocks) == 1 else _cut(query, block.first, block.end)
+        k, v = key, value
+        if number < len(blocks) - 1:
+            k, v = _cut(key, block.start, block.seen), _cut(value, block.start, block.seen)
         scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
         found.append(paddle.matmul(_weights(scores, block.mask), v).reshape([0, heads, -1, width]))
     if len(found) == 1:
         return found[0]
-    joined = paddle.concat(found, axis=2)
-    return joined if query.shape[2] >= 0 else joined[:, :, -blocks[-1].end :]  # see `_open_borders`
+    joined, text = paddle.concat(found, axis=2), blocks[-1].text
+    return joined if text is None else _cut(joined, *text)
+
+
+def _cut(x: Tensor, first: Any, end: Any) -> Tensor:
+    """x[:, :, first:end]; by tensors [1] it is one operator of a program, not five."""
+    return x[:, :, first:end] if isinstance(end, int) else paddle.slice(x, [2], first, end)
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
