@@ -424,6 +424,7 @@ def layout_of(tensor: int = 1, pipeline: int = 1, sharding: int = 1) -> Layout:
             pipeline_parallel_degree=pipeline,
             sharding="stage1" if sharding > 1 else "",
             sharding_parallel_degree=sharding,
+            virtual_pp_degree=1,
         )
     )
 
