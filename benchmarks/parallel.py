@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-STEPS, WARM = 14, 4
-ROWS = 16  # a step
+STEPS, WARM = 9, 3
+ROWS = 8  # a step
 SIZES = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -42,17 +42,17 @@ SIZES = {
 TENSOR, PIPELINE = ["--tensor_parallel_degree", "2"], ["--pipeline_parallel_degree", "2"]
 # name -> (processes, rows a device, micro-batches, arguments)
 LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {
-    "1": (1, 4, 4, []),
-    "DP2": (2, 4, 2, []),
-    "stage1": (2, 4, 2, ["--sharding", "stage1"]),
-    "stage2": (2, 4, 2, ["--sharding", "stage2"]),
-    "stage3": (2, 4, 2, ["--sharding", "stage3"]),
-    "TP2": (2, 4, 4, TENSOR),
-    "TP2 sequence": (2, 4, 4, [*TENSOR, "--sequence_parallel", "true"]),
-    "PP2": (2, 4, 4, PIPELINE),
-    "PP2 virtual": (2, 4, 4, [*PIPELINE, "--virtual_pp_degree", "2"]),
-    "TP2 PP2": (4, 4, 4, [*TENSOR, *PIPELINE]),
-    "DP2 PP2": (4, 4, 2, PIPELINE),
+    "1": (1, 2, 4, []),
+    "DP2": (2, 2, 2, []),
+    "stage1": (2, 2, 2, ["--sharding", "stage1"]),
+    "stage2": (2, 2, 2, ["--sharding", "stage2"]),
+    "stage3": (2, 2, 2, ["--sharding", "stage3"]),
+    "TP2": (2, 2, 4, TENSOR),
+    "TP2 sequence": (2, 2, 4, [*TENSOR, "--sequence_parallel", "true"]),
+    "PP2": (2, 2, 4, PIPELINE),
+    "PP2 virtual": (2, 2, 4, [*PIPELINE, "--virtual_pp_degree", "2"]),
+    "TP2 PP2": (4, 2, 4, [*TENSOR, *PIPELINE]),
+    "DP2 PP2": (4, 2, 2, PIPELINE),
 }
 
 
