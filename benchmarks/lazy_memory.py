@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from random_model import write_model  # noqa: E402
+
 WORDS = ["river", "stone", "light", "water", "paper", "garden", "music", "winter", "market", "letter", "bridge"]
 ROW_BYTES = 50_000  # a short question and answer, and a long field that training does not use
 BATCH = 64
@@ -53,26 +55,6 @@ def write_rows(file: Path, size: int) -> int:
     return rows
 
 
-def write_model(folder: Path) -> None:
-    """A tiny random LLaMA with the tokenizer of the embedded model."""
-    from utils import runtime
-
-    runtime.prepare()
-    runtime.load_paddle()
-    from utils.checkpoints.locate import locate
-    from utils.checkpoints.save import save_model
-    from utils.families import FAMILIES
-    from utils.families.tokenizers import load_tokenizer
-
-    source = locate("smollm2-135m-instruct")
-    tokenizer = load_tokenizer(source.folder, source.config)
-    names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = {**SIZES, **{name: source.config.get(name) for name in names}}
-    folder.mkdir()
-    save_model(folder, FAMILIES["llama"].create(config), FAMILIES["llama"], config)
-    tokenizer.save(folder)
-
-
 def train(data: Path, model: Path, output: Path, steps: int) -> dict[str, float]:
     """Runs the script and measures its process."""
     command = [
@@ -96,7 +78,7 @@ def main() -> None:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model")
+        write_model(folder / "model", SIZES)
         rows = {}
         for label, size in (("large", large_bytes), ("small", 10**7)):
             (folder / label).mkdir()

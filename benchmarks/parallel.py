@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
+from random_model import write_model  # noqa: E402
+
 STEPS, WARM = 9, 3
 ROWS = 8  # a step
 SIZES = {
@@ -58,21 +60,7 @@ LAYOUTS: dict[str, tuple[int, int, int, list[str]]] = {
 
 def write_inputs(folder: Path) -> None:
     """A random LLaMA with the embedded model's tokenizer, and rows of 100 to 120 words."""
-    from utils import runtime
-
-    runtime.prepare()
-    runtime.load_paddle()
-    from utils.checkpoints.locate import locate
-    from utils.checkpoints.save import save_model
-    from utils.families import FAMILIES
-    from utils.families.tokenizers import load_tokenizer
-
-    source = locate("smollm2-135m-instruct")
-    names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    config = {**SIZES, **{name: source.config.get(name) for name in names}}
-    (folder / "model").mkdir()
-    save_model(folder / "model", FAMILIES["llama"].create(config), FAMILIES["llama"], config)
-    load_tokenizer(source.folder, source.config).save(folder / "model")
+    write_model(folder / "model", SIZES)
     (folder / "data").mkdir()
     chosen, words = random.Random(0), ["river", "house", "green", "apple", "tree", "seven", "stone", "light"]
     with open(folder / "data" / "train.json", "w", encoding="utf-8") as file:
