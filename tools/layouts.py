@@ -67,6 +67,10 @@ LAYOUTS = {
     "PP2 stage3": Case(4, 2, 2, [*PIPELINE, "--sharding", "stage3"], SOME),
     "TP2 PP2": Case(4, 2, 4, [*TENSOR, *PIPELINE], SOME),
     "TP2 stage2": Case(4, 2, 2, [*TENSOR, "--sharding", "stage2"], SOME),
+    "TP2 stage1": Case(4, 2, 2, [*TENSOR, "--sharding", "stage1"], SOME),
+    "TP2 stage3": Case(4, 2, 2, [*TENSOR, "--sharding", "stage3"], SOME),
+    "DP2 stage2": Case(4, 2, 1, ["--sharding", "stage2", "--sharding_parallel_degree", "2"], SOME),
+    "DP2 stage3": Case(4, 2, 1, ["--sharding", "stage3", "--sharding_parallel_degree", "2"], SOME),
     "DP2 PP2": Case(4, 2, 2, PIPELINE, SOME),
 }
 
