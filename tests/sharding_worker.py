@@ -208,12 +208,10 @@ def close(found: Any, wanted: Any, what: str, tolerance: float) -> None:
 
 def single(method: str, **options: Any) -> tuple[list[float], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Figures, weights and optimizer state of one process."""
-    from utils.training.resume import named_parameters
-
     model = build(method, **options)
     optimizer = optimizer_of(model)
     found = train(model, optimizer, Single(model), range(STEPS), 0, 1)
-    names, state = named_parameters(model), {}
+    names, state = {parameter.name: name for name, parameter in model.named_parameters()}, {}
     for key, value in optimizer.state_dict().items():
         entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
         for slot, tensor in entries.items():

@@ -65,7 +65,8 @@ def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
 def full_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
     """Logits of every position by one forward without cache, mask or padding."""
     with paddle.no_grad():
-        return model(paddle.to_tensor([list(ids)]), return_dict=True).logits[0].numpy()
+        hidden = FAMILY.forward_hidden(model, {"input_ids": paddle.to_tensor([list(ids)])})
+        return FAMILY.logits(model, hidden)[0].numpy()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-from utils.kernels.split import own_dropout
-
 
 def segment_lengths(ends: np.ndarray) -> list[int]:
     """Lengths of the consecutive segments of one row.
@@ -68,7 +66,7 @@ def packed_attention(
             n = qs.shape[1]
             scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + added[:, :n, :n]
             weights = F.softmax(scores, axis=-1).astype(vs.dtype)
-            parts.append(paddle.matmul(own_dropout(weights, dropout) if dropout else weights, vs))
+            parts.append(paddle.matmul(F.dropout(weights, dropout) if dropout else weights, vs))
         outputs.append(paddle.concat(parts, axis=1).transpose([1, 0, 2]).reshape([length, heads * head_dim]))
     return paddle.stack(outputs)
 
@@ -95,7 +93,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         # sizes that a static program leaves open are -1, those of the mask too
         mask = paddle.tile(mask, [batch // mask.shape[0], heads // mask.shape[1], 1, 1])
     weights = F.softmax(scores + mask.astype("float32"), axis=-1).astype(v.dtype)
-    weights = own_dropout(weights, dropout) if dropout else weights
+    weights = F.dropout(weights, dropout) if dropout else weights
     return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_dim])
 
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
-import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.distributed.fleet.layers.mpu import mp_ops
-from paddle.distributed.fleet.layers.mpu.random import get_rng_state_tracker
-
-LOCAL = "local_seed"  # fleet's name of the generator that differs between tensor-parallel ranks
 
 
 def for_parts(x: Tensor, group: Any) -> Tensor:
@@ -36,10 +31,3 @@ def cross_entropy(logits: Tensor, targets: Tensor, group: Any) -> Tensor:
     """
     losses = mp_ops._c_softmax_with_cross_entropy(logits.astype("float32"), targets.unsqueeze(-1), group=group)
     return losses.reshape([-1])
-
-
-def own_dropout(x: Tensor, share: float) -> Tensor:
-    """Dropout of what each rank has for its own heads: another mask on every rank, see `groups.seed_everything`."""
-    tracker = get_rng_state_tracker()
-    with tracker.rng_state(LOCAL) if LOCAL in tracker.states_ else nullcontext():
-        return F.dropout(x, share)

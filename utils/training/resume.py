@@ -134,7 +134,6 @@ def random_state() -> dict[str, Any]:
         "numpy": [kind, [int(k) for k in key], int(position), int(has_gauss), float(gauss)],
         "paddle": [_generator_values(state) for state in paddle.get_rng_state("cpu")],
         "device": [_generator_values(state) for state in paddle.get_rng_state()],
-        "tracker": {name: [_generator_values(s) for s in states] for name, states in _tracker_states().items()},
     }
 
 
@@ -148,19 +147,6 @@ def set_random_state(saved: Mapping[str, Any]) -> None:
     np.random.set_state((kind, np.array(key, dtype=np.uint32), position, has_gauss, cached))
     paddle.set_rng_state([_generator_state(values) for values in saved["paddle"]], "cpu")
     paddle.set_rng_state([_generator_state(values) for values in saved["device"]])
-    known = {name: saved.get("tracker", {}).get(name) for name in _tracker_states()}
-    if known and all(known.values()):  # else the run had another layout
-        from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
-
-        states = {name: [_generator_state(values) for values in found or ()] for name, found in known.items()}
-        get_rng_state_tracker().set_states_tracker(states)
-
-
-def _tracker_states() -> dict[str, list[Any]]:
-    """The generators of fleet, of which there are some where ranks share a model."""
-    from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
-
-    return dict(get_rng_state_tracker().get_states_tracker())
 
 
 def _generator_values(state: Any) -> list[Any]:
