@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -32,6 +33,7 @@ STEP_SECONDS = 1800.0  # ranks do the same work: one that is so much later hangs
 ALONE_SECONDS = 24 * 3600.0  # one rank works, the others wait: tokenizing, saving
 TOLD_SECONDS = 1.0  # for another rank to say why it does not answer
 SEEN_SECONDS = 5.0  # for rank 0 to show what another rank has found
+READ_SECONDS = 0.1  # for others to read from the store before rank 0 ends, and the store with it
 BUCKET_BYTES = 64 << 20
 EXIT_FAILED = 1
 UNANSWERED = re.compile(r"an exchange among ranks .*(Timed out|timeout|closed|reset|Broken pipe|did not come).*", re.I)
@@ -233,6 +235,7 @@ class Peers(Alone):
 
     def failed(self, faults: Sequence[str]) -> None:
         """Ends this process with exit code 2; rank 0 shows the faults of whichever rank found them first."""
+        keep_own_exit_code()
         speaks = self.layout.local_rank == 0
         try:
             if not self.relayed:
@@ -245,7 +248,7 @@ class Peers(Alone):
             errors.show(faults)
             self._say("seen")
         if self.first:
-            time.sleep(0.1)  # others may be reading from the store
+            time.sleep(READ_SECONDS)
         end(errors.EXIT_USER_ERROR)
 
     def crashed(self, error: BaseException) -> None:
@@ -253,6 +256,7 @@ class Peers(Alone):
 
         An exchange in which another rank did not answer is no bug: that rank has the reason, if it could say it.
         """
+        keep_own_exit_code()
         told = unanswered(error)
         if told or self.relayed:
             self._partner_lost(told)
@@ -299,6 +303,7 @@ class Peers(Alone):
 
     def leave(self, code: int) -> None:
         """Ends this process after its work; rank 0, which serves the store, is the last."""
+        keep_own_exit_code()
         self._say("left")
         started = time.monotonic()
         while self.first and self.store.add("left", 0) < self.layout.world and time.monotonic() - started < 60:
@@ -318,6 +323,11 @@ def unanswered(error: BaseException) -> str:
         f"{found[0].strip()}; one of these ranks has ended or hangs: look at the ends of their workerlog files. "
         "The same command continues from the last checkpoint"
     )
+
+
+def keep_own_exit_code() -> None:
+    """The launcher sends SIGTERM to all when one has ended, and passes on the exit code of the first that failed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end(code: int) -> None:
