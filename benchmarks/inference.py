@@ -2,10 +2,10 @@
 
     python benchmarks/inference.py [--quick] [--rounds 3] [--long] [--corners dynamic ...]
 
-Corners: dynamic or static graph, each with the plain or the inference model. Every side runs in a process of its
-own with the same number of threads, in turn, over several rounds; docs/benchmarks.md says what is measured and how
-to read it. Results: benchmarks/results/inference.json and inference.png. The first run makes an environment with
-PyTorch for the peer in the toolchain's cache folder.
+Corners: dynamic or static graph, each with the plain or the inference model. Every side is a process of its own with
+the same number of threads; all live at once and are measured in turn, over several rounds; docs/benchmarks.md says
+what is measured and how to read it. Results: benchmarks/results/inference.json and inference.png. The first run makes
+an environment with PyTorch for the peer in the toolchain's cache folder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import inference_report as report
 from inference_child import CORNERS
+from inference_sides import Command, in_turn, libraries_alone, run_child
 
 from utils import runtime
 from utils.checkpoints.files import cache_root, write_json
@@ -43,10 +42,14 @@ ROOT = BENCHMARKS.parent
 MODEL = "smollm2-135m-instruct"
 PEER = report.PEER
 PEER_REQUIREMENTS = ("torch==2.13.0", "transformers==4.57.6", "safetensors==0.8.0", "numpy==2.4.6")
-PREFILL, NEW_TOKENS, SINGLES, REPEATS, GROWTH_STEPS = 512, 64, 2, 3, 17
+PREFILL, NEW_TOKENS, GROWTH_STEPS = 512, 64, 17
+REPEATS = {"prefill": 4, "first_token": 4, "decode_1": 2, "decode_8": 2}  # even: each side goes first in half of them
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
-SECONDS = {False: 45.0, True: 20.0}  # expected of one process, full and quick, before one has run
-GROWTH_SECONDS = {False: 120.0, True: 20.0}
+# What a process of each kind of side does that imports its libraries and nothing else.
+LIBRARIES = {
+    report.TOOLCHAIN: "from utils import runtime; runtime.prepare(); runtime.load_paddle()",
+    PEER: "import torch, transformers",
+}
 # Questions of unequal length, whose answers by this model are longer than what is decoded.
 QUESTIONS = (
     "Tell me a story about a fox.",
@@ -123,7 +126,7 @@ def peer_python() -> Path:
 
 
 def make_work(quick: bool) -> dict[str, Any]:
-    """What both sides are given: token ids and counts."""
+    """What all sides are given: token ids and counts."""
     prepared = loading.prepare(MODEL, device="cpu", dtype="float32")
     rows = (ROOT / "data" / "train.json").read_text(encoding="utf-8").splitlines()
     text = "\n".join(f"{row['src']} {row['tgt']}." for row in map(json.loads, rows))
@@ -139,11 +142,23 @@ def make_work(quick: bool) -> dict[str, Any]:
         "prefill": ids[:PREFILL],
         "text": ids[: CONTEXTS[-1]],
         "new_tokens": 8 if quick else NEW_TOKENS,
-        "singles": 1 if quick else SINGLES,
-        "repeats": 1 if quick else REPEATS,
+        "repeats": dict.fromkeys(REPEATS, 1) if quick else REPEATS,
         "growth_steps": 3 if quick else GROWTH_STEPS,
-        "contexts": [],
     }
+
+
+def speed_plan(repeats: Mapping[str, int]) -> list[Command]:
+    """What every process measures: each figure as often as `repeats` says; decoding alone takes the next prompt."""
+    plan: list[Command] = [{"measure": "warm_up"}]
+    for name, count in repeats.items():
+        for repetition in range(count):
+            prompt = {"prompt": repetition % len(QUESTIONS)} if name == "decode_1" else {}
+            plan.append({"measure": name, **prompt})
+    return plan
+
+
+def growth_plan(contexts: Sequence[int]) -> list[Command]:
+    return [{"measure": "warm_up"}, *({"measure": "growth", "context": context} for context in contexts)]
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -179,49 +194,9 @@ def export(corner: str, folder: Path) -> str:
     more = ["--inference_model"] if CORNERS[corner]["inference_model"] else []
     print(f"exporting for {report.LABELS[corner]}", flush=True)
     arguments = ["--model_name_or_path", MODEL, "--output_path", str(folder), *more]
-    run_child([sys.executable, str(ROOT / "export_model.py"), *arguments], corner, dict(os.environ))
+    command = [sys.executable, str(ROOT / "export_model.py"), *arguments]
+    run_child(command, f"the export for {report.LABELS[corner]}", dict(os.environ))
     return str(folder)
-
-
-def run_child(command: Sequence[str], side: str, environment: Mapping[str, str]) -> str:
-    """Runs a process and returns what it printed.
-
-    Raises:
-        UserError: it failed; with the end of what it said.
-    """
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        said = "\n".join(done.stderr.splitlines()[-15:])
-        raise UserError(f"{report.LABELS[side]} ended with exit code {done.returncode}; it said:\n{said}")
-    return done.stdout
-
-
-def measure(command: Sequence[str], side: str, work: Path, threads: int) -> dict[str, Any]:
-    """One process of one side; its figures, with the cold start on the clock that all processes share."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    started = time.monotonic()
-    said = run_child([*command, "--work", str(work)], side, environment)
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    found["cold_start"] = found["first_token_at"] - started
-    return found
-
-
-def in_turn(
-    sides: Sequence[str], rounds: int, commands: Mapping[str, Sequence[str]], work: Path, expected: float, what: str
-) -> dict[str, list[dict[str, Any]]]:
-    """Every side once per round; every other round in reverse order, so that no side always goes first."""
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    threads = json.loads(work.read_text(encoding="utf-8"))["threads"]
-    order = [side for turn in range(rounds) for side in (sides if turn % 2 == 0 else reversed(sides))]
-    spent: dict[str, float] = {}
-    for number, side in enumerate(order):
-        usual = statistics.mean(spent.values()) if spent else expected
-        left = sum(spent.get(other, usual) for other in order[number:])
-        print(f"[{number + 1}/{len(order)}] {what}, {report.LABELS[side]} (about {left:.0f} s left)", flush=True)
-        started = time.monotonic()
-        found[side].append(measure(commands[side], side, work, threads))
-        spent[side] = time.monotonic() - started
-    return found
 
 
 def commit() -> str | None:
@@ -237,17 +212,13 @@ def assemble(
     facts: Mapping[str, Any],
     work: Mapping[str, Any],
     config: Mapping[str, Any],
-    found: Mapping[str, Sequence[Mapping[str, Any]]],
-    grown: Mapping[str, Sequence[Mapping[str, Any]]],
+    found: Mapping[str, Sequence[report.Round]],
+    grown: Mapping[str, Sequence[report.Round]],
 ) -> dict[str, Any]:
-    """The content of inference.json: `facts` known before, and what the processes of each side said."""
-    figures = {side: report.summarise(rounds) for side, rounds in found.items()}
+    """The content of inference.json: `facts` known before, and what the processes of each side measured."""
     corners = [side for side in found if side != PEER]
     longest = max(map(len, work["batch"])) + work["new_tokens"]
-    growth: report.Growth = {}
-    for side, rounds in grown.items():
-        contexts = list(rounds[0]["growth"])
-        growth[side] = {at: report.spread([one["growth"][at] for one in rounds], higher=False) for at in contexts}
+    contexts = {name: False for name in grown[PEER][0]["values"] if name.isdigit()} if grown else {}
     return {
         "model": MODEL,
         "dtype": "float32",
@@ -258,7 +229,7 @@ def assemble(
             "quick": chosen.quick,
             "prefill_tokens": len(work["prefill"]),
             "prompt_tokens": [len(prompt) for prompt in work["batch"]],
-            **{name: work[name] for name in ("new_tokens", "singles", "repeats", "growth_steps")},
+            **{name: work[name] for name in ("new_tokens", "repeats", "growth_steps")},
         },
         "machine": facts["machine"],
         "versions": {
@@ -269,22 +240,34 @@ def assemble(
             "weights": facts["weights"],
             "cache": report.cache_bytes(config, max(len(work["batch"]) * longest, PREFILL + 1)),
             "cache_per_token": report.cache_bytes(config, 1),
+            "libraries": facts["libraries"],
         },
-        "figures": figures,
-        "ratios": {side: report.ratios(figures[side], figures[PEER]) for side in corners},
+        "figures": {side: report.summarise(rounds, report.HIGHER) for side, rounds in found.items()},
+        "ratios": {side: report.paired_ratios(found[side], found[PEER], report.HIGHER) for side in corners},
+        "against_dynamic": {
+            static: report.paired_ratios(found[static], found[dynamic], report.HIGHER)
+            for static, dynamic in report.DYNAMIC_OF.items()
+            if static in found and dynamic in found
+        },
         "agreement": {side: report.agreement(rounds, found[PEER][0]) for side, rounds in found.items()},
-        "growth": growth,
+        "growth": {side: report.summarise(rounds, contexts) for side, rounds in grown.items()},
+        "growth_ratios": {
+            side: report.paired_ratios(rounds, grown[PEER], contexts) for side, rounds in grown.items() if side != PEER
+        },
         "not_available": facts["not_available"],
     }
 
 
-def prepare_commands(corners: Sequence[str], peer: Path, checkpoint: Path, folder: Path) -> dict[str, list[str]]:
-    """The command of each side; static corners are exported into `folder`."""
+def prepare_commands(
+    corners: Sequence[str], peer: Path, checkpoint: Path, folder: Path, task: Path
+) -> dict[str, list[str]]:
+    """The command that starts each side; static corners are exported into `folder`. `task`: the file of the work."""
     child, commands = str(BENCHMARKS / "inference_child.py"), {}
     for corner in corners:
         model = export(corner, folder / corner) if corner.startswith("static") else MODEL
-        commands[corner] = [sys.executable, child, "--corner", corner, "--model", model]
-    commands[PEER] = [str(peer), str(BENCHMARKS / "peers" / "hf_generate.py"), "--model", str(checkpoint)]
+        commands[corner] = [sys.executable, child, "--corner", corner, "--model", model, "--work", str(task)]
+    loop = str(BENCHMARKS / "peers" / "hf_generate.py")
+    commands[PEER] = [str(peer), loop, "--model", str(checkpoint), "--work", str(task)]
     return commands
 
 
@@ -308,20 +291,24 @@ def main() -> None:
     facts["weights"] = read_weights(checkpoint.folder)
     if facts["machine"]["load_average_before"] > 0.5:
         notice(f"other programs are running (load {facts['machine']['load_average_before']}); figures will be too low")
+    interpreters = {report.TOOLCHAIN: sys.executable, PEER: str(python)}
+    facts["libraries"] = {
+        kind: libraries_alone(interpreters[kind], imports, f"importing the libraries of the {kind} side")
+        for kind, imports in LIBRARIES.items()
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(work["threads"])}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        commands = prepare_commands(corners, python, checkpoint.folder, folder)
         task = folder / "work.json"
         write_json(task, work)
-        found = in_turn([*corners, PEER], chosen.rounds, commands, task, SECONDS[chosen.quick], "speed")
+        commands = prepare_commands(corners, python, checkpoint.folder, folder, task)
+        found = in_turn(commands, chosen.rounds, speed_plan(work["repeats"]), environment)
         results = assemble(chosen, facts, work, checkpoint.config, found, {})
         write(results, chosen.results)
         if chosen.long:
             growing = [corner for corner in corners if corner.endswith("inference_model")] or corners
-            contexts = CONTEXTS[:2] if chosen.quick else CONTEXTS
-            write_json(task, {**work, "contexts": contexts})
-            expected = GROWTH_SECONDS[chosen.quick]
-            grown = in_turn([*growing, PEER], chosen.rounds, commands, task, expected, "growth")
+            plan = growth_plan(CONTEXTS[:2] if chosen.quick else CONTEXTS)
+            grown = in_turn({side: commands[side] for side in (*growing, PEER)}, chosen.rounds, plan, environment)
             results = assemble(chosen, facts, work, checkpoint.config, found, grown)
             write(results, chosen.results)
     print("", *report.table(results), "", sep="\n")

@@ -2,8 +2,8 @@
 
     python benchmarks/inference_child.py --corner dynamic --model NAME --work WORK.json
 
-Prints one JSON line of the same kind as peers/hf_generate.py. The clock stands outside of the generator; inside it
-only separates the first tokens of a longer answer from the rest.
+Answers commands as inference_protocol.py says. The clock stands outside of the generator; inside it only separates
+the first tokens of a longer answer from the rest.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import inference_protocol as protocol
 
 from utils import runtime
 
@@ -62,34 +64,6 @@ def generate(
     return [list(row.tokens) for row in done], first, spent - first
 
 
-def measure(generator: Generator, work: dict[str, Any]) -> dict[str, Any]:
-    """Prefill, first token, decoding one by one and in a batch."""
-    batch, new_tokens = work["batch"], work["new_tokens"]
-    generate(generator, batch, 4)  # warm up
-    generate(generator, [work["prefill"]], 1)
-    prefill = [generate(generator, [work["prefill"]], 1)[1] for _ in range(work["repeats"])]
-    first = [generate(generator, [work["first"]], 1)[1] for _ in range(work["repeats"])]
-    alone = [generate(generator, [prompt], new_tokens) for prompt in batch[: work["singles"]]]
-    together, _, seconds = generate(generator, batch, new_tokens)
-    return {
-        "prefill": len(work["prefill"]) / statistics.median(prefill),
-        "first_token": statistics.median(first),
-        "decode_1": len(alone) * (new_tokens - 1) / sum(spent for _, _, spent in alone),
-        "decode_8": len(batch) * (new_tokens - 1) / seconds,
-        "tokens": {"decode_1": [found[0] for found, _, _ in alone], "decode_8": together},
-    }
-
-
-def growth(generator: Generator, work: dict[str, Any]) -> dict[str, float]:
-    """Seconds per decoded token at each context; the last decoded token fills it."""
-    steps, spent = work["growth_steps"], {}
-    generate(generator, [work["text"][:64]], 4)  # warm up
-    for context in work["contexts"]:
-        seconds = generate(generator, [work["text"][: context - steps]], steps)[2]
-        spent[str(context)] = seconds / (steps - 1)
-    return spent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Greedy generation with one corner of the toolchain, timed.")
     parser.add_argument("--corner", choices=CORNERS, required=True, help="how the model runs")
@@ -97,21 +71,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the prompts, written by benchmarks/inference.py")
     chosen = parser.parse_args()
     work = json.loads(chosen.work.read_text(encoding="utf-8"))
+    answers = protocol.open_answers()
     runtime.prepare()
     started = time.perf_counter()
     generator = open_corner(chosen.corner, chosen.model)
     loaded = time.perf_counter() - started
     generate(generator, [work["first"]], 1)
-    found: dict[str, Any] = {"first_token_at": time.monotonic(), "load": loaded}
-    if work["contexts"]:
-        found["growth"] = growth(generator, work)
-    else:
-        found |= measure(generator, work)
-    from utils.inference.benchmark import peak_memory
-
-    found["peak"] = peak_memory("cpu")
-    found["versions"] = {name: importlib.metadata.version(name) for name in ("paddlepaddle", "paddlenlp")}
-    print(json.dumps(found), flush=True)
+    first_token_at = time.monotonic()
+    versions = {name: importlib.metadata.version(name) for name in ("paddlepaddle", "paddlenlp")}
+    protocol.say(answers, {"first_token_at": first_token_at, "load": loaded, "versions": versions})
+    protocol.serve(answers, partial(generate, generator), work)
 
 
 if __name__ == "__main__":

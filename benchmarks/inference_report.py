@@ -1,4 +1,4 @@
-"""What benchmarks/inference.py makes of its measurements: best and median, ratios, agreement, table and plot."""
+"""What benchmarks/inference.py makes of its measurements: best and median, paired ratios, agreement, table, plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PEER = "huggingface"
+PEER, TOOLCHAIN = "huggingface", "toolchain"
 LABELS = {
     "dynamic": "dynamic",
     "dynamic_inference_model": "dynamic + inference model",
@@ -16,6 +16,7 @@ LABELS = {
     "static_inference_model": "static + inference model",
     PEER: "Hugging Face",
 }
+DYNAMIC_OF = {"static": "dynamic", "static_inference_model": "dynamic_inference_model"}  # the same model
 COLOURS = dict(zip(LABELS, ("#c6dbef", "#6baed6", "#c7e9c0", "#41ab5d", "#fc9272"), strict=True))
 
 
@@ -45,45 +46,64 @@ FIGURES = {
     "peak": Figure("peak memory, MiB", False, 2**-20, 0),
 }
 
-Spread = dict[str, Any]  # {"best": ..., "median": ..., "rounds": [...]}
+HIGHER = {name: figure.higher for name, figure in FIGURES.items()}
+
+# What one process of a side measured: {"values": {figure or context: [one per repetition]}, "answers": {figure: [one
+# per repetition: {number of the prompt: tokens}]}, "versions": {...}}
+Round = dict[str, Any]
+Spread = dict[str, Any]  # {"best": ..., "median": ..., "rounds": [[one per repetition], ...]}
+Ratio = dict[str, float]  # {"median": ..., "low": ..., "high": ...}
 Growth = dict[str, dict[str, Spread]]  # side -> context -> seconds per token
 
 
-def spread(values: Sequence[float], higher: bool) -> Spread:
-    """Best, median and all of the rounds."""
+def spread(rounds: Sequence[Sequence[float]], higher: bool) -> Spread:
+    """Best and median of all repetitions of all rounds, and each of them."""
+    values = [value for repetitions in rounds for value in repetitions]
     best = max(values) if higher else min(values)
-    return {"best": best, "median": statistics.median(values), "rounds": list(values)}
+    return {"best": best, "median": statistics.median(values), "rounds": [list(values) for values in rounds]}
 
 
-def summarise(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
-    """Every figure of one side over its rounds."""
-    return {name: spread([found[name] for found in rounds], figure.higher) for name, figure in FIGURES.items()}
+def summarise(rounds: Sequence[Round], higher: Mapping[str, bool]) -> dict[str, Spread]:
+    """Every figure of one side over its rounds. `higher`: the figures, and whether more is better."""
+    return {name: spread([one["values"][name] for one in rounds], up) for name, up in higher.items()}
 
 
 def advantage(ours: float, theirs: float, higher: bool) -> float:
-    """How many times as good as the peer: above 1 is better, whatever the figure."""
+    """How many times as good as the other side: above 1 is better, whatever the figure."""
     return ours / theirs if higher else theirs / ours
 
 
-def ratios(ours: Mapping[str, Spread], peer: Mapping[str, Spread]) -> dict[str, dict[str, float]]:
-    """`advantage` of every figure, best against best and median against median."""
+def paired_ratios(ours: Sequence[Round], theirs: Sequence[Round], higher: Mapping[str, bool]) -> dict[str, Ratio]:
+    """Of every figure the median of `advantage` over pairs of the same round and repetition, and its extremes.
 
-    def ratio(name: str, kind: str) -> float:
-        return round(advantage(ours[name][kind], peer[name][kind], FIGURES[name].higher), 3)
+    The two values of a pair were measured within seconds of each other, so that what the machine does at that time
+    slows down both.
+    """
+    found = {}
+    for name, up in higher.items():
+        pairs = [
+            advantage(mine, other, up)
+            for one, another in zip(ours, theirs, strict=True)
+            for mine, other in zip(one["values"][name], another["values"][name], strict=True)
+        ]
+        kinds = {"median": statistics.median(pairs), "low": min(pairs), "high": max(pairs)}
+        found[name] = {kind: round(value, 3) for kind, value in kinds.items()}
+    return found
 
-    return {name: {kind: ratio(name, kind) for kind in ("best", "median")} for name in FIGURES}
 
-
-def agreement(rounds: Sequence[Mapping[str, Any]], peer: Mapping[str, Any]) -> dict[str, Any]:
-    """How many answers equal the peer's, token by token, in every round, and where the others part first."""
+def agreement(rounds: Sequence[Round], peer: Round) -> dict[str, Any]:
+    """How many answers equal the peer's, token by token, in every round and repetition, and where the others part
+    first."""
     found: dict[str, Any] = {}
-    for work, expected in peer["tokens"].items():
+    for work, repetitions in peer["answers"].items():
+        expected = {prompt: tokens for answers in reversed(repetitions) for prompt, tokens in answers.items()}
         parted: dict[str, int] = {}
-        for measured in rounds:
-            for row, (ours, theirs) in enumerate(zip(measured["tokens"][work], expected, strict=True)):
-                place = next((at for at, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+        for answers in (answers for one in rounds for answers in one["answers"][work]):
+            for prompt, ours in answers.items():
+                pairs = zip(ours, expected[prompt], strict=True)
+                place = next((at for at, (mine, other) in enumerate(pairs) if mine != other), None)
                 if place is not None:
-                    parted[str(row)] = min(place, parted.get(str(row), place))
+                    parted[prompt] = min(place, parted.get(prompt, place))
         found[work] = {"equal": len(expected) - len(parted), "answers": len(expected), "parted_at": parted}
     return found
 
@@ -103,38 +123,57 @@ def bytes_read_curve(seconds: float, weights: int, per_token: int, contexts: Seq
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """The results as lines of text: medians, and in brackets how many times as good as the peer."""
+    """The results as lines of text: medians, and below them how many times as good as the peer."""
     sides = [side for side in LABELS if side in results["figures"]]
     need = results["bytes"]["weights"] + results["bytes"]["cache"]
     heads = [LABELS[side].partition(" + ") for side in sides]
     rows = [("", [first for first, _, _ in heads]), ("", [f"+ {rest}" if rest else "" for _, _, rest in heads])]
     for name, figure in FIGURES.items():
-        cells = []
-        for side in sides:
-            value = f"{results['figures'][side][name]['median'] * figure.factor:.{figure.digits}f}"
-            against = results["ratios"].get(side)
-            cells.append(f"{value} (x{against[name]['median']:.2f})" if against else value)
-        rows.append((figure.title, cells))
-    shares = [f"{results['figures'][side]['peak']['median'] / need:.2f}" for side in sides]
-    rows.append(("peak memory / (weights + cache)", shares))
-    lines = [f"{title:<32}" + "".join(f"{cell:>18}" for cell in cells) for title, cells in rows]
-    lines += ["", "(x...): how many times as good as the peer, above 1 is better; medians of the rounds"]
+        medians = [results["figures"][side][name]["median"] * figure.factor for side in sides]
+        rows.append((figure.title, [f"{median:.{figure.digits}f}" for median in medians]))
+        ratios = [results["ratios"].get(side) for side in sides]
+        rows.append(("", [times(ratio[name]) if ratio else "" for ratio in ratios]))
+    peaks = {side: results["figures"][side]["peak"]["median"] for side in sides}
+    rows.append(("peak memory / (weights + cache)", [f"{peaks[side] / need:.2f}" for side in sides]))
+    lines = [f"{title:<32}" + "".join(f"{cell:>22}" for cell in cells) for title, cells in rows]
+    libraries = results["bytes"]["libraries"]
+    shares = [f"{LABELS[side]} {(peaks[side] - libraries[library_of(side)]) / need:.2f}" for side in sides]
+    lines += ["", f"peak memory without the libraries alone / (weights + cache): {', '.join(shares)}"]
+    alone = ", ".join(f"{kind} {size / 2**20:.0f}" for kind, size in libraries.items())
+    lines.append(f"the libraries alone, MiB: {alone}")
+    lines.append("x (lowest, highest): times as good as the peer, above 1 is better; median of pairs measured in turn")
+    for side, found in results["against_dynamic"].items():
+        said = ", ".join(f"{name} {times(ratio)}" for name, ratio in found.items())
+        lines.append(f"{LABELS[side]} beside {LABELS[DYNAMIC_OF[side]]}: {said}")
     for side, found in results["agreement"].items():
         said = ", ".join(f"{work}: {row['equal']} of {row['answers']}" for work, row in found.items())
         lines.append(f"{LABELS[side]}: answers equal to the peer's token by token: {said}")
     for side, reason in results["not_available"].items():
         lines.append(f"{LABELS[side]}: not available ({reason})")
-    return [line for line in [*lines, *growth_table(results["growth"])] if line == "" or line.strip()]
+    lines += growth_table(results["growth"], results["growth_ratios"])
+    return [line for line in lines if line == "" or line.strip()]
 
 
-def growth_table(found: Growth) -> list[str]:
-    """Milliseconds per decoded token at each context, a line per side."""
+def times(ratio: Ratio) -> str:
+    return f"x{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})"
+
+
+def library_of(side: str) -> str:
+    """Under which name the memory of a side's libraries alone is kept."""
+    return PEER if side == PEER else TOOLCHAIN
+
+
+def growth_table(found: Growth, ratios: Mapping[str, Mapping[str, Ratio]]) -> list[str]:
+    """Milliseconds per decoded token at each context, a line per side, and how many times as good as the peer."""
     if not found:
         return []
     contexts = list(next(iter(found.values())))
     lines = ["", "ms per decoded token at context " + "".join(f"{context:>10}" for context in contexts)]
     for side, row in found.items():
         lines.append(f"{LABELS[side]:<32}" + "".join(f"{row[context]['median'] * 1000:>10.1f}" for context in contexts))
+        if side in ratios:
+            cells = (f"x{ratios[side][context]['median']:.2f}" for context in contexts)
+            lines.append(" " * 32 + "".join(f"{cell:>10}" for cell in cells))
     return lines
 
 
@@ -156,7 +195,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     canvas.suptitle(
         f"{results['model']}, {results['dtype']}, {machine['processor']}, {machine['threads']} threads, "
         f"{results['date'][:10]} (rounds: {results['settings']['rounds']}; bar: median, tick: best; "
-        "×: times as good as Hugging Face transformers)",
+        "×: times as good as Hugging Face transformers at that time)",
         fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
     python hf_generate.py --model FOLDER --work WORK.json
 
-Runs in an environment of its own, which holds PyTorch and nothing of this toolchain. Prints one JSON line.
+Runs in an environment of its own, which holds PyTorch and nothing of this toolchain, and answers commands as
+inference_protocol.py says.
 The loop over `past_key_values` is written out, because it is faster than `model.generate` (by 5 to 15 % for this
 model): same forward passes, without generate's bookkeeping. What else makes it fast: scaled-dot-product
 attention, logits of the last token only, inference mode, no mask at all where no row is padded.
@@ -13,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,9 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import inference_protocol as protocol
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -65,53 +67,22 @@ class Peer:
         return logits[:, -1].argmax(dim=-1, keepdim=True)
 
 
-def measure(peer: Peer, work: dict[str, Any]) -> dict[str, Any]:
-    """Prefill, first token, decoding one by one and in a batch; see inference_child.py, which does the same."""
-    batch, new_tokens = work["batch"], work["new_tokens"]
-    peer.generate(batch, 4)  # warm up
-    peer.generate([work["prefill"]], 1)
-    prefill = [peer.generate([work["prefill"]], 1)[1] for _ in range(work["repeats"])]
-    first = [peer.generate([work["first"]], 1)[1] for _ in range(work["repeats"])]
-    alone = [peer.generate([prompt], new_tokens) for prompt in batch[: work["singles"]]]
-    together, _, seconds = peer.generate(batch, new_tokens)
-    return {
-        "prefill": len(work["prefill"]) / statistics.median(prefill),
-        "first_token": statistics.median(first),
-        "decode_1": len(alone) * (new_tokens - 1) / sum(spent for _, _, spent in alone),
-        "decode_8": len(batch) * (new_tokens - 1) / seconds,
-        "tokens": {"decode_1": [found[0] for found, _, _ in alone], "decode_8": together},
-    }
-
-
-def growth(peer: Peer, work: dict[str, Any]) -> dict[str, float]:
-    """Seconds per decoded token at each context; the last decoded token fills it."""
-    steps, spent = work["growth_steps"], {}
-    peer.generate([work["text"][:64]], 4)  # warm up
-    for context in work["contexts"]:
-        seconds = peer.generate([work["text"][: context - steps]], steps)[2]
-        spent[str(context)] = seconds / (steps - 1)
-    return spent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Greedy generation with Hugging Face transformers, timed.")
     parser.add_argument("--model", type=Path, required=True, help="a folder in Hugging Face's layout")
     parser.add_argument("--work", type=Path, required=True, help="the prompts, written by benchmarks/inference.py")
     chosen = parser.parse_args()
     work = json.loads(chosen.work.read_text(encoding="utf-8"))
+    answers = protocol.open_answers()
     torch.set_num_threads(work["threads"])
     started = time.perf_counter()
     peer = Peer(chosen.model)
     loaded = time.perf_counter() - started
     peer.tokenizer.decode(peer.generate([work["first"]], 1)[0][0])
-    found: dict[str, Any] = {"first_token_at": time.monotonic(), "load": loaded}
-    if work["contexts"]:
-        found["growth"] = growth(peer, work)
-    else:
-        found |= measure(peer, work)
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(found), flush=True)
+    first_token_at = time.monotonic()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    protocol.say(answers, {"first_token_at": first_token_at, "load": loaded, "versions": versions})
+    protocol.serve(answers, peer.generate, work)
 
 
 if __name__ == "__main__":
