@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Parses, checks, loads, answers."""
-    runtime.prepare()
+    runtime.prepare(answering=True)
     run = parse(PredictArguments, script="predictor.py")
     layout = Layout.of_prediction()
     layout.check_device(run)

@@ -92,6 +92,7 @@ class HostCache(Cache):
 
     def _resize(self, rows: int, room: int) -> None:
         kv_heads, head_dim = self._shape
+        self._views.clear()  # whoever still holds the list does not hold the memory
         self._views, self._viewed = [], -1
         for number, before in enumerate(self._memory):
             shape = (2, rows, kv_heads, room, head_dim)

@@ -56,7 +56,7 @@ class Decoder(nn.Layer):
     """A model of one family: token ids and the cache in, logits and new keys and values out.
 
     Query, key and value are one matrix; the factor on attention scores is in the query's, and the dimensions of
-    heads stand in `Rotary.order`. The weights of RMS norms are in the matrices behind them.
+    heads stand in `Rotary.order`.
 
     A tensor-parallel rank has some heads, columns of the MLP and tokens of the vocabulary; hidden states and logits
     are whole.
@@ -180,25 +180,30 @@ class Decoder(nn.Layer):
         """
         architecture = self.architecture
         kept: list[Tensor] = []
+        update: Tensor | None = None  # is still to be added to the hidden states, which the next norm does
         for number in numbers:
             layer = self.layers[number]
             before = (past[2 * number], past[2 * number + 1]) if past else None
-            normed = layer.attention_norm(hidden) if architecture.norm_first else hidden
+            if not architecture.norm_first:
+                normed = hidden
+            elif update is None:
+                normed = layer.attention_norm(hidden)
+            else:
+                normed, hidden = layer.attention_norm.of_sum(update, hidden)
             attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
             kept += [key, value]
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
                 hidden, normed, attended = (_chosen(x, chosen) for x in (hidden, normed, attended))
             if architecture.parallel:
-                hidden = hidden + layer.attention_out(attended) + self._mlp(layer, layer.mlp_norm(hidden))
+                update = layer.attention_out(attended) + self._mlp(layer, layer.mlp_norm(hidden))
                 continue
-            hidden = self._base(hidden, normed) + layer.attention_out(attended)
+            middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
+            normed, hidden = middle.of_sum(layer.attention_out(attended), self._base(hidden, normed))
             if not architecture.norm_first:
-                hidden = layer.attention_norm(hidden)
-            normed = layer.mlp_norm(hidden) if architecture.norm_first else hidden
-            hidden = self._base(hidden, normed) + self._mlp(layer, normed)
-            if not architecture.norm_first:
-                hidden = layer.mlp_norm(hidden)
-        return hidden, paddle.stack(kept)
+                hidden = layer.mlp_norm(self._base(normed, normed) + self._mlp(layer, normed))
+                continue
+            update, hidden = self._mlp(layer, normed), self._base(hidden, normed)
+        return hidden if update is None else hidden + update, paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -253,17 +258,15 @@ class _Layer(nn.Layer):
 
     def __init__(self, weights: _Weights, names: LayerNames) -> None:
         super().__init__()
-        self.attention_norm = weights.norm(names.attention_norm, folded=weights.folds)
-        self.attention_in = weights.joined(names.query_key_value, weights.by_part(names), behind=names.attention_norm)
+        self.attention_norm = weights.norm(names.attention_norm)
+        self.attention_in = weights.joined(names.query_key_value, weights.by_part(names))
         self.attention_out = weights.rows(names.attention_out)
-        self.mlp_norm = weights.norm(names.mlp_norm, folded=weights.folds)
+        self.mlp_norm = weights.norm(names.mlp_norm)
         if len(names.mlp_in) == 2 or not weights.architecture.gated:
             ways = [(source, _whole) for source in names.mlp_in]
         else:  # the gate's columns come first
             ways = [(names.mlp_in[0], _first_half), (names.mlp_in[0], _second_half)]
-        self.mlp_in, *up = (
-            weights.joined((source,), weights.own_columns(half), behind=names.mlp_norm) for source, half in ways
-        )
+        self.mlp_in, *up = (weights.joined((source,), weights.own_columns(half)) for source, half in ways)
         if up:  # not one matrix with the gate: parting their outputs costs more than a second product
             self.mlp_up = up[0]
         self.mlp_out = weights.rows(names.mlp_out)
@@ -342,8 +345,6 @@ class _Weights:
     ) -> None:
         self.architecture, self._known, self._read, self._dtype = architecture, parameters, read, dtype
         self._parts, self._group = parts, group
-        # the weight of a norm is a factor on the rows of the Linears behind it, if nothing else sees the norm
-        self.folds = architecture.norm == "rms" and architecture.norm_first and architecture.residual == "hidden"
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return _tensor(values, self._dtype)
@@ -387,15 +388,10 @@ class _Weights:
     def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,))
 
-    def norm(self, source: str, *, folded: bool = False) -> kernels.Operator:
-        """
-        Args:
-            folded: its weight is in the Linears behind it.
-        """
-        if self.architecture.norm == "rms":
-            weight = None if folded else self._tensor(self._read(f"{source}.weight"))
-            return kernels.RMSNorm(self.architecture.shape.hidden, weight, self.architecture.epsilon, self._dtype)
+    def norm(self, source: str) -> kernels.Norm:
         weight = self._tensor(self._read(f"{source}.weight"))
+        if self.architecture.norm == "rms":
+            return kernels.RMSNorm(weight, self.architecture.epsilon)
         return kernels.LayerNorm(weight, self._tensor(self._read(f"{source}.bias")), self.architecture.epsilon)
 
     def some(self, norm: str | None, linear: str | None) -> nn.LayerList:
@@ -411,21 +407,16 @@ class _Weights:
         self,
         sources: tuple[str, ...],
         arrange: Callable[[np.ndarray], np.ndarray] = _whole,
-        *,
-        behind: str | None = None,
     ) -> kernels.Linear:
         """Several Linears side by side as one. Some may lack a bias: theirs is 0.
 
         Args:
             arrange: what becomes of their columns.
-            behind: the norm whose output they take, and whose weight is theirs where norms are folded.
         """
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]
         values = arrange(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1))
         del weights
-        if behind is not None and self.folds:
-            values = values * self._read(f"{behind}.weight")[:, None]
         matrix = self._tensor(values)
         if not any(f"{source}.bias" in self._known for source in sources):
             return kernels.Linear(matrix)

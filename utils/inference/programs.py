@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor
 
 from utils import runtime
@@ -43,9 +45,8 @@ class StaticProgram:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
             config.disable_mkldnn()  # slower for these shapes
-            # One operator after another, and memory given back in portions of 256 KiB of each part of the program: a
-            # queue of threads costs a tenth of a decoding step, giving back after every operator a twentieth.
-            paddle.set_flags({"FLAGS_new_executor_sequential_run": True, "FLAGS_eager_delete_tensor_gb": 1 / 4096})
+            # memory is given back in portions of 256 KiB: after every operator it costs a twentieth of a decoding step
+            paddle.set_flags({"FLAGS_eager_delete_tensor_gb": 1 / 4096})
         config.enable_new_ir(True)
         config.enable_new_executor(True)
         config.disable_glog_info()
@@ -55,8 +56,10 @@ class StaticProgram:
         self._names = manifest.inputs
         self._shape, self._dtype = shape, manifest.dtype
         self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
+        self._nothing = paddle.zeros([1])
         runtime.give_back_freed_memory()
-        self._first_runs(manifest.position_parts)
+        with runtime.new_threads_wait():  # the executor gives memory back in threads that have nothing urgent to do
+            self._first_runs(manifest.position_parts)
 
     def _first_runs(self, parts: int) -> None:
         """Runs both ways through the program, so that no answer waits for what their first runs prepare."""
@@ -85,9 +88,14 @@ class StaticProgram:
                 self._inputs[f"past_{number}"].share_external_data(tensor)
         self._held = past
         self._predictor.run()
-        logits, *new = self._outputs
-        # each is copied only when the one before is stored, so that there is room for one in memory
-        return paddle.to_tensor(logits.copy_to_cpu()), (part.copy_to_cpu() for part in new)
+        values = map(self._taken, self._outputs)  # each only when the one before is stored
+        return paddle.to_tensor(next(values)), values
+
+    def _taken(self, output: Any) -> NDArray[Any]:
+        """The values of an output, whose memory is given back: it would stay until the next run."""
+        values: NDArray[Any] = output.copy_to_cpu()
+        output.share_external_data(self._nothing)
+        return values
 
     def _without_cache(self, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         batch, length = given["ids"].shape

@@ -16,6 +16,7 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
+from paddle.incubate.nn.functional import fused_rms_norm
 
 from utils.errors import UserError
 
@@ -107,29 +108,32 @@ class Table(Operator):
         return logits + self.bias if self.has_bias else logits
 
 
-class RMSNorm(Operator):
-    """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
+class Norm(Operator):
+    """A normalisation over the last axis."""
 
-    def __init__(self, width: int, weight: Tensor | None, epsilon: float, dtype: str) -> None:
-        """
-        Args:
-            weight: None where it is in the Linears that follow.
-        """
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """That of x + residual, and the sum itself; both as `x`."""
+        total = residual + x
+        return self(total), total
+
+
+class RMSNorm(Norm):
+    """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), by Paddle's fused
+    operator, which adds the residual as well."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
-        self.weighted, self.epsilon, self.half = weight is not None, epsilon, dtype != "float32"
-        if weight is not None:
-            self.weight = fixed(weight)
-        # a product with a column of 1 / width is the fastest mean on CPUs
-        self.mean = fixed(paddle.full([width, 1], 1.0 / width, dtype="float32"))
+        self.weight, self.epsilon = fixed(weight), epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.astype("float32") if self.half else x
-        normal = wide * paddle.rsqrt(paddle.matmul(wide * wide, self.mean) + self.epsilon)
-        normal = normal.astype(x.dtype) if self.half else normal
-        return normal * self.weight if self.weighted else normal
+        return fused_rms_norm(x, self.weight, None, self.epsilon, -1)[0]
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        normal, total = fused_rms_norm(x, self.weight, None, self.epsilon, -1, residual=residual)[:2]
+        return normal, total
 
 
-class LayerNorm(Operator):
+class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis; both [width]."""
 
     def __init__(self, weight: Tensor, bias: Tensor, epsilon: float) -> None:
