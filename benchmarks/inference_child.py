@@ -72,7 +72,7 @@ def main() -> None:
     chosen = parser.parse_args()
     work = json.loads(chosen.work.read_text(encoding="utf-8"))
     answers = protocol.open_answers()
-    runtime.prepare()
+    runtime.prepare(answering=True)
     started = time.perf_counter()
     generator = open_corner(chosen.corner, chosen.model)
     loaded = time.perf_counter() - started

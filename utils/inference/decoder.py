@@ -245,7 +245,7 @@ class Decoder(nn.Layer):
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = self.activation(layer.mlp_in(x))
-        return layer.mlp_out(inner * layer.mlp_up(x) if self.architecture.gated else inner)
+        return layer.mlp_out(inner.multiply_(layer.mlp_up(x)) if self.architecture.gated else inner)
 
 
 def _chosen(x: Tensor, rows: Tensor) -> Tensor:

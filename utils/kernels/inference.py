@@ -272,7 +272,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Te
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax in float32."""
+    """Softmax in float32. It may take the place of the scores."""
     if scores.dtype == paddle.float32:
-        return F.softmax(scores + mask, axis=-1)
+        return F.softmax_(scores.add_(mask), axis=-1)
     return F.softmax(scores.astype("float32") + mask, axis=-1).astype(scores.dtype)
