@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,17 @@ from utils.inference.cached import CachedEngine
 CASE = case("mistral")  # has a window and grouped heads
 LAYERS, HEADS, WIDTH = 2, 3, 4
 CACHES: list[type[Cache]] = [HostCache, DeviceCache]
+
+
+def test_who_keeps_the_tensors_of_a_step_does_not_keep_their_memory() -> None:
+    """A static program holds what its last step read."""
+    cache = HostCache(1, 2, 4, "float32")
+    cache.reserve(1, 10)
+    read = cache.tensors(1)
+    memory = weakref.ref(cache._memory[0])
+    cache.clear()
+    gc.collect()
+    assert memory() is None and not read
 
 
 def contents(cache: Cache, rows: int) -> np.ndarray:

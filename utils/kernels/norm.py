@@ -8,6 +8,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
+from paddle.incubate.nn.functional import fused_rms_norm
 
 # On CPUs: Paddle's `pow` costs 50 times a product, a mean over the last axis 7 times the matrix
 # product with a column of 1/n, and a product with a broadcast vector twice that with a tiled one.
@@ -60,6 +61,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if learning and not (x.stop_gradient and weight.stop_gradient):
         # told here: neither the tensors in `forward` nor the saved ones are sure to remember it
         return _RMSNorm.apply(x, weight, epsilon, not weight.stop_gradient)
+    if x.dtype == weight.dtype == paddle.float32:
+        return fused_rms_norm(x, weight, None, epsilon, -1)[0]
     normal, _ = _normalised(x, epsilon)
     return normal.astype(weight.dtype) * weight.expand_as(normal)
 
