@@ -81,7 +81,7 @@ def work(listed: Path) -> None:
     from utils.parallel import peers
 
     mains = {"finetune_generation": finetune_generation.main, "run_pretrain": run_pretrain.main}
-    runtime.prepare = lambda: None  # once is enough
+    runtime.prepare = lambda **_: None  # once is enough
     connect, known = peers.start, []
 
     def start_once(layout: Any, device: str) -> Any:

@@ -80,7 +80,7 @@ def test_dry_run(name: str, data: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
     model = tiny_model(name.split("/")[0])
     for variable, value in data.environment.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr("utils.runtime.prepare", lambda: None)  # done by conftest, before Paddle was loaded
+    monkeypatch.setattr("utils.runtime.prepare", lambda **_: None)  # done by conftest, before Paddle was loaded
     words = [f"./{name}", "--dry_run", "--model_name_or_path", model, "--dataset_name_or_path", data.data]
     words += ["--output_dir", tmp_path / "out", "--device", "cpu", "--src_length", 64, "--max_length", 128]
     for key in PARALLEL:

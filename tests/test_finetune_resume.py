@@ -176,7 +176,7 @@ SLOW = """
 import time
 from utils import runtime
 runtime.prepare()
-runtime.prepare = lambda: None
+runtime.prepare = lambda **_: None
 runtime.load_paddle()
 from utils.training.trainer import Trainer
 step = Trainer.training_step

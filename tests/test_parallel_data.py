@@ -96,7 +96,7 @@ def test_a_failing_rank_ends_all_with_its_own_words(tiny: Tiny, tmp_path: Path) 
         "import os, runpy\n"
         "from utils import runtime\n"
         "runtime.prepare()\n"
-        "runtime.prepare = lambda: None\n"
+        "runtime.prepare = lambda **_: None\n"
         "runtime.load_library()\n"
         "from utils.errors import UserError\n"
         "from utils.training.trainer import Trainer\n"

@@ -27,7 +27,7 @@ PREPARED = """
 import os, runpy
 from utils import runtime
 runtime.prepare()
-runtime.prepare = lambda: None
+runtime.prepare = lambda **_: None
 runtime.load_library()
 from utils.errors import UserError
 from utils.parallel import peers

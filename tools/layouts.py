@@ -159,7 +159,7 @@ def work(listed: Path) -> None:
     from utils.errors import run_script
     from utils.parallel import peers
 
-    runtime.prepare = lambda: None
+    runtime.prepare = lambda **_: None
     connect, known = peers.start, []
 
     def start_once(*arguments: Any) -> Any:

@@ -20,7 +20,7 @@ runtime.prepare()
 from utils.errors import UserError, run_script  # noqa: E402
 from utils.parallel import peers  # noqa: E402
 
-runtime.prepare = lambda: None
+runtime.prepare = lambda **_: None
 connect = peers.start
 known: list[Any] = []
 
