@@ -126,7 +126,6 @@ class Peers(Alone):
     def gate(self, what: str, seconds: float = ALONE_SECONDS) -> None:
         self.passed += 1
         try:
-            self.store.add(f"gate/{self.layout.rank}", 1)
             self._wait_for(what, seconds)
         except STORE_GONE as error:  # the store is gone
             self._lost(error)
@@ -135,6 +134,8 @@ class Peers(Alone):
         wanted = self.passed * self.layout.world
         started, pause = time.monotonic(), 0.0005
         arrived = self.store.add("gate", 1)
+        # after that: whoever is missing in the sum is missing here too, also if it stops between the two
+        self.store.add(f"gate/{self.layout.rank}", 1)
         while arrived < wanted:
             time.sleep(pause)
             waited = time.monotonic() - started
