@@ -35,7 +35,6 @@ def test_the_math_library_path(vendor: str, flags: str, answering: bool, path: s
     assert done.stdout.strip() == path
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such schedule")
 def test_only_new_threads_wait() -> None:
     policies: dict[str, int] = {}
     done = threading.Event()
