@@ -112,7 +112,7 @@ def new_threads_wait() -> Iterator[None]:
     before = set(tasks.iterdir())
     yield
     for task in set(tasks.iterdir()) - before:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended, or the system does not allow it
             os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
