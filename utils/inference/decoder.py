@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils.checkpoints.tensors import cast
 from utils.families import ModelShape
 from utils.families.architecture import Architecture, LayerNames, Rotary
+from utils.kernels import in_place
 from utils.kernels import inference as kernels
 from utils.kernels.shared import SharedRows, SharedTable
 from utils.partition.parts import Parts
@@ -195,15 +196,15 @@ class Decoder(nn.Layer):
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
                 hidden, normed, attended = (_chosen(x, chosen) for x in (hidden, normed, attended))
             if architecture.parallel:
-                update = layer.attention_out(attended) + self._mlp(layer, layer.mlp_norm(hidden))
+                update = in_place.add(layer.attention_out(attended), self._mlp(layer, layer.mlp_norm(hidden)))
                 continue
             middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
             normed, hidden = middle.of_sum(layer.attention_out(attended), self._base(hidden, normed))
             if not architecture.norm_first:
-                hidden = layer.mlp_norm(self._base(normed, normed) + self._mlp(layer, normed))
+                hidden = layer.mlp_norm(in_place.add(self._mlp(layer, normed), self._base(normed, normed)))
                 continue
             update, hidden = self._mlp(layer, normed), self._base(hidden, normed)
-        return hidden if update is None else hidden + update, paddle.stack(kept)
+        return hidden if update is None else in_place.add(update, hidden), paddle.stack(kept)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -228,24 +229,25 @@ class Decoder(nn.Layer):
         heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
         parts = layer.attention_in(x)
         if one:
-            parts = parts.reshape([0, heads + 2 * kv_heads, 1, width])
+            parts = in_place.reshape(parts, [0, heads + 2 * kv_heads, 1, width])
         else:
-            parts = parts.reshape([0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
+            parts = in_place.reshape(parts, [0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
         if angles is None:
             query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
         else:
             turning, value = paddle.split(parts, [heads + kv_heads, kv_heads], axis=1)
             query, key = paddle.split(self.turns.turned(turning, angles), [heads, kv_heads], axis=1)
         if one and past is not None:
-            attended = kernels.attend_one(query, key, value, past, blocks[0].mask).reshape([0, 1, heads * width])
+            attended = kernels.attend_one(query, key, value, past, blocks[0].mask)
+            attended = in_place.reshape(attended, [0, 1, heads * width])
         else:
             attended = kernels.attend(query, key, value, past, blocks)
-            attended = attended.transpose([0, 2, 1, 3]).reshape([0, 0, heads * width])
+            attended = in_place.reshape(attended.transpose([0, 2, 1, 3]), [0, 0, heads * width])
         return attended, key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = self.activation(layer.mlp_in(x))
-        return layer.mlp_out(inner.multiply_(layer.mlp_up(x)) if self.architecture.gated else inner)
+        return layer.mlp_out(in_place.multiply(inner, layer.mlp_up(x)) if self.architecture.gated else inner)
 
 
 def _chosen(x: Tensor, rows: Tensor) -> Tensor:
@@ -327,8 +329,9 @@ class _Rotary(nn.Layer):
         return spread[0], spread[1]
 
     def turned(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries and keys [batch, heads + kv_heads, length, head_dim] by their positions."""
-        return x * angles[0] + paddle.matmul(x, self.swap) * angles[1]
+        """Queries and keys [batch, heads + kv_heads, length, head_dim] by their positions. May overwrite them."""
+        turned = in_place.multiply(paddle.matmul(x, self.swap), angles[1])
+        return in_place.add(in_place.multiply(x, angles[0]), turned)
 
 
 class _Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -242,7 +243,24 @@ def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
     ]
     inputs = [specs[name] for name in layer.inputs]
     traced = paddle.jit.to_static(layer.forward, input_spec=[inputs, past], full_graph=True)
-    paddle.jit.save(traced, str(folder / STEM))
+    with _views_are_copies():
+        paddle.jit.save(traced, str(folder / STEM))
+
+
+@contextmanager
+def _views_are_copies() -> Iterator[None]:
+    """Tells the tracer that what is overwritten shares no memory: what could be a view of it where operators run at
+    once is a copy in a program, and `utils.kernels.in_place` is only given what nothing else uses."""
+    name = "stride_in_no_check_dy2st_diff"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def check_target(output: Path) -> None:

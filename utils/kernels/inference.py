@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 from paddle.incubate.nn.functional import fused_rms_norm
 
 from utils.errors import UserError
+from utils.kernels import in_place
 
 ENDLESS = 2**31 - 1  # behind the end of any text
 HIDDEN = -1e30  # added to the score of a key that is not seen
@@ -30,14 +31,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate=True),
     "gelu_fast": partial(F.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(F.gelu, approximate=True),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
+    "relu": in_place.relu,
+    "silu": in_place.silu,
+    "swish": in_place.silu,
 }
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of a published name.
+    """The activation of a published name. It may overwrite what it is given.
 
     Raises:
         UserError: no such activation.
@@ -72,7 +73,7 @@ class Linear(Operator):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         y = paddle.matmul(x, self.weight)
-        return y + self.bias if self.has_bias else y
+        return in_place.add(y, self.bias) if self.has_bias else y
 
 
 class Table(Operator):
@@ -102,18 +103,18 @@ class Table(Operator):
         """[rows, width] -> logits [rows, vocabulary]."""
         if self.halved:
             both = paddle.matmul(paddle.tile(x.unsqueeze(0), [2, 1, 1]), self.weight, transpose_y=True)
-            logits = both.transpose([1, 0, 2]).reshape([-1, self.vocabulary])
+            logits = in_place.reshape(both.transpose([1, 0, 2]), [-1, self.vocabulary])
         else:
             logits = paddle.matmul(x, self.weight, transpose_y=True)
-        return logits + self.bias if self.has_bias else logits
+        return in_place.add(logits, self.bias) if self.has_bias else logits
 
 
 class Norm(Operator):
     """A normalisation over the last axis."""
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """That of x + residual, and the sum itself; both as `x`."""
-        total = residual + x
+        """That of x + residual, and the sum itself; both as `x`, which may be overwritten."""
+        total = in_place.add(x, residual)
         return self(total), total
 
 
@@ -227,7 +228,7 @@ def attend(
     """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
 
     Args:
-        query: [batch, heads, length, head_dim], already scaled.
+        query: [batch, heads, length, head_dim], already scaled. It may be overwritten.
         key, value: [batch, kv_heads, length, head_dim] of the new tokens.
         past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
 
@@ -244,8 +245,8 @@ def attend(
         k, v = key, value
         if number < len(blocks) - 1:
             k, v = _cut(key, block.start, block.seen), _cut(value, block.start, block.seen)
-        scores = paddle.matmul(q.reshape([0, kv_heads, -1, width]), k, transpose_y=True)
-        found.append(paddle.matmul(_weights(scores, block.mask), v).reshape([0, heads, -1, width]))
+        scores = paddle.matmul(in_place.reshape(q, [0, kv_heads, -1, width]), k, transpose_y=True)
+        found.append(in_place.reshape(paddle.matmul(_weights(scores, block.mask), v), [0, heads, -1, width]))
     if len(found) == 1:
         return found[0]
     joined, text = paddle.concat(found, axis=2), blocks[-1].text
@@ -264,15 +265,15 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Te
         mask: of the only block.
     """
     heads, width = query.shape[1], query.shape[3]
-    query = query.reshape([0, key.shape[1], -1, width])
+    query = in_place.reshape(query, [0, key.shape[1], -1, width])
     scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
     weights = _weights(paddle.concat(scores, axis=-1), mask)
-    attended = paddle.matmul(weights[..., :-1], past[1]) + weights[..., -1:] * value
-    return attended.reshape([0, heads, 1, width])
+    attended = in_place.add(paddle.matmul(weights[..., :-1], past[1]), weights[..., -1:] * value)
+    return in_place.reshape(attended, [0, heads, 1, width])
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
     """Softmax in float32. It may take the place of the scores."""
     if scores.dtype == paddle.float32:
-        return F.softmax_(scores.add_(mask), axis=-1)
+        return in_place.softmax(in_place.add(scores, mask))
     return F.softmax(scores.astype("float32") + mask, axis=-1).astype(scores.dtype)

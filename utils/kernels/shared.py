@@ -30,7 +30,7 @@ class SharedRows(Operator):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in / ranks] -> [..., out]."""
         y = summed(self.part(x), self.group)
-        return y + self.bias if self.has_bias else y
+        return in_place.add(y, self.bias) if self.has_bias else y
 
 
 class SharedTable(Operator):

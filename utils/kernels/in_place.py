@@ -1,0 +1,43 @@
+"""Operators that write over their first argument, which is not to be used again: only what they return is.
+
+Paddle's public ones do so only where operators run at once. In a static program they compute into new memory, and
+even another shape is a copy, because the pass that finds what may be overwritten does not look into branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paddle
+from paddle import Tensor, _C_ops
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; y has the shape of x, or one that spreads to it."""
+    return _C_ops.add_(x, y)
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x * y; likewise."""
+    return _C_ops.multiply_(x, y)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last axis."""
+    return _C_ops.softmax_(x, -1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x))."""
+    return _C_ops.silu_(x)
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return _C_ops.relu_(x)
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same values in another shape; 0 keeps a size, -1 is what is left."""
+    # operators that run at once share the memory anyhow, and x may be a view with gaps
+    return x.reshape(shape) if paddle.in_dynamic_mode() else _C_ops.reshape_(x, shape)
