@@ -132,7 +132,7 @@ def exported(name: str, inference_model: bool) -> StaticProgram:
     checkpoint = prepared.checkpoint
     parts = checkpoint.family.architecture(checkpoint.config).position_parts
     manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, (), 0, name, {})
-    return StaticProgram(folder, manifest, checkpoint.family.shape(checkpoint.config), "cpu")
+    return StaticProgram(folder, manifest, "cpu")
 
 
 @cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,10 +213,9 @@ def _engine(prepared: Prepared, device: str) -> Engine:
             from utils.parallel.groups import open_ring
 
             open_ring(prepared.peers.groups.tensor, manifest.ring)
-        kv_heads = manifest.cache[1]
-        program = StaticProgram(folder, manifest, replace(family.shape(config), kv_heads=kv_heads), device)
+        program = StaticProgram(folder, manifest, device)
         prefix = prefix_cache(folder, manifest)
-        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix, kv_heads=kv_heads)
+        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix, kv_heads=manifest.cache[1])
     return engine_of(prepared, *load_program(prepared, device))
 
 

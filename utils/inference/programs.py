@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from paddle import Tensor
 
 from utils import runtime
-from utils.families import ModelShape
 from utils.inference.cache import New
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
@@ -30,12 +29,9 @@ class DynamicProgram:
 
 
 class StaticProgram:
-    """An exported program, run by Paddle's own inference library.
+    """An exported program, run by Paddle's own inference library. It always takes a cache, an empty one at first."""
 
-    Its one program always takes a cache: where there is none, it gets one place that nothing sees.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, shape: ModelShape, device: str) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
         from paddle import inference
 
         config = inference.Config(str(folder / PROGRAM), str(folder / WEIGHTS))
@@ -54,7 +50,7 @@ class StaticProgram:
         self._inputs = {name: self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()}
         self._outputs = [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
         self._names = manifest.inputs
-        self._shape, self._dtype = shape, manifest.dtype
+        self._cache, self._dtype = manifest.cache, manifest.dtype
         self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
         self._nothing = paddle.zeros([1])
         runtime.give_back_freed_memory()
@@ -78,8 +74,7 @@ class StaticProgram:
 
     def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
         given = {name: inputs[name] for name in self._names}
-        if not past:
-            given, past = self._without_cache(given)
+        past = past or self._empty_cache(inputs["ids"].shape[0])
         held, self._held = self._held, []  # an interrupted call has shared some
         for name, tensor in given.items():
             self._inputs[name].share_external_data(tensor)
@@ -97,8 +92,6 @@ class StaticProgram:
         output.share_external_data(self._nothing)
         return values
 
-    def _without_cache(self, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        batch, length = given["ids"].shape
-        shape = self._shape
-        empty = paddle.zeros([batch, shape.kv_heads, 0, shape.head_dim], dtype=self._dtype)
-        return given, [empty] * (2 * shape.layers)
+    def _empty_cache(self, batch: int) -> list[Tensor]:
+        layers, kv_heads, head_dim = self._cache
+        return [paddle.zeros([batch, kv_heads, 0, head_dim], dtype=self._dtype)] * (2 * layers)

@@ -7,37 +7,40 @@ even another shape is a copy, because the pass that finds what may be overwritte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import paddle
-from paddle import Tensor, _C_ops
+from paddle import Tensor
+
+_operators: Any = paddle._C_ops  # its description of types lacks some
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y; y has the shape of x, or one that spreads to it."""
-    return _C_ops.add_(x, y)
+    return _operators.add_(x, y)
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """x * y; likewise."""
-    return _C_ops.multiply_(x, y)
+    return _operators.multiply_(x, y)
 
 
 def softmax(x: Tensor) -> Tensor:
     """Over the last axis."""
-    return _C_ops.softmax_(x, -1)
+    return _operators.softmax_(x, -1)
 
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x))."""
-    return _C_ops.silu_(x)
+    return _operators.silu_(x)
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
-    return _C_ops.relu_(x)
+    return _operators.relu_(x)
 
 
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The same values in another shape; 0 keeps a size, -1 is what is left."""
     # operators that run at once share the memory anyhow, and x may be a view with gaps
-    return x.reshape(shape) if paddle.in_dynamic_mode() else _C_ops.reshape_(x, shape)
+    return x.reshape(shape) if paddle.in_dynamic_mode() else _operators.reshape_(x, shape)

@@ -7,6 +7,7 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
+from utils.kernels import in_place
 from utils.kernels.inference import Linear, Operator, Table, fixed
 from utils.kernels.rings import gathered, summed
 
