@@ -130,8 +130,10 @@ def exported(name: str, inference_model: bool) -> StaticProgram:
     folder.mkdir()
     save_program(layer, folder, prepared)
     checkpoint = prepared.checkpoint
+    shape = checkpoint.family.shape(checkpoint.config)
     parts = checkpoint.family.architecture(checkpoint.config).position_parts
-    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, (), 0, name, {})
+    cache = (shape.layers, layer.kv_heads, shape.head_dim)
+    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, cache, 0, name, {})
     return StaticProgram(folder, manifest, "cpu")
 
 
