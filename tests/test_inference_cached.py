@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -86,6 +87,16 @@ def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
     assert np.array_equal(contents(cache, 2)[:, :, :, :10], new)
 
 
+@pytest.fixture(params=[False, True], ids=["copies", "views"])
+def views(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both of what Paddle makes of slices and transposes: copies, as on CPUs here, or views, as on GPUs."""
+    flag = "FLAGS_use_stride_kernel"
+    before = paddle.get_flags([flag])
+    paddle.set_flags({flag: request.param})
+    yield
+    paddle.set_flags(before)
+
+
 def on_device(engine: CachedEngine) -> CachedEngine:
     """The same with the cache that other devices have."""
     shape = CASE.checkpoint.family.shape(CASE.checkpoint.config)
@@ -93,6 +104,7 @@ def on_device(engine: CachedEngine) -> CachedEngine:
     return engine
 
 
+@pytest.mark.usefixtures("views")
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("with_prefix", [False, True])
 def test_slots_are_independent_in_a_cache_on_the_device(static: bool, with_prefix: bool) -> None:
@@ -101,6 +113,7 @@ def test_slots_are_independent_in_a_cache_on_the_device(static: bool, with_prefi
     Walk(CASE, engine, 7, prefix=prefix).run(40)
 
 
+@pytest.mark.usefixtures("views")
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("call", ["program", "write", "copy_row", "reserve"])
 @pytest.mark.parametrize("done", [False, True])

@@ -153,7 +153,8 @@ class DeviceCache(Cache):
         values = (part[number] for part in map(paddle.to_tensor, new) for number in range(part.shape[0]))
         for memory, layer in zip(self._memory, values, strict=True):
             for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                memory[first + row, :, start : start + count] = layer[row, :, :count]
+                if count:  # Paddle refuses to set nothing where tensors may share memory
+                    memory[first + row, :, start : start + count] = layer[row, :, :count]
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:
