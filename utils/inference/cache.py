@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 New: TypeAlias = "paddle.Tensor | NDArray[np.generic]"  # new keys and values, as a program gives them
 
-_STEP = 64  # positions; room is added in steps of this, or of an eighth where that is more
+_STEP = 32  # positions; room is added in steps of this, or of an eighth where that is more
 
 
 class Cache(ABC):

@@ -83,6 +83,7 @@ class CachedEngine(Engine):
         new = [_Row(next(free), self._family.text(self._config, prompt)) for prompt in prompts]
         found: dict[int, Tensor] = {}
         before = len(self._rows)
+        self.cache.reserve(before + len(new), self._before)
         try:
             for group in _alike([len(prompt) for prompt in prompts]):
                 rows = [new[number] for number in group]
@@ -96,7 +97,6 @@ class CachedEngine(Engine):
         """Reads the prompts of new rows, which are added; the last logits [1, vocabulary] of each."""
         first = len(self._rows)
         longest = max(len(row.text.ids) for row in rows)
-        self.cache.reserve(first + len(rows), self._before)
         self._rows += rows
         if self._prefix is not None:
             stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
