@@ -64,7 +64,7 @@ def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache]) -> No
     cache.clear()
     assert (cache.rows, cache.room) == (0, 0)
     cache.reserve(1, 3)
-    assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 64, WIDTH) and not contents(cache, 1).any()
+    assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 32, WIDTH) and not contents(cache, 1).any()
 
 
 @pytest.mark.parametrize("kind", CACHES)
