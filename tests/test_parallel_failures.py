@@ -89,6 +89,7 @@ def test_a_signal_to_the_launcher(layout: str, tiny: Tiny, tmp_path: Path) -> No
     until(run, 5)
     run.process.send_signal(signal.SIGTERM)
     stopped = run.wait()
+    assert len(stopped.checkpoints()) == 1, stopped.out + stopped.err
     [checkpoint] = stopped.checkpoints()
     step = int(checkpoint.rsplit("-", 1)[1])
     assert step >= 5 and f"stopped after step {step} of 3000" in stopped.err, stopped.err

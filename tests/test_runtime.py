@@ -53,3 +53,22 @@ def test_only_new_threads_wait() -> None:
     before.join()
     new.join()
     assert policies == {"before": os.SCHED_OTHER, "new": os.SCHED_BATCH}
+
+
+def test_a_notice_may_interrupt_a_print(root: Path) -> None:
+    """A handler that prints while the stream is being written to would end with an error of the stream."""
+    code = """
+import io, signal, sys
+from utils import signals
+
+class Raw(io.FileIO):
+    def write(self, text):
+        signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
+
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw(2, "wb", closefd=False)), line_buffering=True)
+signals.handle(signal.SIGTERM, lambda number, frame: signals.notice("stopping"))
+print("a step", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "note: stopping\na step\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -114,6 +116,21 @@ def check_exchanges(group: Any, rank: int, ranks: int) -> None:
     x = paddle.ones([2])
     dist.all_reduce(x, group=group)
     close(x, np.full([2], ranks), "all_reduce after a chain")
+
+
+def check_signals(ours: peers.Alone) -> None:
+    """Requests to the store that a signal interrupts are answered all the same."""
+    from utils.training.callbacks import StopOnSignal
+
+    callback = StopOnSignal(several=True)
+    callback.on_train_begin(None, None, None)
+    sending = f"import os, time\nfor _ in range(2000):\n    os.kill({os.getpid()}, 15)\n    time.sleep(2e-4)"
+    sender = subprocess.Popen([sys.executable, "-c", sending])
+    while ours.sums([sender.poll() is None])[0]:
+        pass
+    assert callback.received == 15
+    callback.agree(True)
+    callback.on_train_end(None, None, None)
 
 
 # --- operators and layers ----------------------------------------------------------------------------
@@ -474,12 +491,13 @@ def four() -> None:
 
 
 def two() -> None:
-    """PaddleNLP's layers, which take long to load; then rank 1 dies while rank 0 waits for it."""
+    """Signals; PaddleNLP's layers, which take long to load; then rank 1 dies while rank 0 waits for it."""
     import paddle
     import paddle.distributed as dist
 
     report, layout = Report(), layout_of(tensor=2)
     ours = peers.start(layout, "cpu")
+    report("signals", check_signals, ours)
     report("lora", check_lora, ours.groups.tensor)
     if layout.rank == 1:
         time.sleep(0.5)

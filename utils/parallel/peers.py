@@ -24,7 +24,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils import errors, runtime
+from utils import errors, runtime, signals
 from utils.errors import UserError
 from utils.parallel import groups
 from utils.parallel.topology import Layout
@@ -328,7 +328,7 @@ def unanswered(error: BaseException) -> str:
 
 def keep_own_exit_code() -> None:
     """The launcher sends SIGTERM to all when one has ended, and passes on the exit code of the first that failed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signals.handle(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end(code: int) -> None:
@@ -388,6 +388,7 @@ def start(layout: Layout, device: str) -> Alone:
     peers = Peers(layout, store)
     peers.groups = groups.create(layout)
     send_at_once()  # on the connections of all groups
+    signal.siginterrupt(signal.SIGINT, False)  # see `signals.handle`
     errors.ending = peers
     if not peers.first:
         errors.silent = True

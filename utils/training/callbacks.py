@@ -16,7 +16,7 @@ import paddle
 from paddlenlp.trainer import TrainerCallback
 from tqdm import tqdm
 
-from utils.errors import notice
+from utils import signals
 from utils.training.curve import LossCurve
 from utils.training.reporters import Report, chart_name, installed, open_reporter
 
@@ -165,13 +165,13 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
-            notice("stopping after this step; a checkpoint will be saved (Ctrl-C stops at once)")
+            signals.notice("stopping after this step; a checkpoint will be saved (Ctrl-C stops at once)")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._handle)
+            self.before[number] = signals.handle(number, self._handle)
 
     def _stop(self, control: Any) -> None:
         if self.wanted is not None:
@@ -191,7 +191,7 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.before.items():
             # a launcher sends its signal several times; a process that is ending already must not die of it
-            signal.signal(number, signal.SIG_IGN if self.agreed is not None else handler)
+            signals.handle(number, signal.SIG_IGN if self.agreed is not None else handler)
         self.before.clear()
 
 
