@@ -29,10 +29,13 @@ class Cache(ABC):
         self._shape, self._dtype = (kv_heads, head_dim), dtype
         self.rows = self.room = 0
 
-    def reserve(self, rows: int, places: int) -> None:
-        """Makes room; what is there stays."""
-        more_rows = max(rows, self.rows)
-        more_room = self.room
+    def reserve(self, rows: int, places: int, *, only: bool = False) -> None:
+        """Makes room; what is there of so many rows stays.
+
+        Args:
+            only: whether further rows, which nobody uses any more, go.
+        """
+        more_rows, more_room = rows if only else max(rows, self.rows), self.room
         if places > self.room:
             more_room = max(places, self.room + self.room // 8)
             more_room = -(-more_room // _STEP) * _STEP

@@ -12,12 +12,14 @@ import paddle
 from numpy.typing import NDArray
 from paddle import Tensor
 
+from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache, New
 from utils.inference.engine import Engine, Logits
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
+_FEW = 16  # new tokens of a row: of an answer, and guessed ones
 _ALIKE = 0.75  # prompts are read together where padding fills less than a quarter
 
 
@@ -243,13 +245,24 @@ class CachedEngine(Engine):
         }
         logits, new = self._program(inputs, past)
         # room only now: what is reserved and not yet filled would be computed and masked in this step
-        self.cache.reserve(
-            len(self._rows), self._before + max(row.length + len(part) for row, part in zip(rows, parts, strict=True))
-        )
+        longest = max(row.length + count for row, count in zip(rows, counts, strict=True))
+        self._make_room(self._before + longest, length)
         self.cache.write(new, [self._before + row.length for row in rows], counts, first)
         for row, number in zip(rows, counts, strict=True):
             row.length += number
         return logits
+
+    def _make_room(self, places: int, new: int) -> None:
+        """Room for so many places of every row, the last `new` of which come now.
+
+        Where an answer outgrows the cache, rows that are free by now go, and what the smaller cache and the prompts
+        leave, into which nothing fits that comes. Not between the parts of a long prompt, each of which takes the
+        same again.
+        """
+        outgrown = 0 < self.cache.room < places and new <= _FEW
+        self.cache.reserve(len(self._rows), places, only=outgrown)
+        if outgrown:
+            runtime.give_back_freed_memory()
 
     def _past(self, first: int, batch: int) -> list[Tensor]:
         """The cache of consecutive rows."""

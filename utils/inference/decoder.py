@@ -232,16 +232,13 @@ class Decoder(nn.Layer):
             parts = in_place.reshape(parts, [0, heads + 2 * kv_heads, 1, width])
         else:
             parts = in_place.reshape(parts, [0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
-        if angles is None:
-            query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
-        else:
-            turning, value = paddle.split(parts, [heads + kv_heads, kv_heads], axis=1)
-            query, key = paddle.split(self.turns.turned(turning, angles), [heads, kv_heads], axis=1)
+        if angles is not None:
+            parts = self.turns.turned(parts, angles)
         if one and past is not None:
-            attended = kernels.attend_one(query, key, value, past, blocks[0].mask)
+            attended, key, value = kernels.attend_one(parts, kv_heads, past, blocks[0].mask)
             attended = in_place.reshape(attended, [0, 1, heads * width])
         else:
-            attended = kernels.attend(query, key, value, past, blocks)
+            attended, key, value = kernels.attend(parts, kv_heads, past, blocks)
             attended = in_place.reshape(attended.transpose([0, 2, 1, 3]), [0, 0, heads * width])
         return attended, key, value
 
@@ -303,8 +300,8 @@ class _Rotary(nn.Layer):
             self.stretch_power = kernels.fixed(paddle.to_tensor(rotary.stretch_power))
 
     def angles(self, positions: Tensor, stretch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin of queries and keys, each [batch, heads + kv_heads, length, head_dim]: spread over the
-        heads once, for all layers.
+        """cos and sin of queries, keys and values, each [batch, heads + 2 * kv_heads, length, head_dim]: spread
+        over the heads once, for all layers. Values are turned by nothing: parting them from the rest costs more.
 
         Args:
             positions: [parts, batch, length] int64.
@@ -318,18 +315,20 @@ class _Rotary(nn.Layer):
         angles = (places * inverse).sum(0)
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(1)  # [batch, 1, length, head_dim]
         spread = []
-        for wave in (angles.cos(), angles.sin()):
+        for wave, still in ((angles.cos(), 1.0), (angles.sin(), 0.0)):
             wave = wave if rotary.magnitude == 1.0 else wave * rotary.magnitude
             of_queries = wave
             if rotary.logn_length is not None:
                 length = paddle.full([1], rotary.logn_length, dtype="float32")
                 of_queries = wave * paddle.clip(paddle.log(places[0] + 1.0) / paddle.log(length), min=1.0).unsqueeze(1)
-            both = [paddle.tile(of_queries, [1, shape.heads, 1, 1]), paddle.tile(wave, [1, shape.kv_heads, 1, 1])]
-            spread.append(paddle.concat(both, axis=1).astype(self.dtype))
+            parts = (of_queries, shape.heads), (wave, shape.kv_heads), (paddle.full_like(wave, still), shape.kv_heads)
+            tiled = [paddle.tile(part, [1, count, 1, 1]) for part, count in parts]
+            spread.append(paddle.concat(tiled, axis=1).astype(self.dtype))
         return spread[0], spread[1]
 
     def turned(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries and keys [batch, heads + kv_heads, length, head_dim] by their positions. May overwrite them."""
+        """Queries and keys by their positions, values as they are: [batch, heads + 2 * kv_heads, length, head_dim],
+        which may be overwritten."""
         turned = in_place.multiply(paddle.matmul(x, self.swap), angles[1])
         return in_place.add(in_place.multiply(x, angles[0]), turned)
 

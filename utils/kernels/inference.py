@@ -151,11 +151,11 @@ class Block:
     """Consecutive new tokens and what they see, the same for every layer.
 
     Attributes:
-        first, end: their places. Numbers, or int64 tensors [1] where a program leaves the length open: each
-            layer cuts by them with one operator.
-        seen: number of keys that they see, the first ones, those of the cache among them; likewise.
+        first, end: their places. Numbers, or where a program leaves the length open int64 tensors [2], of a head
+            and a token, as each layer cuts queries out with one operator.
+        seen: number of keys that they see, the first ones, those of the cache among them. A number or a tensor [1].
         mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
-        start: of the text: 0 of the same kind.
+        start: of the text: 0, as `seen`.
         text: the bounds of the text in all blocks together, see `_open_borders`; None where they are the text.
     """
 
@@ -202,7 +202,8 @@ def blocks_of(
             found.append(Block(first, end, before, part))
         else:
             first, end, before = (place.reshape([1]) for place in (first, end, before))
-            found.append(Block(first, end, before, part, start, (-end, endless)))
+            corners = paddle.concat([start, first]), paddle.concat([paddle.full([1], kv_heads * group, "int64"), end])
+            found.append(Block(*corners, before, part, start, (-end, endless)))
     return found
 
 
@@ -223,34 +224,46 @@ def _at_least(least: int, number: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, blocks: list[Block]
-) -> Tensor:
+    parts: Tensor, kv_heads: int, past: tuple[Tensor, Tensor] | None, blocks: list[Block]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
 
     Args:
-        query: [batch, heads, length, head_dim], already scaled. It may be overwritten.
-        key, value: [batch, kv_heads, length, head_dim] of the new tokens.
+        parts: queries, already scaled, keys and values of the new tokens, [batch, heads + 2 * kv_heads, length,
+            head_dim].
         past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
 
     Returns:
-        As `query`.
+        What queries gather [batch, heads, length, head_dim], keys and values [batch, kv_heads, length, head_dim].
     """
-    heads, width = query.shape[1], query.shape[3]
-    kv_heads = key.shape[1]
+    heads, width = parts.shape[1] - 2 * kv_heads, parts.shape[3]
+    if len(blocks) == 1:
+        query, new_key, new_value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
+        queries = [query]
+    else:  # queries are cut by heads and tokens at once
+        new_key, new_value = parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
+        queries = [_queries(parts, block, heads) for block in blocks]
+    key, value = new_key, new_value
     if past is not None:
         key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value)))  # noqa: B905 - it is traced
     found = []
-    for number, block in enumerate(blocks):
-        q = query if len(blocks) == 1 else _cut(query, block.first, block.end)
+    for number, (block, query) in enumerate(zip(blocks, queries)):  # noqa: B905
         k, v = key, value
         if number < len(blocks) - 1:
-            k, v = _cut(key, block.start, block.seen), _cut(value, block.start, block.seen)
-        scores = paddle.matmul(in_place.reshape(q, [0, kv_heads, -1, width]), k, transpose_y=True)
+            k, v = (_cut(x, block.start, block.seen) for x in (key, value))
+        scores = paddle.matmul(in_place.reshape(query, [0, kv_heads, -1, width]), k, transpose_y=True)
         found.append(in_place.reshape(paddle.matmul(_weights(scores, block.mask), v), [0, heads, -1, width]))
     if len(found) == 1:
-        return found[0]
+        return found[0], new_key, new_value
     joined, text = paddle.concat(found, axis=2), blocks[-1].text
-    return joined if text is None else _cut(joined, *text)
+    return joined if text is None else _cut(joined, *text), new_key, new_value
+
+
+def _queries(parts: Tensor, block: Block, heads: int) -> Tensor:
+    """The queries of a block [batch, heads, tokens, head_dim]."""
+    if isinstance(block.end, int):
+        return parts[:, :heads, block.first : block.end]
+    return paddle.slice(parts, [1, 2], block.first, block.end)
 
 
 def _cut(x: Tensor, first: Any, end: Any) -> Tensor:
@@ -258,18 +271,21 @@ def _cut(x: Tensor, first: Any, end: Any) -> Tensor:
     return x[:, :, first:end] if isinstance(end, int) else paddle.slice(x, [2], first, end)
 
 
-def attend_one(query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+def attend_one(
+    parts: Tensor, kv_heads: int, past: tuple[Tensor, Tensor], mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `attend`, for one new token of each row: scores are joined, so that no cache is copied.
 
     Args:
         mask: of the only block.
     """
-    heads, width = query.shape[1], query.shape[3]
-    query = in_place.reshape(query, [0, key.shape[1], -1, width])
+    heads, width = parts.shape[1] - 2 * kv_heads, parts.shape[3]
+    query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
+    query = in_place.reshape(query, [0, kv_heads, -1, width])
     scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
     weights = _weights(paddle.concat(scores, axis=-1), mask)
     attended = in_place.add(paddle.matmul(weights[..., :-1], past[1]), weights[..., -1:] * value)
-    return in_place.reshape(attended, [0, heads, 1, width])
+    return in_place.reshape(attended, [0, heads, 1, width]), key, value
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
