@@ -128,6 +128,18 @@ def test_all_four_corners_write_the_same_file(tiny: Tiny, method: str | None, tm
         assert wanted != answers(tiny, tiny.model)
 
 
+def test_a_program_overwrites_what_nothing_else_uses(tiny: Tiny, tmp_path: Path) -> None:
+    """Paddle falls back to copies without a word where an operator cannot be traced in place."""
+    code, _, err = export_model(tiny, tmp_path / "out", "--inference_model")
+    assert code == 0, err
+    program = (tmp_path / "out" / "model.json").read_text("utf-8")
+    layers = re.findall(r'"#":"1\.(\w+)"', program[program.index('"1.if"') :])
+    assert {"add_", "multiply_", "silu_", "softmax_", "reshape_"} <= set(layers)
+    assert not {"add", "silu", "softmax"} & set(layers)
+    # both ways copy hidden, normed and attended states once, where they pick the tokens whose logits are wanted
+    assert layers.count("reshape") == 6
+
+
 def test_a_second_export_replaces_the_first(tiny: Tiny, folder: Path) -> None:
     (plain,) = [path.read_bytes() for path in folder.glob("*.json") if path.name == exporting.PROGRAM]
     code, out, err = export_model(tiny, folder, "--inference_model")

@@ -87,6 +87,32 @@ def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
     assert np.array_equal(contents(cache, 2)[:, :, :, :10], new)
 
 
+@pytest.mark.parametrize("kind", CACHES)
+def test_rows_that_are_free_go_when_asked(kind: type[Cache]) -> None:
+    cache = kind(LAYERS, HEADS, WIDTH, "float32")
+    cache.reserve(3, 10)
+    new = np.random.default_rng(1).normal(size=(2 * LAYERS, 3, HEADS, 10, WIDTH)).astype(np.float32)
+    cache.write([paddle.to_tensor(new)], [0] * 3, [10] * 3)
+    cache.reserve(2, 40)
+    assert (cache.rows, cache.room) == (3, 64)
+    cache.reserve(2, 70, only=True)
+    assert (cache.rows, cache.room) == (2, 96)
+    assert np.array_equal(contents(cache, 2)[:, :, :, :10], new[:, :2])
+
+
+def test_an_answer_that_outgrows_the_cache_leaves_only_rows_in_use() -> None:
+    """A head that prompts shared is free once they are read; its row would be computed and masked to the end."""
+    engine = cached(CASE)
+    slots, _ = engine.open([[5, 6, 7], [8, 9], [5, 6]])
+    engine.free(slots[:1])
+    assert engine.cache.rows == 3
+    with mock.patch("utils.runtime.give_back_freed_memory") as tidied:
+        for _ in range(31):
+            engine.advance(slots[1:], [[5], [6]])
+        assert (engine.cache.rows, engine.cache.room) == (2, 64)
+    assert tidied.call_count == 1
+
+
 @pytest.fixture(params=[False, True], ids=["copies", "views"])
 def views(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both of what Paddle makes of slices and transposes: copies, as on CPUs here, or views, as on GPUs."""
