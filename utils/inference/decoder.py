@@ -145,6 +145,7 @@ class Decoder(nn.Layer):
             None if architecture.slopes is None else self.slopes,
             kv_heads=shape.kv_heads,
             group=shape.heads // shape.kv_heads,
+            width=shape.head_dim,
             pieces=1 if one or not architecture.causal else 0,
         )
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))

@@ -40,7 +40,7 @@ def relu(x: Tensor) -> Tensor:
     return _operators.relu_(x)
 
 
-def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same values in another shape; 0 keeps a size, -1 is what is left."""
+def reshape(x: Tensor, shape: Sequence[int] | Tensor) -> Tensor:
+    """The same values in another shape; in a list 0 keeps a size, -1 is what is left."""
     # operators that run at once share the memory anyhow, and x may be a view with gaps
     return x.reshape(shape) if paddle.in_dynamic_mode() else _operators.reshape_(x, shape)

@@ -21,7 +21,6 @@ from paddle.incubate.nn.functional import fused_rms_norm
 from utils.errors import UserError
 from utils.kernels import in_place
 
-ENDLESS = 2**31 - 1  # behind the end of any text
 HIDDEN = -1e30  # added to the score of a key that is not seen
 BLOCK = 128  # tokens whose attention is computed together
 PIECES = 4  # blocks of a static program, whose number of blocks is fixed
@@ -156,19 +155,22 @@ class Block:
         seen: number of keys that they see, the first ones, those of the cache among them. A number or a tensor [1].
         mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
         start: of the text: 0, as `seen`.
-        text: the bounds of the text in all blocks together, see `_open_borders`; None where they are the text.
+        by_key: the shape of queries with those of one key head behind each other, [batch, kv_heads, group * tokens,
+            head_dim]; -1 is what is left, or an int64 tensor [4]: nothing is left in an empty block.
+        by_query: [batch, heads, tokens, head_dim], likewise.
     """
 
     first: Any
     end: Any
     seen: Any
     mask: Tensor
+    by_key: Any
+    by_query: Any
     start: Any = 0
-    text: tuple[Tensor, Tensor] | None = None
 
 
 def blocks_of(
-    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, pieces: int
+    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, width: int, pieces: int
 ) -> list[Block]:
     """The blocks that attention works on: what no token of a block sees is not computed.
 
@@ -177,50 +179,46 @@ def blocks_of(
         keys: [batch, cached + length] int64, the key's place in its text.
         slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
             alone, since the query's adds the same to a whole row, which softmax removes.
+        width: of a head.
         pieces: number of blocks, of which the first see less where no token sees a later one; 0 chooses.
     """
     length, seen = visible.shape[2:]
-    borders: list[tuple[Any, Any]]
-    if length < 0:  # left open in a static program
-        length, seen = (paddle.shape(visible)[axis] for axis in (2, 3))
-        pieces = pieces or PIECES
-        start, endless = (paddle.full([1], place, "int64") for place in (0, ENDLESS))
-        borders = [(start, length)] if pieces == 1 else _open_borders(length, pieces)
-    else:
-        pieces = pieces or -(-length // BLOCK)
-        borders = list(pairwise(length * number // pieces for number in range(pieces + 1)))
+    is_open = length < 0  # in a static program, whose blocks may be empty
+    if is_open:
+        batch, length, seen = (paddle.shape(visible)[axis] for axis in (0, 2, 3))
+    pieces = pieces or (PIECES if is_open else -(-length // BLOCK))
+    borders = [length * number // pieces for number in range(pieces + 1)]
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
     found = []
-    for first, end in borders:
+    for first, end in pairwise(borders):
         before = seen - length + end
         part = scores if pieces == 1 else scores[:, :, first:end, :before]
         if group > 1 or slopes is None:
             part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
-        if isinstance(end, int):
-            found.append(Block(first, end, before, part))
-        else:
-            first, end, before = (place.reshape([1]) for place in (first, end, before))
-            corners = paddle.concat([start, first]), paddle.concat([paddle.full([1], kv_heads * group, "int64"), end])
-            found.append(Block(*corners, before, part, start, (-end, endless)))
+        if not is_open or pieces == 1:
+            found.append(Block(first, end, before, part, [0, kv_heads, -1, width], [0, kv_heads * group, -1, width]))
+            continue
+        tokens = end - first
+        found.append(
+            Block(
+                _together(0, first),
+                _together(kv_heads * group, end),
+                _together(before),
+                part,
+                _together(batch, kv_heads, tokens * group, width),
+                _together(batch, kv_heads * group, tokens, width),
+                _together(0),
+            )
+        )
     return found
 
 
-def _open_borders(length: Tensor, pieces: int) -> list[tuple[Tensor, Tensor]]:
-    """First and end of each of so many blocks of an unknown number of tokens.
-
-    None may be empty. Where tokens are too few, the first blocks hold the first token again and again, so that
-    the last `length` tokens of all blocks are always the text.
-    """
-    size = (length + pieces - 1) // pieces
-    ends = [_at_least(1, length - size * later) for later in reversed(range(pieces))]
-    return [(_at_least(0, end - size), end) for end in ends]
-
-
-def _at_least(least: int, number: Tensor) -> Tensor:
-    """Not `clip`, which ends a program with oneDNN, the inference library's default, if it gets integers."""
-    return paddle.maximum(number, paddle.full([], least, number.dtype))
+def _together(*numbers: Any) -> Tensor:
+    """Numbers and tensors of one as one int64 tensor."""
+    tensors = [paddle.full([], x, "int64") if isinstance(x, int) else x.astype("int64") for x in numbers]
+    return paddle.stack(tensors)
 
 
 def attend(
@@ -236,7 +234,7 @@ def attend(
     Returns:
         What queries gather [batch, heads, length, head_dim], keys and values [batch, kv_heads, length, head_dim].
     """
-    heads, width = parts.shape[1] - 2 * kv_heads, parts.shape[3]
+    heads = parts.shape[1] - 2 * kv_heads
     if len(blocks) == 1:
         query, new_key, new_value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
         queries = [query]
@@ -251,12 +249,9 @@ def attend(
         k, v = key, value
         if number < len(blocks) - 1:
             k, v = (_cut(x, block.start, block.seen) for x in (key, value))
-        scores = paddle.matmul(in_place.reshape(query, [0, kv_heads, -1, width]), k, transpose_y=True)
-        found.append(in_place.reshape(paddle.matmul(_weights(scores, block.mask), v), [0, heads, -1, width]))
-    if len(found) == 1:
-        return found[0], new_key, new_value
-    joined, text = paddle.concat(found, axis=2), blocks[-1].text
-    return joined if text is None else _cut(joined, *text), new_key, new_value
+        scores = paddle.matmul(in_place.reshape(query, block.by_key), k, transpose_y=True)
+        found.append(in_place.reshape(paddle.matmul(_weights(scores, block.mask), v), block.by_query))
+    return found[0] if len(found) == 1 else paddle.concat(found, axis=2), new_key, new_value
 
 
 def _queries(parts: Tensor, block: Block, heads: int) -> Tensor:
