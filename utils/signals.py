@@ -27,5 +27,10 @@ def handle(number: int, handler: Handler) -> Handler:
 
 def notice(text: str) -> None:
     """`errors.notice` for a handler, which may have interrupted a print: the stream refuses a second one then."""
+    try:
+        descriptor = sys.stderr.fileno()
+    except (OSError, AttributeError):  # a stream in memory, as in a notebook
+        errors.notice(text)
+        return
     if not errors.silent:
-        os.write(sys.stderr.fileno(), f"note: {text}\n".encode())
+        os.write(descriptor, f"note: {text}\n".encode())
