@@ -17,6 +17,12 @@ from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.plain import LibraryProgram
 
+# New tokens that choose a way through a program, and on a CPU the MiB of memory that come together on that way before
+# a thread of the executor is woken to give them back. Each time costs a few microseconds: after every operator of a
+# decoding step a twentieth of it, after every large output of a prompt a fiftieth. What is not full yet stays, for each
+# group of layers. A program without ways has what comes first.
+_PORTIONS = {2: 2.0, 1: 0.25}
+
 
 class DynamicProgram:
     """The inference model, or the library's as `LibraryProgram`, operator by operator."""
@@ -41,8 +47,6 @@ class StaticProgram:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
             config.disable_mkldnn()  # slower for these shapes
-            # memory is given back in portions of 512 KiB: after every operator it costs a twentieth of a decoding step
-            paddle.set_flags({"FLAGS_eager_delete_tensor_gb": 1 / 2048})
         config.enable_new_ir(True)
         config.enable_new_executor(True)
         config.disable_glog_info()
@@ -55,11 +59,13 @@ class StaticProgram:
         self._nothing = paddle.zeros([1])
         runtime.give_back_freed_memory()
         with runtime.new_threads_wait():  # the executor gives memory back in threads that have nothing urgent to do
-            self._first_runs(manifest.position_parts)
+            self._first_runs(manifest.position_parts, on_cpu=not device.startswith("gpu"))
 
-    def _first_runs(self, parts: int) -> None:
+    def _first_runs(self, parts: int, *, on_cpu: bool) -> None:
         """Runs both ways through the program, so that no answer waits for what their first runs prepare."""
-        for length in (1, 2):
+        for length, portion in _PORTIONS.items():
+            if on_cpu:  # read when a way is run for the first time
+                paddle.set_flags({"FLAGS_eager_delete_tensor_gb": portion / 1024})
             self(
                 {
                     "ids": paddle.zeros([1, length], dtype="int64"),
