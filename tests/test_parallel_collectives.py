@@ -1,4 +1,4 @@
-"""What Paddle lacks for several processes on CPUs, in real jobs: `parallel_jobs/collectives.py` does the checks."""
+"""What Paddle lacks for several processes on CPUs, in real jobs: `parallel_jobs/collectives.py` runs the checks."""
 
 from __future__ import annotations
 
