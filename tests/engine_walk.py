@@ -88,10 +88,12 @@ class Walk:
 
     def fork(self) -> None:
         slot = self.one(self.texts)
-        new = self.engine.fork(slot)
-        self.note(f"fork({slot}) -> {new}")
-        assert new not in self.texts, self.history
-        self.hold(new, self.texts[slot], self.least[slot])
+        count = int(self.random.integers(1, 1 + min(2, self.slots - len(self.texts))))
+        new = self.engine.fork(slot, count)
+        self.note(f"fork({slot}, {count}) -> {new}")
+        assert len({*new} - {*self.texts}) == count, self.history
+        for copy in new:
+            self.hold(copy, self.texts[slot], self.least[slot])
 
     def free(self, slots: Sequence[int]) -> None:
         self.note(f"free({list(slots)})")

@@ -53,8 +53,8 @@ class TextEngine(Engine):
         assert 0 < count < len(self.texts[slot])
         del self.texts[slot][-count:]
 
-    def fork(self, slot: int) -> int:
-        return self._new(self.texts[slot])
+    def fork(self, slot: int, count: int = 1) -> list[int]:
+        return [self._new(self.texts[slot]) for _ in range(count)]
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:

@@ -127,7 +127,7 @@ def test_copies_of_a_beginning_go_on_alone(any_engine: tuple[Case, Maker]) -> No
     split = len(row) // 2 if engine.shares_heads else len(row)
     row += [30, 31, 32]
     (kept,), _ = engine.open([row[:split]])
-    left, right = engine.fork(kept), engine.fork(kept)
+    left, right = engine.fork(kept, 2)
     found = engine.advance([right, left], [row[split:], other]).numpy()
     alone = [hidden_logits(one.checkpoint.family, one.model, np.array([ids]))[0] for ids in (row, row[:split] + other)]
     assert np.abs(found - np.concatenate([ids[split:] for ids in alone])).max() < TOLERANCE

@@ -83,7 +83,7 @@ def test_texts_keep_the_factor_of_their_prompt(checkpoint: Checkpoint) -> None:
     assert QWEN.text({**config, "use_dynamic_ntk": False}, prompts[0]).stretch == 1.0
     engine = engine_of(checkpoint, seq_length=int(stored["trained"]))
     (gone, kept), _ = engine.open(prompts)
-    copied = engine.fork(kept)
+    (copied,) = engine.fork(kept)
     engine.free([gone])
     logits = engine.advance([kept, copied], [stored["next_ids"][1:].tolist()] * 2).numpy()
     np.testing.assert_allclose(logits, np.repeat(stored["both_next"][1:], 2, axis=0), atol=1e-4)

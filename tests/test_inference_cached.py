@@ -113,6 +113,17 @@ def test_an_answer_that_outgrows_the_cache_leaves_only_rows_in_use() -> None:
     assert tidied.call_count == 1
 
 
+def test_copies_of_a_slot_make_room_once() -> None:
+    """For each copy anew, all rows would be copied as often as there are copies."""
+    engine = cached(CASE)
+    (slot, other), _ = engine.open([[5, 6, 7], [8, 9]])
+    with mock.patch.object(engine.cache, "_resize", wraps=engine.cache._resize) as resized:
+        copies = engine.fork(slot, 4)
+    assert resized.call_count == 1 and engine.cache.rows == 6
+    logits = engine.advance([*copies, slot, other], [[4]] * 6).numpy()
+    assert np.abs(logits[:4] - logits[4]).max() < 1e-5 < np.abs(logits[5] - logits[4]).max()
+
+
 @pytest.fixture(params=[False, True], ids=["copies", "views"])
 def views(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both of what Paddle makes of slices and transposes: copies, as on CPUs here, or views, as on GPUs."""

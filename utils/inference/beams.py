@@ -151,7 +151,7 @@ class BeamSearch(Answer):
         for candidate, beam in grown:
             beam.slot = unused.pop(candidate.parent, None)
             if beam.slot is None:
-                beam.slot = self._slots.fork(slots[candidate.parent])
+                (beam.slot,) = self._slots.fork(slots[candidate.parent])
         self._slots.free(list(unused.values()))
         self._beams = [beam for _, beam in grown]
 

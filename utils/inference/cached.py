@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache, New
-from utils.inference.engine import Engine, Logits
+from utils.inference.engine import Engine, Logits, unused_slots
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _FEW = 16  # new tokens of a row: of an answer, and guessed ones
@@ -80,9 +79,8 @@ class CachedEngine(Engine):
 
     @paddle.no_grad()
     def open(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Logits]:
-        used = {row.slot for row in self._rows}
-        free = (slot for slot in count() if slot not in used)
-        new = [_Row(next(free), self._family.text(self._config, prompt)) for prompt in prompts]
+        slots = self._unused(len(prompts))
+        new = [_Row(slot, self._family.text(self._config, prompt)) for slot, prompt in zip(slots, prompts, strict=True)]
         found: dict[int, Tensor] = {}
         before = len(self._rows)
         self.cache.reserve(before + len(new), self._before)
@@ -158,15 +156,17 @@ class CachedEngine(Engine):
         row.text.truncate(len(row.text.ids) - count)
         row.length = len(row.text.ids)
 
-    def fork(self, slot: int) -> int:
-        used = {row.slot for row in self._rows}
-        new = next(number for number in count() if number not in used)
+    def fork(self, slot: int, count: int = 1) -> list[int]:
         source = next(number for number, row in enumerate(self._rows) if row.slot == slot)
-        row = self._rows[source]
-        self.cache.reserve(len(self._rows) + 1, self._before + row.length)
-        self.cache.copy_row(source, len(self._rows))
-        self._rows.append(_Row(new, row.text.copy(), row.length))
+        row, new, before = self._rows[source], self._unused(count), len(self._rows)
+        self.cache.reserve(before + count, self._before + row.length)
+        for place in range(before, before + count):
+            self.cache.copy_row(source, place)
+        self._rows += [_Row(number, row.text.copy(), row.length) for number in new]
         return new
+
+    def _unused(self, number: int) -> list[int]:
+        return unused_slots({row.slot for row in self._rows}, number)
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import paddle
 
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.engine import Engine, Logits, Prefix
+from utils.inference.engine import Engine, Logits, Prefix, unused_slots
 from utils.kernels.split import gathered
 
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
@@ -152,12 +151,12 @@ class EagerEngine(Engine):
         self._groups[place] = self._groups[place].without_gaps()
 
     @paddle.no_grad()
-    def fork(self, slot: int) -> int:
-        (new,) = self._unused(1)
+    def fork(self, slot: int, count: int = 1) -> list[int]:
+        new = self._unused(count)
         place, row = self._find(slot)
-        copied = self._groups[place].take([row])
-        copied.slots = [new]
-        self._texts[new] = self._texts[slot].copy()
+        copied = self._groups[place].take([row] * count)
+        copied.slots = list(new)
+        self._texts.update((number, self._texts[slot].copy()) for number in new)
         self._groups.append(copied)
         return new
 
@@ -175,8 +174,7 @@ class EagerEngine(Engine):
         return next((place, group.slots.index(slot)) for place, group in enumerate(self._groups) if slot in group.slots)
 
     def _unused(self, number: int) -> list[int]:
-        free = (slot for slot in count() if slot not in self._texts)
-        return [next(free) for _ in range(number)]
+        return unused_slots(self._texts, number)
 
     def _forward(
         self, rows: _Rows, texts: Sequence[Text], positions: Sequence[Ints], counts: Sequence[int]

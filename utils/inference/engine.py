@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import count, islice
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,11 @@ class Logits:
         if len(rows) == self._values.shape[0] and list(rows) == list(range(len(rows))):
             return self
         return Logits(self._values.index_select(paddle.to_tensor(list(rows), dtype="int64")))
+
+
+def unused_slots(used: Container[int], number: int) -> list[int]:
+    """The lowest numbers of so many slots that are not open."""
+    return list(islice((slot for slot in count() if slot not in used), number))
 
 
 class Prefix(Protocol):
@@ -88,8 +94,8 @@ class Engine(ABC):
         whole prompt."""
 
     @abstractmethod
-    def fork(self, slot: int) -> int:
-        """Opens a slot that holds what this one holds; returns it."""
+    def fork(self, slot: int, count: int = 1) -> list[int]:
+        """Opens slots that hold what this one holds, all at once, as room for them is made once; returns them."""
 
     @abstractmethod
     def free(self, slots: Sequence[int]) -> None:

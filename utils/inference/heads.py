@@ -80,7 +80,7 @@ class Heads:
             (slot,), _ = self._slots.open([tokens])
             self.read += len(tokens)
         else:
-            slot = self._slots.fork(parent.slot)
+            (slot,) = self._slots.fork(parent.slot)
             rest = tokens[len(parent.tokens) :]
             self._slots.advance([slot], [rest], last=True)
             self.read += len(rest)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from utils.inference.beams import BeamSearch
 from utils.inference.engine import Engine, Logits
-from utils.inference.heads import WINDOW, Heads
+from utils.inference.heads import WINDOW, Head, Heads
 from utils.inference.request import Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
 from utils.inference.slots import Slots
@@ -247,8 +247,7 @@ class Scheduler:
     def _open(self, opening: Sequence[Request]) -> list[tuple[list[Request], list[int], Logits]]:
         """Reads prompts; groups of (requests, slots, the logits after each prompt)."""
         whole: list[Request] = []
-        copied: list[Request] = []
-        slots, rests = [], []
+        copied: dict[Head, list[Request]] = {}
         for request in opening:
             head = None
             if self._heads is not None:
@@ -260,16 +259,17 @@ class Scheduler:
             if head is None:
                 whole.append(request)
                 continue
-            copied.append(request)
-            slots.append(self._slots.fork(head.slot))
-            rests.append(request.prompt[len(head.tokens) :])
+            copied.setdefault(head, []).append(request)
             self.speed.shared_tokens += len(head.tokens)
         groups = []
         if whole:
             opened, logits = self._slots.open([request.prompt for request in whole])
             groups.append((whole, opened, logits))
         if copied:
-            groups.append((copied, slots, self._slots.advance(slots, rests, last=True)))
+            slots = [slot for head, requests in copied.items() for slot in self._slots.fork(head.slot, len(requests))]
+            rests = [request.prompt[len(head.tokens) :] for head, requests in copied.items() for request in requests]
+            logits = self._slots.advance(slots, rests, last=True)
+            groups.append(([request for requests in copied.values() for request in requests], slots, logits))
         return groups
 
     def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:

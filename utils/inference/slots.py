@@ -33,11 +33,11 @@ class Slots:
         if count:
             self.engine.rewind(slot, count)
 
-    def fork(self, slot: int) -> int:
+    def fork(self, slot: int, count: int = 1) -> list[int]:
         """See `Engine.fork`."""
-        copied = self.engine.fork(slot)
-        self._open.add(copied)
-        return copied
+        copies = self.engine.fork(slot, count)
+        self._open.update(copies)
+        return copies
 
     def free(self, slots: Sequence[int]) -> None:
         """See `Engine.free`; no slots at all are fine."""
