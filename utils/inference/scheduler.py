@@ -266,10 +266,12 @@ class Scheduler:
             opened, logits = self._slots.open([request.prompt for request in whole])
             groups.append((whole, opened, logits))
         if copied:
-            slots = [slot for head, requests in copied.items() for slot in self._slots.fork(head.slot, len(requests))]
-            rests = [request.prompt[len(head.tokens) :] for head, requests in copied.items() for request in requests]
-            logits = self._slots.advance(slots, rests, last=True)
-            groups.append(([request for requests in copied.values() for request in requests], slots, logits))
+            together, slots, rests = [], [], []
+            for head, requests in copied.items():
+                together += requests
+                slots += self._slots.fork(head.slot, len(requests))
+                rests += [request.prompt[len(head.tokens) :] for request in requests]
+            groups.append((together, slots, self._slots.advance(slots, rests, last=True)))
         return groups
 
     def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:
