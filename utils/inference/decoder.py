@@ -191,7 +191,7 @@ class Decoder(nn.Layer):
             elif update is None:
                 normed = layer.attention_norm(hidden)
             else:
-                normed, hidden = layer.attention_norm.of_sum(update, hidden)
+                normed, hidden = layer.attention_norm.of_sum(update, hidden, one=one)
             attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
             kept += [key, value]
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
@@ -200,7 +200,7 @@ class Decoder(nn.Layer):
                 update = in_place.add(layer.attention_out(attended), self._mlp(layer, layer.mlp_norm(hidden)))
                 continue
             middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
-            normed, hidden = middle.of_sum(layer.attention_out(attended), self._base(hidden, normed))
+            normed, hidden = middle.of_sum(layer.attention_out(attended), self._base(hidden, normed), one=one)
             if not architecture.norm_first:
                 hidden = layer.mlp_norm(in_place.add(self._mlp(layer, normed), self._base(normed, normed)))
                 continue

@@ -111,24 +111,31 @@ class Table(Operator):
 class Norm(Operator):
     """A normalisation over the last axis."""
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """That of x + residual, and the sum itself; both as `x`, which may be overwritten."""
+    def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
+        """That of x + residual, and the sum itself; both as `x`, which may be overwritten.
+
+        Args:
+            one: whether there is one token of each row.
+        """
         total = in_place.add(x, residual)
         return self(total), total
 
 
 class RMSNorm(Norm):
     """x / sqrt(mean(x²) + epsilon) * weight [width] (Zhang & Sennrich 2019, arXiv:1910.07467), by Paddle's fused
-    operator, which adds the residual as well."""
+    operator, which can add the residual as well."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
         self.weight, self.epsilon = fixed(weight), epsilon
+        self.on_cpu = weight.place.is_cpu_place()
 
     def forward(self, x: Tensor) -> Tensor:
         return fused_rms_norm(x, self.weight, None, self.epsilon, -1)[0]
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
+        if self.on_cpu and not one:  # there the fused sum, in new memory, costs more than another operator
+            return super().of_sum(x, residual, one=one)
         normal, total = fused_rms_norm(x, self.weight, None, self.epsilon, -1, residual=residual)[:2]
         return normal, total
 
