@@ -134,7 +134,7 @@ class RMSNorm(Norm):
         return fused_rms_norm(x, self.weight, None, self.epsilon, -1)[0]
 
     def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
-        if self.on_cpu and not one:  # there the fused sum, in new memory, costs more than another operator
+        if self.on_cpu and not one:  # the fused sum goes to new memory, slow in some processes
             return super().of_sum(x, residual, one=one)
         normal, total = fused_rms_norm(x, self.weight, None, self.epsilon, -1, residual=residual)[:2]
         return normal, total
