@@ -16,6 +16,7 @@ from family_cases import cached, case, hidden_logits, random_prefix
 
 from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.cached import CachedEngine
+from utils.kernels.inference import Targets
 
 CASE = case("mistral")  # has a window and grouped heads
 LAYERS, HEADS, WIDTH = 2, 3, 4
@@ -33,24 +34,35 @@ def test_who_keeps_the_tensors_of_a_step_does_not_keep_their_memory() -> None:
     assert memory() is None and not read
 
 
+def write(cache: Cache, new: np.ndarray, starts: list[int], first: int = 0) -> None:
+    """As a program does: new keys and values [2 * layers, rows, heads, length, width] of rows from `first` on."""
+    tensors = cache.tensors(new.shape[1], first)
+    places = np.array(starts)[:, None] + np.arange(new.shape[3])
+    targets = Targets.at(paddle.to_tensor(places), tensors[0], heads_first=cache.heads_first)
+    for tensor, values in zip(tensors, new if cache.heads_first else new.swapaxes(2, 3), strict=True):
+        targets.write(tensor, paddle.to_tensor(values))
+
+
 def contents(cache: Cache, rows: int) -> np.ndarray:
     """[2 * layers, rows, heads, room, width]."""
-    return np.stack([tensor.numpy() for tensor in cache.tensors(rows)])
+    held = np.stack([tensor.numpy() for tensor in cache.tensors(rows)])
+    return held if cache.heads_first else held.swapaxes(2, 3)
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache]) -> None:
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache], heads_first: bool) -> None:
     random = np.random.default_rng(0)
-    cache = kind(LAYERS, HEADS, WIDTH, "float32")
+    cache = kind(LAYERS, HEADS, WIDTH, "float32", heads_first=heads_first)
     held: dict[int, np.ndarray] = {}  # [2 * layers, heads, places, width] of each row
     for _ in range(60):
         rows = int(random.integers(1, 6))
         first = int(random.integers(0, 6 - rows + 1))
         counts = random.integers(1, 2 if random.integers(2) else 70, rows).tolist()
         starts = [held[first + n].shape[2] if first + n in held else 0 for n in range(rows)]
-        cache.reserve(first + rows, max(start + count for start, count in zip(starts, counts, strict=True)))
+        cache.reserve(first + rows, max(starts) + max(counts))
         new = random.normal(size=(2 * LAYERS, rows, HEADS, max(counts), WIDTH)).astype(np.float32)
-        cache.write([paddle.to_tensor(new)], starts, counts, first)
+        write(cache, new, starts, first)
         for n, count in enumerate(counts):
             before = held.get(first + n, new[:, n, :, :0])
             held[first + n] = np.concatenate([before, new[:, n, :, :count]], axis=2)
@@ -63,8 +75,11 @@ def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache]) -> No
     assert cache.rows == 6 and cache.room % 32 == 0
     cache.clear()
     assert (cache.rows, cache.room) == (0, 0)
-    cache.reserve(1, 3)
-    assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 32, WIDTH) and not contents(cache, 1).any()
+    cache.reserve(2, 3)
+    assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 32, WIDTH) and not contents(cache, 2).any()
+    begin = random.normal(size=(2 * LAYERS, HEADS, 3, WIDTH)).astype(np.float32)
+    cache.begin(1, begin)
+    assert np.array_equal(contents(cache, 2)[:, 1, :, :3], begin) and not contents(cache, 1).any()
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -72,7 +87,7 @@ def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
     cache = kind(LAYERS, HEADS, WIDTH, "float32")
     cache.reserve(2, 10)
     new = np.random.default_rng(1).normal(size=(2 * LAYERS, 2, HEADS, 10, WIDTH)).astype(np.float32)
-    cache.write([paddle.to_tensor(new)], [0, 0], [10, 10])
+    write(cache, new, [0, 0])
     name = "numpy.zeros" if kind is HostCache else "paddle.zeros"
     real, calls = (np.zeros if kind is HostCache else paddle.zeros), iter([True, False])
 
@@ -92,7 +107,7 @@ def test_rows_that_are_free_go_when_asked(kind: type[Cache]) -> None:
     cache = kind(LAYERS, HEADS, WIDTH, "float32")
     cache.reserve(3, 10)
     new = np.random.default_rng(1).normal(size=(2 * LAYERS, 3, HEADS, 10, WIDTH)).astype(np.float32)
-    cache.write([paddle.to_tensor(new)], [0] * 3, [10] * 3)
+    write(cache, new, [0] * 3)
     cache.reserve(2, 40)
     assert (cache.rows, cache.room) == (3, 64)
     cache.reserve(2, 70, only=True)
@@ -152,7 +167,7 @@ def test_slots_are_independent_in_a_cache_on_the_device(static: bool, with_prefi
 
 @pytest.mark.usefixtures("views")
 @pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("call", ["program", "write", "copy_row", "reserve"])
+@pytest.mark.parametrize("call", ["program", "tensors", "copy_row", "reserve"])
 @pytest.mark.parametrize("done", [False, True])
 def test_an_interrupted_call_changes_nothing(kind: type[Cache], call: str, done: bool) -> None:
     """Ctrl-C before or after anything that takes time, at every place where it is called."""

@@ -60,13 +60,12 @@ def test_norms_of_a_sum_match_their_definitions(kind: str, one: bool) -> None:
     random = np.random.default_rng(1)
     x, residual = (random.normal(size=(2, 7, 24)).astype("float32") for _ in range(2))
     weight, bias = (random.normal(size=24).astype("float32") for _ in range(2))
-    scale, shift, kept = (paddle.to_tensor(values) for values in (weight, bias, residual))
+    scale, shift = (paddle.to_tensor(values) for values in (weight, bias))
     norm = inference.RMSNorm(scale, 1e-5) if kind == "rms" else inference.LayerNorm(scale, shift, 1e-5)
     with paddle.no_grad():
-        normal, total = norm.of_sum(paddle.to_tensor(x), kept, one=one)
+        normal, total = norm.of_sum(paddle.to_tensor(x), paddle.to_tensor(residual), one=one)
     wanted = x.astype("float64") + residual
     np.testing.assert_allclose(total.numpy(), wanted, atol=1e-6)
-    np.testing.assert_array_equal(kept.numpy(), residual)
     if kind == "layer":
         wanted = wanted - wanted.mean(-1, keepdims=True)
     wanted = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-5) * weight + (bias if kind == "layer" else 0)

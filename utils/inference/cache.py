@@ -1,16 +1,12 @@
-"""Keys and values of all rows, allocated ahead and written in place."""
+"""Keys and values of all rows, allocated ahead; programs write into it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
-
-New: TypeAlias = "paddle.Tensor | NDArray[np.generic]"  # new keys and values, as a program gives them
 
 _STEP = 32  # positions; room is added in steps of this, or of an eighth where that is more
 
@@ -20,13 +16,14 @@ class Cache(ABC):
 
     Attributes:
         rows, room: what is allocated: rows, and places of each.
+        heads_first: whether a layer's keys are [rows, kv_heads, room, head_dim], not [rows, room, kv_heads, head_dim].
     """
 
     rows: int
     room: int
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
-        self._shape, self._dtype = (kv_heads, head_dim), dtype
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
+        self._sizes, self._dtype, self.heads_first = (kv_heads, head_dim), dtype, heads_first
         self.rows = self.room = 0
 
     def reserve(self, rows: int, places: int, *, only: bool = False) -> None:
@@ -60,22 +57,27 @@ class Cache(ABC):
         self._resize(0, 0)
         self.rows = self.room = 0
 
+    def _shape(self, rows: int, room: int) -> tuple[int, int, int, int]:
+        kv_heads, head_dim = self._sizes
+        return (rows, kv_heads, room, head_dim) if self.heads_first else (rows, room, kv_heads, head_dim)
+
     @abstractmethod
     def _resize(self, rows: int, room: int) -> None:
         """Allocates anew and copies, layer by layer; leaves alone what has that size already."""
 
     @abstractmethod
-    def tensors(self, rows: int) -> list[paddle.Tensor]:
-        """Keys and values of every layer in turn, of the first rows, [rows, kv_heads, room, head_dim]."""
+    def tensors(self, rows: int, first: int = 0) -> list[paddle.Tensor]:
+        """Keys and values of every layer in turn, of rows `first`, first + 1, ...
+
+        They are the memory of the cache: what is written into them is in it. The same list as long as it is valid.
+        """
 
     @abstractmethod
-    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        """Stores keys and values of rows `first`, first + 1, ...
+    def begin(self, row: int, values: NDArray[np.float32]) -> None:
+        """Stores what a row begins with.
 
         Args:
-            new: of all layers in turn, some in each, [2 * some, rows, kv_heads, length, head_dim]; of each row
-                the first `counts` are real.
-            starts: the place of each row's first one.
+            values: of every layer in turn, [2 * layers, kv_heads, length, head_dim].
         """
 
     @abstractmethod
@@ -84,21 +86,19 @@ class Cache(ABC):
 
 
 class HostCache(Cache):
-    """In memory that NumPy and Paddle share, so that writing one token costs no operator."""
+    """In memory that NumPy and Paddle share: rows are copied, and room is made, without an operator."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
-        super().__init__(layers, kv_heads, head_dim, dtype)
-        # of each layer [2, rows, kv_heads, room, head_dim]
-        self._memory = [np.zeros((2, 0, kv_heads, 0, head_dim), dtype=dtype) for _ in range(layers)]
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
+        super().__init__(layers, kv_heads, head_dim, dtype, heads_first=heads_first)
+        self._memory = [np.zeros((2, *self._shape(0, 0)), dtype=dtype)] * layers  # keys and values of each layer
         self._views: list[paddle.Tensor] = []
-        self._viewed = -1
+        self._viewed = (0, 0)
 
     def _resize(self, rows: int, room: int) -> None:
-        kv_heads, head_dim = self._shape
         self._views.clear()  # whoever still holds the list does not hold the memory
-        self._views, self._viewed = [], -1
+        self._views, self._viewed = [], (0, 0)
         for number, before in enumerate(self._memory):
-            shape = (2, rows, kv_heads, room, head_dim)
+            shape = (2, *self._shape(rows, room))
             if before.shape == shape:
                 continue
             new = np.zeros(shape, dtype=self._dtype)
@@ -106,24 +106,19 @@ class HostCache(Cache):
             new[kept] = before[kept]
             self._memory[number] = new
 
-    def tensors(self, rows: int) -> list[paddle.Tensor]:
-        if rows != self._viewed:
-            parts = [memory[kind, :rows] for memory in self._memory for kind in (0, 1)]
+    def tensors(self, rows: int, first: int = 0) -> list[paddle.Tensor]:
+        if self._viewed != (rows, first):
+            parts = [memory[kind, first : first + rows] for memory in self._memory for kind in (0, 1)]
             self._views = [paddle.utils.dlpack.from_dlpack(part) for part in parts]
-            self._viewed = rows
+            self._viewed = (rows, first)
         return self._views
 
-    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        rows, memories = np.arange(first, first + len(starts)), iter(self._memory)
-        for part in new:
-            values = part if isinstance(part, np.ndarray) else np.from_dlpack(part.detach())
-            # of each layer keys and values, as in the memory
-            for layer, memory in zip(values.reshape(-1, 2, *values.shape[1:]), memories, strict=False):
-                if all(count == 1 for count in counts):
-                    memory[:, rows, :, starts] = layer[:, :, :, 0].transpose(1, 0, 2, 3)
-                    continue
-                for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                    memory[:, first + row, :, start : start + count] = layer[:, row, :, :count]
+    def begin(self, row: int, values: NDArray[np.float32]) -> None:
+        for memory, layer in zip(self._memory, values.reshape(-1, 2, *values.shape[1:]), strict=True):
+            if self.heads_first:
+                memory[:, row, :, : values.shape[2]] = layer
+            else:
+                memory[:, row, : values.shape[2]] = layer.swapaxes(1, 2)
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:
@@ -133,31 +128,33 @@ class HostCache(Cache):
 class DeviceCache(Cache):
     """In the memory of the device that Paddle computes on."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str) -> None:
-        super().__init__(layers, kv_heads, head_dim, dtype)
-        empty = paddle.zeros([0, kv_heads, 0, head_dim], dtype=dtype)
-        self._memory = [empty] * (2 * layers)  # keys and values of each layer in turn
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
+        super().__init__(layers, kv_heads, head_dim, dtype, heads_first=heads_first)
+        self._memory = [paddle.zeros(self._shape(0, 0), dtype=dtype)] * (2 * layers)  # of each layer in turn
 
     def _resize(self, rows: int, room: int) -> None:
-        kv_heads, head_dim = self._shape
         for number, before in enumerate(self._memory):
-            if before.shape == [rows, kv_heads, room, head_dim]:
+            if tuple(before.shape) == (shape := self._shape(rows, room)):
                 continue
-            new = paddle.zeros([rows, kv_heads, room, head_dim], dtype=self._dtype)
-            held, places = min(rows, before.shape[0]), min(room, before.shape[2])
-            if held and places:
-                new[:held, :, :places] = before[:held, :, :places]
+            new = paddle.zeros(shape, dtype=self._dtype)
+            kept = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, shape, strict=True))
+            if all(part.stop for part in kept):
+                new[kept] = before[kept]
             self._memory[number] = new
 
-    def tensors(self, rows: int) -> list[paddle.Tensor]:
-        return [memory if rows == self.rows else memory[:rows] for memory in self._memory]
+    def tensors(self, rows: int, first: int = 0) -> list[paddle.Tensor]:
+        if (rows, first) == (self.rows, 0):
+            return self._memory
+        return [memory._slice(first, first + rows) for memory in self._memory]  # always a view
 
-    def write(self, new: Iterable[New], starts: Sequence[int], counts: Sequence[int], first: int = 0) -> None:
-        values = (part[number] for part in map(paddle.to_tensor, new) for number in range(part.shape[0]))
-        for memory, layer in zip(self._memory, values, strict=True):
-            for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-                if count:  # Paddle refuses to set nothing where tensors may share memory
-                    memory[first + row, :, start : start + count] = layer[row, :, :count]
+    def begin(self, row: int, values: NDArray[np.float32]) -> None:
+        if not self.heads_first:
+            values = values.swapaxes(1, 2)
+        for memory, layer in zip(self._memory, paddle.to_tensor(values).astype(self._dtype), strict=True):
+            if self.heads_first:
+                memory[row, :, : layer.shape[1]] = layer
+            else:
+                memory[row, : layer.shape[0]] = layer
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:

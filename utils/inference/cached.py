@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from paddle import Tensor
 from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.cache import Cache, DeviceCache, HostCache, New
+from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Logits, unused_slots
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
@@ -23,14 +23,19 @@ _ALIKE = 0.75  # prompts are read together where padding fills less than a quart
 
 
 class Program(Protocol):
-    """One step of a model over new tokens."""
+    """One step of a model over new tokens.
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
-        """As `utils.inference.decoder.Decoder.forward`.
+    Attributes:
+        heads_first: the layout of its cache, see `Cache`.
+    """
+
+    heads_first: bool
+
+    def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """As `utils.inference.decoder.Decoder.forward`: writes into the cache, returns logits.
 
         Args:
             inputs: all that a model may need, by name.
-            past: the cache; nothing where none is.
         """
 
 
@@ -59,7 +64,7 @@ class CachedEngine(Engine):
         """
         Args:
             family, config: of the model.
-            prefix: keys and values of prefix tuning in the program's layout, [2 * layers, kv_heads,
+            prefix: keys and values of prefix tuning as the program turns them, [2 * layers, kv_heads,
                 length, head_dim]; every text sees them.
             kv_heads: of the program, if it has a part of the model's.
         """
@@ -72,7 +77,8 @@ class CachedEngine(Engine):
         self._before = 0 if prefix is None else prefix.shape[2]
         on_host = paddle.get_device() == "cpu" and dtype == "float32"
         kind: Callable[..., Cache] = HostCache if on_host else DeviceCache
-        self.cache = kind(shape.layers, kv_heads or shape.kv_heads, shape.head_dim, dtype)
+        kv_heads = kv_heads or shape.kv_heads
+        self.cache = kind(shape.layers, kv_heads, shape.head_dim, dtype, heads_first=program.heads_first)
         self._rows: list[_Row] = []
 
     # --- slots --------------------------------------------------------------------------------------
@@ -99,21 +105,20 @@ class CachedEngine(Engine):
         longest = max(len(row.text.ids) for row in rows)
         self._rows += rows
         if self._prefix is not None:
-            stored = paddle.to_tensor(self._prefix).unsqueeze(1).astype("float32")
             for number in range(first, first + len(rows)):
-                self.cache.write([stored], [0], [self._before], number)
+                self.cache.begin(number, self._prefix)
         step = longest if any(row.text.context for row in rows) else CHUNK
-        return self._feed(rows, first, [row.text.ids for row in rows], step, is_new=True)
+        return self._feed(rows, first, [row.text.ids for row in rows], step)
 
-    def _feed(
-        self, rows: list[_Row], first: int, texts: Sequence[Sequence[int]], step: int, *, is_new: bool = False
-    ) -> list[Tensor]:
+    def _feed(self, rows: list[_Row], first: int, texts: Sequence[Sequence[int]], step: int) -> list[Tensor]:
         """Computes texts piece by piece; the last logits [1, vocabulary] of each."""
         last: list[Any] = [None] * len(rows)
+        ends_at = max(row.length + len(text) for row, text in zip(rows, texts, strict=True))
+        self.cache.reserve(len(self._rows), self._before + ends_at)  # once: each time all that is there is copied
         for start in range(0, max(map(len, texts)), step):
             parts = [text[start : start + step] for text in texts]
             ends = [len(part) - 1 for part in parts]
-            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends], is_first=is_new and start == 0)
+            logits = self._step(rows, first, parts, [[max(end, 0)] for end in ends])
             for number, end in enumerate(ends):
                 if end >= 0:
                     last[number] = logits[number : number + 1]
@@ -203,16 +208,13 @@ class CachedEngine(Engine):
         first: int,
         parts: Sequence[Sequence[int]],
         wanted: Sequence[Sequence[int] | range],
-        *,
-        is_first: bool = False,
     ) -> Tensor:
-        """Computes new tokens of consecutive rows and stores what the model keeps of them.
+        """Computes new tokens of consecutive rows.
 
         Args:
             first: the place of the first of them in the cache.
             parts: the new tokens of each row; they are in its text already.
             wanted: the tokens of each part whose logits are returned, one after another.
-            is_first: nothing but the prefix is in the cache of these rows.
         """
         batch, length = len(rows), max(map(len, parts))
         counts = [len(part) for part in parts]
@@ -224,12 +226,14 @@ class CachedEngine(Engine):
             ids[number, : len(part)] = part
             order[number, : len(part)] = np.arange(row.length, end)
             positions[:, number, : len(part)] = row.text.positions(row.length)[:, : len(part)]
-        past = [] if is_first and not self._before else self._past(first, batch)
-        keys = order if not past else np.concatenate([self._places(rows), order], axis=1)
+        starts = self._before + np.array([row.length for row in rows], dtype=np.int64)
+        self._make_room(int(starts.max()) + length, length)
+        # of one token the program looks at all places
+        seen = self.cache.room if length == 1 else int(starts.max()) + length
         where = places(
             positions,
             np.where(order == NOWHERE, 0, order),
-            keys,
+            self._places(starts + counts, seen),
             np.array([row.text.context for row in rows], dtype=np.int64),
             np.array([row.text.stretch for row in rows], dtype=np.float32),
             self._window,
@@ -240,14 +244,11 @@ class CachedEngine(Engine):
             "positions": where.positions,
             "keys": where.keys,
             "visible": where.visible,
+            "targets": paddle.to_tensor(starts[:, None] + np.arange(length)),  # padding goes behind the text
             "stretch": where.stretch,
             "chosen": paddle.to_tensor(chosen, dtype="int64"),
         }
-        logits, new = self._program(inputs, past)
-        # room only now: what is reserved and not yet filled would be computed and masked in this step
-        longest = max(row.length + count for row, count in zip(rows, counts, strict=True))
-        self._make_room(self._before + longest, length)
-        self.cache.write(new, [self._before + row.length for row in rows], counts, first)
+        logits = self._program(inputs, self.cache.tensors(batch, first))
         for row, number in zip(rows, counts, strict=True):
             row.length += number
         return logits
@@ -264,17 +265,14 @@ class CachedEngine(Engine):
         if outgrown:
             runtime.give_back_freed_memory()
 
-    def _past(self, first: int, batch: int) -> list[Tensor]:
-        """The cache of consecutive rows."""
-        if first == 0:
-            return self.cache.tensors(batch)
-        return [tensor[first : first + batch] for tensor in self.cache.tensors(first + batch)]
+    def _places(self, ends: Ints, seen: int) -> Ints:
+        """[rows, seen]: the place in its text of each of the first places of the cache, see `Places.keys`.
 
-    def _places(self, rows: Sequence[_Row]) -> Ints:
-        """[rows, room]: the place in its text of each place of the cache, see `Places.keys`."""
-        lengths = np.array([row.length for row in rows], dtype=np.int64)[:, None]
-        place = np.arange(self.cache.room, dtype=np.int64)[None] - self._before
-        return np.where(place < lengths, place, NOWHERE)
+        Args:
+            ends: of each row, the place behind its last token.
+        """
+        place = np.arange(seen, dtype=np.int64)[None]
+        return np.where(place < ends[:, None], place - self._before, NOWHERE)
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -22,9 +22,8 @@ from utils.partition.parts import Parts
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 
-# Layers whose keys and values are one tensor. A static program chooses between its ways anew for each such group:
-# Paddle's executor lists, for every operator of a block, all that must run before and after it, so a block of all
-# layers takes hundreds of megabytes.
+# Layers of one choice. A static program chooses between its ways anew for each such group: Paddle's executor lists, for
+# every operator of a block, all that must run before and after it, so one block of all layers takes hundreds of MB.
 TOGETHER = 5
 
 
@@ -36,6 +35,7 @@ def input_names(architecture: Architecture) -> tuple[str, ...]:
         "positions": rotary is not None or bool(architecture.tables),
         "keys": architecture.slopes is not None,
         "visible": True,
+        "targets": True,
         "stretch": rotary is not None and rotary.stretch_power is not None,
         "chosen": True,
     }
@@ -54,7 +54,7 @@ def own_architecture(architecture: Architecture, parts: Parts | None) -> Archite
 
 
 class Decoder(nn.Layer):
-    """A model of one family: token ids and the cache in, logits and new keys and values out.
+    """A model of one family: token ids and the cache in, logits out; new keys and values go into the cache.
 
     Query, key and value are one matrix; the factor on attention scores is in the query's, and the dimensions of
     heads stand in `Rotary.order`.
@@ -64,7 +64,10 @@ class Decoder(nn.Layer):
 
     Attributes:
         kv_heads: how many heads of keys and values the cache has.
+        heads_first: the cache of a layer is [batch, kv_heads, room, head_dim].
     """
+
+    heads_first = True
 
     def __init__(
         self,
@@ -111,89 +114,74 @@ class Decoder(nn.Layer):
 
     # --- the forward pass ---------------------------------------------------------------------------
 
-    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, inputs: Sequence[Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
         """One step over new tokens.
 
         Args:
-            inputs: what `self.inputs` names. ids int64 [batch, length]; positions, keys, visible,
+            inputs: what `self.inputs` names. ids int64 [batch, length]; positions, keys, visible, targets,
                 stretch, see `utils.families.text.Places`; chosen int64 [n], the tokens whose logits are
                 wanted, counted row by row.
-            past: the cached keys and values of every layer in turn, each [batch, kv_heads, cached,
-                head_dim]; nothing without a cache.
+            cache: keys and values of every layer in turn, each [batch, kv_heads, room, head_dim]. Those of the new
+                tokens are written into it. With one token of each row `visible` speaks of all its places.
 
         Returns:
-            Logits [n, vocabulary] and the new keys and values of every layer in turn, some layers in one tensor,
-            [2 * some, batch, kv_heads, length, head_dim].
+            Logits [n, vocabulary], alone in a list.
         """
-        return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
+        given = dict(zip(self.inputs, inputs))  # noqa: B905 - the tracer's zip has no `strict`
+        return [self._compute(given, cache)]
 
     @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
-    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         architecture, shape = self.architecture, self.architecture.shape
         length = given["ids"].shape[1]
         is_open = length < 0  # in a static program
-        one = not is_open and length == 1 and bool(past)
+        one = not is_open and length == 1
         hidden = self.embedding.embeddings(given["ids"])
         for operator in self.after_embedding:
             hidden = operator(hidden)
         for number, table in enumerate(architecture.tables):
             places = given["positions"][table.part] + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
-        blocks = kernels.blocks_of(
-            given["visible"],
-            given.get("keys"),
-            None if architecture.slopes is None else self.slopes,
-            kv_heads=shape.kv_heads,
-            group=shape.heads // shape.kv_heads,
-            width=shape.head_dim,
-            pieces=1 if one or not architecture.causal else 0,
-        )
+        sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "width": shape.head_dim}
+        pieces = 1 if one or not architecture.causal else 0
+        slopes = None if architecture.slopes is None else self.slopes
+        blocks = kernels.blocks_of(given["visible"], given.get("keys"), slopes, pieces=pieces, **sizes)
+        targets = kernels.Targets.at(given["targets"], cache[0])
+        steps = [kernels.Step.of(blocks, targets, one=few, **sizes) for few in ((True, False) if is_open else (one,))]
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
-        found: list[Tensor] = []
         for first in range(0, shape.layers, TOGETHER):
             layers = range(first, min(first + TOGETHER, shape.layers))
-            way = partial(self._layers, layers, hidden, given["chosen"], past, angles)
-            if is_open:
-                ways = partial(way, blocks[-1:], one=True), partial(way, blocks, one=False)
-                hidden, new = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways)
-            else:
-                hidden, new = way(blocks, one=one)
-            found.append(new)
+            ways = [partial(self._layers, layers, hidden, given["chosen"], cache, angles, step) for step in steps]
+            hidden = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways) if is_open else ways[0]()
         for operator in self.before_head:
             hidden = operator(hidden)
         head = self.embedding if architecture.head is None else self.head
-        return head(hidden), found
+        return head(hidden)
 
     def _layers(
         self,
         numbers: range,
         hidden: Tensor,
         chosen: Tensor,
-        past: Sequence[Tensor],
+        cache: Sequence[Tensor],
         angles: tuple[Tensor, Tensor] | None,
-        blocks: list[kernels.Block],
-        *,
-        one: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Consecutive layers: hidden states, and new keys and values as `forward` returns them.
-
-        Args:
-            one: the way that copies least, for one new token of each row behind a cache.
-        """
-        architecture = self.architecture
-        kept: list[Tensor] = []
+        step: kernels.Step,
+    ) -> Tensor:
+        """Consecutive layers: hidden states [batch, length, width], or of the chosen tokens [n, width]."""
+        architecture, one = self.architecture, step.one
         update: Tensor | None = None  # is still to be added to the hidden states, which the next norm does
         for number in numbers:
             layer = self.layers[number]
-            before = (past[2 * number], past[2 * number + 1]) if past else None
             if not architecture.norm_first:
                 normed = hidden
             elif update is None:
                 normed = layer.attention_norm(hidden)
             else:
                 normed, hidden = layer.attention_norm.of_sum(update, hidden, one=one)
-            attended, key, value = self._attention(layer, normed, angles, before, blocks, one=one)
-            kept += [key, value]
+            parts = step.parted(layer.attention_in(normed))
+            if angles is not None:
+                parts = self.turns.turned(parts, angles)
+            attended = step.attend(parts, (cache[2 * number], cache[2 * number + 1]))
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
                 hidden, normed, attended = (_chosen(x, chosen) for x in (hidden, normed, attended))
             if architecture.parallel:
@@ -205,7 +193,7 @@ class Decoder(nn.Layer):
                 hidden = layer.mlp_norm(in_place.add(self._mlp(layer, normed), self._base(normed, normed)))
                 continue
             update, hidden = self._mlp(layer, normed), self._base(hidden, normed)
-        return hidden if update is None else in_place.add(update, hidden), paddle.stack(kept)
+        return hidden if update is None else in_place.add(hidden, update)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -213,35 +201,6 @@ class Decoder(nn.Layer):
             return hidden
         factor = self.architecture.residual_factor
         return normed if factor == 1.0 else normed * factor
-
-    def _attention(
-        self,
-        layer: _Layer,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
-        blocks: list[kernels.Block],
-        *,
-        one: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention gathers [batch, length, heads * head_dim], new keys and values [batch, kv_heads,
-        length, head_dim]."""
-        shape = self.architecture.shape
-        heads, kv_heads, width = shape.heads, shape.kv_heads, shape.head_dim
-        parts = layer.attention_in(x)
-        if one:
-            parts = in_place.reshape(parts, [0, heads + 2 * kv_heads, 1, width])
-        else:
-            parts = in_place.reshape(parts, [0, 0, heads + 2 * kv_heads, width]).transpose([0, 2, 1, 3])
-        if angles is not None:
-            parts = self.turns.turned(parts, angles)
-        if one and past is not None:
-            attended, key, value = kernels.attend_one(parts, kv_heads, past, blocks[0].mask)
-            attended = in_place.reshape(attended, [0, 1, heads * width])
-        else:
-            attended, key, value = kernels.attend(parts, kv_heads, past, blocks)
-            attended = in_place.reshape(attended.transpose([0, 2, 1, 3]), [0, 0, heads * width])
-        return attended, key, value
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         inner = self.activation(layer.mlp_in(x))

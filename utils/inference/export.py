@@ -31,7 +31,7 @@ MANIFEST = "export.json"
 STEM = "model"
 PROGRAM, WEIGHTS = f"{STEM}.json", f"{STEM}.pdiparams"
 PREFIX_CACHE = "prefix_cache.safetensors"
-FORMAT = 1
+FORMAT = 2
 _HASHED_BELOW = 64 * 2**20  # bytes; larger files are compared by size when a model is loaded
 
 
@@ -234,15 +234,16 @@ def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
         "positions": InputSpec([parts, -1, -1], "int64", "positions"),
         "keys": InputSpec([-1, -1], "int64", "keys"),
         "visible": InputSpec([-1, 1, -1, -1], "bool", "visible"),
+        "targets": InputSpec([-1, -1], "int64", "targets"),
         "stretch": InputSpec([-1], "float32", "stretch"),
         "chosen": InputSpec([-1], "int64", "chosen"),
     }
-    past = [
-        InputSpec([-1, layer.kv_heads, -1, shape.head_dim], prepared.dtype, f"past_{number}")
-        for number in range(2 * shape.layers)
+    heads = (layer.kv_heads, -1) if layer.heads_first else (-1, layer.kv_heads)
+    cache = [
+        InputSpec([-1, *heads, shape.head_dim], prepared.dtype, f"cache_{number}") for number in range(2 * shape.layers)
     ]
     inputs = [specs[name] for name in layer.inputs]
-    traced = paddle.jit.to_static(layer.forward, input_spec=[inputs, past], full_graph=True)
+    traced = paddle.jit.to_static(layer.forward, input_spec=[inputs, cache], full_graph=True)
     with _views_are_copies():
         paddle.jit.save(traced, str(folder / STEM))
 

@@ -1,4 +1,4 @@
-"""The library's model as one step over a cache that is its input: what a plain export traces."""
+"""The library's model as one step over a cache that it writes into: what a plain export traces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from paddle import Tensor, nn
 from utils.families import FamilySpec, Layers
 from utils.families.text import Places
 from utils.inference.decoder import input_names
+from utils.kernels.inference import Targets
 from utils.kernels.rings import gathered
+
+_END = 2**31 - 1  # further than any length
 
 if TYPE_CHECKING:
     from utils.partition.tensor import Held
@@ -21,11 +24,14 @@ class LibraryProgram(nn.Layer):
     """A family's model with the face of `utils.inference.decoder.Decoder`.
 
     The mathematics are `FamilySpec.decode`: the same code that the eager engine runs, here also as it is
-    traced. Keys and values change their layout on the way in and out.
+    traced. That puts the keys of new tokens behind all that is given to it; here they have places in the cache.
 
     Attributes:
         kv_heads: how many heads of keys and values the cache has.
+        heads_first: the cache of a layer is [batch, room, kv_heads, head_dim], as the library has it.
     """
+
+    heads_first = False
 
     def __init__(self, family: FamilySpec, model: Any, config: Mapping[str, Any], held: Held | None = None) -> None:
         """
@@ -43,24 +49,47 @@ class LibraryProgram(nn.Layer):
             parameter.stop_gradient = True  # else the tracer would take the operators that have gradients
         self.eval()
 
-    def forward(self, inputs: Sequence[Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """As `utils.inference.decoder.Decoder.forward`."""
-        return self._compute(dict(zip(self.inputs, inputs)), past)  # noqa: B905 - the tracer's zip has no `strict`
+    def forward(self, inputs: Sequence[Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
+        """As `utils.inference.decoder.Decoder.forward`.
+
+        Returns:
+            Logits [n, vocabulary], and the cache: a program computes only what its outputs need.
+        """
+        given = dict(zip(self.inputs, inputs))  # noqa: B905 - the tracer's zip has no `strict`
+        return self._compute(given, cache)
 
     @paddle.jit.not_to_static  # traced as it runs: there is no control flow over tensors here
-    def _compute(self, given: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        turned = [tensor.transpose([0, 2, 1, 3]) for tensor in past]
-        cache: Layers | None = list(zip(turned[::2], turned[1::2], strict=True)) if past else None
-        known = Places(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
-        hidden, cache = self.family.decode(self.model, given["ids"], known, cache)
+    def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
+        targets = given["targets"]
+        before = _size(given["visible"], 3) - _size(targets, 1)  # places of what came before
+        keys, visible = _joined(given.get("keys"), given["visible"], targets, before)
+        known = Places(given.get("positions"), keys, visible, given.get("stretch"))
+        # one operator each; by numbers a program would take five
+        start, middle, end = (paddle.reshape(paddle.to_tensor(x, "int64"), [1]) for x in (0, before, _END))
+        past = [paddle.slice(tensor, [1], start, middle) for tensor in cache]
+        layers: Layers = list(zip(past[::2], past[1::2], strict=True))
+        hidden, layers = self.family.decode(self.model, given["ids"], known, layers)
         states = paddle.index_select(hidden.reshape([-1, hidden.shape[-1]]), given["chosen"])
-        cached: Any = 0
-        if past:
-            cached = past[0].shape[2]
-            if cached < 0:  # left open in a static program
-                cached = paddle.shape(past[0])[2]
-        new = [tensor[:, cached:].transpose([0, 2, 1, 3]) for layer in cache for tensor in layer]
         logits = self.family.logits(self.model, states)
         if self.vocabulary_group is not None:
             logits = gathered(logits, self.vocabulary_group)
-        return logits, [paddle.stack(new)]
+        new = [paddle.slice(tensor, [1], middle, end) for layer in layers for tensor in layer]
+        store = Targets.at(targets, cache[0], heads_first=False)
+        return [logits, *(store.write(*pair) for pair in zip(cache, new, strict=True))]
+
+
+def _size(x: Tensor, axis: int) -> Any:
+    """A number, or a tensor [] where a static program leaves it open."""
+    return x.shape[axis] if x.shape[axis] >= 0 else paddle.shape(x)[axis]
+
+
+def _joined(keys: Tensor | None, visible: Tensor, targets: Tensor, before: Any) -> tuple[Tensor | None, Tensor]:
+    """`Places.keys` and `Places.visible` of the cache's first `before` places and the new tokens behind them, from
+    those of all its places, among which the new tokens have theirs."""
+    is_older = paddle.arange(before, dtype="int64") < targets[:, :1]
+    new = paddle.ones_like(targets).unsqueeze([1, 3]) * targets.unsqueeze([1, 2])  # [batch, 1, length, length]
+    seen = paddle.take_along_axis(visible.astype("int32"), new, 3, broadcast=False).astype("bool")
+    visible = paddle.concat([visible[:, :, :, :before] & is_older.unsqueeze([1, 2]), seen], axis=3)
+    if keys is not None:
+        keys = paddle.concat([keys[:, :before], paddle.take_along_axis(keys, targets, 1, broadcast=False)], axis=1)
+    return keys, visible

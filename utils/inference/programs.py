@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import paddle
-from numpy.typing import NDArray
 from paddle import Tensor
 
 from utils import runtime
-from utils.inference.cache import New
+from utils.inference.cache import DeviceCache
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.plain import LibraryProgram
@@ -21,21 +19,22 @@ from utils.inference.plain import LibraryProgram
 # a thread of the executor is woken to give them back. Each time costs a few microseconds: after every operator of a
 # decoding step a twentieth of it, after every large output of a prompt a fiftieth. What is not full yet stays, for each
 # group of layers. A program without ways has what comes first.
-_PORTIONS = {2: 2.0, 1: 0.25}
+_PORTIONS = {2: 1.0, 1: 0.25}
 
 
 class DynamicProgram:
     """The inference model, or the library's as `LibraryProgram`, operator by operator."""
 
     def __init__(self, decoder: Decoder | LibraryProgram) -> None:
-        self._decoder = decoder
+        self._decoder, self.heads_first = decoder, decoder.heads_first
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
-        return self._decoder([inputs[name] for name in self._decoder.inputs], past)
+    def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        logits: Tensor = self._decoder([inputs[name] for name in self._decoder.inputs], cache)[0]
+        return logits
 
 
 class StaticProgram:
-    """An exported program, run by Paddle's own inference library. It always takes a cache, an empty one at first."""
+    """An exported program, run by Paddle's own inference library."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
         from paddle import inference
@@ -52,52 +51,42 @@ class StaticProgram:
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
         self._inputs = {name: self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()}
-        self._outputs = [self._predictor.get_output_handle(name) for name in self._predictor.get_output_names()]
+        self._logits = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
         self._names = manifest.inputs
-        self._cache, self._dtype = manifest.cache, manifest.dtype
+        self.heads_first = manifest.inference_model
         self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
-        self._nothing = paddle.zeros([1])
         runtime.give_back_freed_memory()
         with runtime.new_threads_wait():  # the executor gives memory back in threads that have nothing urgent to do
-            self._first_runs(manifest.position_parts, on_cpu=not device.startswith("gpu"))
+            self._first_runs(manifest, on_cpu=not device.startswith("gpu"))
 
-    def _first_runs(self, parts: int, *, on_cpu: bool) -> None:
+    def _first_runs(self, manifest: Manifest, *, on_cpu: bool) -> None:
         """Runs both ways through the program, so that no answer waits for what their first runs prepare."""
+        layers, kv_heads, head_dim = manifest.cache
+        cache = DeviceCache(1, kv_heads, head_dim, manifest.dtype, heads_first=self.heads_first)
+        cache.reserve(1, max(_PORTIONS))
         for length, portion in _PORTIONS.items():
             if on_cpu:  # read when a way is run for the first time
                 paddle.set_flags({"FLAGS_eager_delete_tensor_gb": portion / 1024})
             self(
                 {
                     "ids": paddle.zeros([1, length], dtype="int64"),
-                    "positions": paddle.zeros([parts, 1, length], dtype="int64"),
-                    "keys": paddle.zeros([1, length], dtype="int64"),
-                    "visible": paddle.ones([1, 1, length, length], dtype="bool"),
+                    "positions": paddle.zeros([manifest.position_parts, 1, length], dtype="int64"),
+                    "keys": paddle.zeros([1, cache.room if length == 1 else length], dtype="int64"),
+                    "visible": paddle.ones([1, 1, length, cache.room if length == 1 else length], dtype="bool"),
+                    "targets": paddle.arange(length, dtype="int64").unsqueeze(0),
                     "stretch": paddle.ones([1], dtype="float32"),
                     "chosen": paddle.zeros([1], dtype="int64"),
                 },
-                [],
+                cache.tensors(1) * layers,
             )
 
-    def __call__(self, inputs: Mapping[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, Iterable[New]]:
-        given = {name: inputs[name] for name in self._names}
-        past = past or self._empty_cache(inputs["ids"].shape[0])
+    def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         held, self._held = self._held, []  # an interrupted call has shared some
-        for name, tensor in given.items():
-            self._inputs[name].share_external_data(tensor)
-        if past is not held:
-            for number, tensor in enumerate(past):
-                self._inputs[f"past_{number}"].share_external_data(tensor)
-        self._held = past
+        for name in self._names:
+            self._inputs[name].share_external_data(inputs[name])
+        if cache is not held:
+            for number, tensor in enumerate(cache):
+                self._inputs[f"cache_{number}"].share_external_data(tensor)
+        self._held = cache
         self._predictor.run()
-        values = map(self._taken, self._outputs)  # each only when the one before is stored
-        return paddle.to_tensor(next(values)), values
-
-    def _taken(self, output: Any) -> NDArray[Any]:
-        """The values of an output, whose memory is given back: it would stay until the next run."""
-        values: NDArray[Any] = output.copy_to_cpu()
-        output.share_external_data(self._nothing)
-        return values
-
-    def _empty_cache(self, batch: int) -> list[Tensor]:
-        layers, kv_heads, head_dim = self._cache
-        return [paddle.zeros([batch, kv_heads, 0, head_dim], dtype=self._dtype)] * (2 * layers)
+        return paddle.to_tensor(self._logits.copy_to_cpu())

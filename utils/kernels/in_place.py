@@ -40,6 +40,16 @@ def relu(x: Tensor) -> Tensor:
     return _operators.relu_(x)
 
 
+def scatter(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x [n, ...] with x[rows] = values: rows int64 [m], values [m, ...]."""
+    return _operators.scatter_(x, rows, values, True)
+
+
+def merge(x: Tensor, axes: int) -> Tensor:
+    """The same values, the first axes made one."""
+    return x.reshape([-1, *x.shape[axes:]]) if paddle.in_dynamic_mode() else _operators.flatten_(x, 0, axes - 1)
+
+
 def reshape(x: Tensor, shape: Sequence[int] | Tensor) -> Tensor:
     """The same values in another shape; in a list 0 keeps a size, -1 is what is left."""
     # operators that run at once share the memory anyhow, and x may be a view with gaps

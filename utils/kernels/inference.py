@@ -112,12 +112,12 @@ class Norm(Operator):
     """A normalisation over the last axis."""
 
     def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
-        """That of x + residual, and the sum itself; both as `x`, which may be overwritten.
+        """That of x + residual, and the sum itself; all of one shape. Both may be overwritten.
 
         Args:
             one: whether there is one token of each row.
         """
-        total = in_place.add(x, residual)
+        total = in_place.add(residual, x)  # not to x: what a group of layers returns stays as long as a program runs
         return self(total), total
 
 
@@ -154,14 +154,13 @@ class LayerNorm(Norm):
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive new tokens and what they see, the same for every layer.
+    """Consecutive new tokens and what they see.
 
     Attributes:
         first, end: their places. Numbers, or where a program leaves the length open int64 tensors [2], of a head
             and a token, as each layer cuts queries out with one operator.
-        seen: number of keys that they see, the first ones, those of the cache among them. A number or a tensor [1].
-        mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, keys] float32.
-        start: of the text: 0, as `seen`.
+        start, seen: the places of the cache that they see, from 0 on; numbers or tensors [1].
+        mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, seen] float32.
         by_key: the shape of queries with those of one key head behind each other, [batch, kv_heads, group * tokens,
             head_dim]; -1 is what is left, or an int64 tensor [4]: nothing is left in an empty block.
         by_query: [batch, heads, tokens, head_dim], likewise.
@@ -169,23 +168,24 @@ class Block:
 
     first: Any
     end: Any
+    start: Any
     seen: Any
     mask: Tensor
     by_key: Any
     by_query: Any
-    start: Any = 0
 
 
 def blocks_of(
-    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, kv_heads: int, group: int, width: int, pieces: int
+    visible: Tensor, keys: Tensor | None, slopes: Tensor | None, *, heads: int, kv_heads: int, width: int, pieces: int
 ) -> list[Block]:
     """The blocks that attention works on: what no token of a block sees is not computed.
 
     Args:
-        visible: [batch, 1, length, cached + length] bool.
-        keys: [batch, cached + length] int64, the key's place in its text.
-        slopes: [kv_heads] float32 of linear biases (ALiBi), where group is 1; they count the key's place
-            alone, since the query's adds the same to a whole row, which softmax removes.
+        visible: [batch, 1, length, seen] bool, the first places of the cache. Of several blocks, token t sees none of
+            the last length - 1 - t.
+        keys: [batch, seen] int64, the key's place in its text.
+        slopes: [kv_heads] float32 of linear biases (ALiBi), where each head has keys of its own; they count the
+            key's place alone, since the query's adds the same to a whole row, which softmax removes.
         width: of a head.
         pieces: number of blocks, of which the first see less where no token sees a later one; 0 chooses.
     """
@@ -198,27 +198,21 @@ def blocks_of(
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
-    found = []
+    group, found = heads // kv_heads, []
     for first, end in pairwise(borders):
         before = seen - length + end
         part = scores if pieces == 1 else scores[:, :, first:end, :before]
         if group > 1 or slopes is None:
             part = paddle.tile(part, [1, kv_heads, group, 1])  # queries of one key head behind each other
-        if not is_open or pieces == 1:
-            found.append(Block(first, end, before, part, [0, kv_heads, -1, width], [0, kv_heads * group, -1, width]))
+        by_key, by_query = _sizes(0, kv_heads, -1, width), _sizes(0, heads, -1, width)
+        if not is_open:
+            found.append(Block(first, end, 0, before, part, by_key, by_query))
             continue
-        tokens = end - first
-        found.append(
-            Block(
-                _together(0, first),
-                _together(kv_heads * group, end),
-                _together(before),
-                part,
-                _together(batch, kv_heads, tokens * group, width),
-                _together(batch, kv_heads * group, tokens, width),
-                _together(0),
-            )
-        )
+        if pieces > 1:
+            tokens = end - first
+            by_key, by_query = _together(batch, kv_heads, tokens * group, width), _together(batch, heads, tokens, width)
+        corner, opposite = _together(0, first), _together(heads, end)
+        found.append(Block(corner, opposite, _size(0), _together(before), part, by_key, by_query))
     return found
 
 
@@ -228,66 +222,153 @@ def _together(*numbers: Any) -> Tensor:
     return paddle.stack(tensors)
 
 
-def attend(
-    parts: Tensor, kv_heads: int, past: tuple[Tensor, Tensor] | None, blocks: list[Block]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over the cache and many new tokens: keys and values are joined, which are fewer than scores.
+def _sizes(*numbers: int) -> Any:
+    """Numbers as operators take them: in a static program a tensor, as a list is an operator wherever it is used."""
+    if paddle.in_dynamic_mode():
+        return list(numbers)
+    return paddle._C_ops.full_int_array(list(numbers), paddle.int64, paddle.CPUPlace())
 
-    Args:
-        parts: queries, already scaled, keys and values of the new tokens, [batch, heads + 2 * kv_heads, length,
-            head_dim].
-        past: keys and values of the cache, each [batch, kv_heads, cached, head_dim].
 
-    Returns:
-        What queries gather [batch, heads, length, head_dim], keys and values [batch, kv_heads, length, head_dim].
+def _size(number: int) -> Any:
+    """A number, or likewise a tensor [1]."""
+    return number if paddle.in_dynamic_mode() else _sizes(number)
+
+
+def _axis(number: int) -> Any:
+    """The number of an axis, likewise."""
+    return number if paddle.in_dynamic_mode() else paddle.full([1], number, "int32")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the keys and values of new tokens go, the same for every layer.
+
+    Attributes:
+        rows: int64 [n], of a cache whose axes before the last ones are made one: one for each vector of a key head, or
+            where a place comes before its heads one for each place.
+        shape: of the cache; an int64 tensor [4] in a static program.
+        axes: how many are made one.
     """
-    heads = parts.shape[1] - 2 * kv_heads
-    if len(blocks) == 1:
-        query, new_key, new_value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
-        queries = [query]
-    else:  # queries are cut by heads and tokens at once
-        new_key, new_value = parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
-        queries = [_queries(parts, block, heads) for block in blocks]
-    key, value = new_key, new_value
-    if past is not None:
-        key, value = (paddle.concat(pair, axis=2) for pair in zip(past, (key, value)))  # noqa: B905 - it is traced
-    found = []
-    for number, (block, query) in enumerate(zip(blocks, queries)):  # noqa: B905
-        k, v = key, value
-        if number < len(blocks) - 1:
-            k, v = (_cut(x, block.start, block.seen) for x in (key, value))
-        scores = paddle.matmul(in_place.reshape(query, block.by_key), k, transpose_y=True)
-        found.append(in_place.reshape(paddle.matmul(_weights(scores, block.mask), v), block.by_query))
-    return found[0] if len(found) == 1 else paddle.concat(found, axis=2), new_key, new_value
+
+    rows: Tensor
+    shape: Any
+    axes: int
+
+    @classmethod
+    def at(cls, places: Tensor, cache: Tensor, *, heads_first: bool = True) -> Targets:
+        """
+        Args:
+            places: int64 [batch, length], of the new tokens in the cache.
+            cache: of any layer, [batch, kv_heads, room, head_dim].
+            heads_first: whether it is that, not [batch, room, kv_heads, head_dim].
+        """
+        shape: Any = cache.shape if paddle.in_dynamic_mode() else paddle.shape(cache)
+        if not heads_first:
+            rows = paddle.arange(shape[0], dtype="int64").unsqueeze(1) * shape[1] + places
+            return cls(rows.reshape([-1]), shape, 2)
+        kv_heads = cache.shape[1]
+        firsts = paddle.arange(shape[0] * kv_heads, dtype="int64") * shape[2]  # place 0 of each row's heads
+        rows = firsts.reshape([-1, kv_heads, 1]) + places.unsqueeze(1)
+        return cls(rows.reshape([-1]), shape, 3)
+
+    def write(self, cache: Tensor, new: Tensor) -> Tensor:
+        """The cache with new keys or values, of its layout, which are written over it."""
+        rows = in_place.scatter(in_place.merge(cache, self.axes), self.rows, in_place.merge(new, self.axes))
+        return cache if paddle.in_dynamic_mode() else in_place.reshape(rows, self.shape)
 
 
-def _queries(parts: Tensor, block: Block, heads: int) -> Tensor:
+@dataclass(frozen=True)
+class Step:
+    """What attention needs to know of new tokens, the same for every layer. Sizes are as `_sizes` makes them.
+
+    Attributes:
+        one: whether there is one token of each row, which sees all places of the cache: it is not copied.
+        blocks: of the tokens.
+        targets: where their keys and values go.
+        by_head: the shape of queries, keys and values by heads, [batch, length, heads + 2 * kv_heads, head_dim], of
+            one token [batch, heads + 2 * kv_heads, 1, head_dim].
+        heads: numbers of queries, keys and values, [3].
+        borders: the first head of keys, of values, and the end: numbers or tensors [1].
+        joined: the shape of what queries gather, [batch, length, heads * head_dim].
+        axes: axis 1 and axis 2.
+    """
+
+    one: bool
+    blocks: list[Block]
+    targets: Targets
+    by_head: Any
+    heads: Any
+    borders: tuple[Any, Any, Any]
+    joined: Any
+    axes: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, blocks: list[Block], targets: Targets, *, heads: int, kv_heads: int, width: int, one: bool) -> Step:
+        """
+        Args:
+            blocks: of `blocks_of`; with one token the only one, or the last.
+        """
+        both = heads + 2 * kv_heads
+        return cls(
+            one,
+            blocks[-1:] if one else blocks,
+            targets,
+            _sizes(0, both, 1, width) if one else _sizes(0, 0, both, width),
+            _sizes(heads, kv_heads, kv_heads),
+            (_size(heads), _size(heads + kv_heads), _size(both)),
+            _sizes(0, 1, heads * width) if one else _sizes(0, 0, heads * width),
+            (_axis(1), _axis(2)),
+        )
+
+    def parted(self, x: Tensor) -> Tensor:
+        """Queries, keys and values by heads: [batch, length, all of them] -> [batch, heads + 2 * kv_heads, length,
+        head_dim]. `x` may be overwritten."""
+        x = in_place.reshape(x, self.by_head)
+        return x if self.one else x.transpose([0, 2, 1, 3])
+
+    def attend(self, parts: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention; the keys and values of the new tokens go into the cache first.
+
+        Args:
+            parts: of `parted`, queries already scaled.
+            cache: keys and values, each [batch, kv_heads, room, head_dim]; they are written over.
+
+        Returns:
+            What queries gather, [batch, length, heads * head_dim].
+        """
+        if self.one or len(self.blocks) == 1:
+            query, key, value = paddle._C_ops.split(parts, self.heads, self.axes[0])
+            queries = [query]
+        else:  # queries are cut by heads and tokens at once
+            key, value = (_cut(parts, 1, *pair) for pair in pairwise(self.borders))
+            queries = [_queries(parts, block, self.borders[0]) for block in self.blocks]
+        keys, values = self.targets.write(cache[0], key), self.targets.write(cache[1], value)
+        found = []
+        for block, query in zip(self.blocks, queries):  # noqa: B905 - it is traced
+            seen = (keys, values) if self.one else [_cut(x, 2, block.start, block.seen) for x in (keys, values)]
+            scores = paddle.matmul(in_place.reshape(query, block.by_key), seen[0], transpose_y=True)
+            found.append(paddle.matmul(_weights(scores, block.mask), seen[1]))
+        if self.one:
+            return in_place.reshape(found[0], self.joined)
+        found = [in_place.reshape(x, block.by_query) for x, block in zip(found, self.blocks)]  # noqa: B905
+        attended = found[0] if len(found) == 1 else paddle.concat(found, axis=self.axes[1])
+        return in_place.reshape(attended.transpose([0, 2, 1, 3]), self.joined)
+
+
+def _queries(parts: Tensor, block: Block, heads: Any) -> Tensor:
     """The queries of a block [batch, heads, tokens, head_dim]."""
     if isinstance(block.end, int):
         return parts[:, :heads, block.first : block.end]
     return paddle.slice(parts, [1, 2], block.first, block.end)
 
 
-def _cut(x: Tensor, first: Any, end: Any) -> Tensor:
-    """x[:, :, first:end]; by tensors [1] it is one operator of a program, not five."""
-    return x[:, :, first:end] if isinstance(end, int) else paddle.slice(x, [2], first, end)
-
-
-def attend_one(
-    parts: Tensor, kv_heads: int, past: tuple[Tensor, Tensor], mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attend`, for one new token of each row: scores are joined, so that no cache is copied.
-
-    Args:
-        mask: of the only block.
-    """
-    heads, width = parts.shape[1] - 2 * kv_heads, parts.shape[3]
-    query, key, value = paddle.split(parts, [heads, kv_heads, kv_heads], axis=1)
-    query = in_place.reshape(query, [0, kv_heads, -1, width])
-    scores = [paddle.matmul(query, keys, transpose_y=True) for keys in (past[0], key)]
-    weights = _weights(paddle.concat(scores, axis=-1), mask)
-    attended = in_place.add(paddle.matmul(weights[..., :-1], past[1]), weights[..., -1:] * value)
-    return in_place.reshape(attended, [0, heads, 1, width]), key, value
+def _cut(x: Tensor, axis: int, first: Any, end: Any) -> Tensor:
+    """x from `first` to `end` along axis 1 or 2; by tensors [1] it is one operator of a program, not five."""
+    if not isinstance(end, int):
+        return paddle.slice(x, [axis], first, end)
+    if axis == 1:
+        return x[:, first:end]
+    return x if (first, end) == (0, x.shape[2]) else x[:, :, first:end]
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
