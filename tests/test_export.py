@@ -134,8 +134,8 @@ def test_a_program_overwrites_what_nothing_else_uses(tiny: Tiny, tmp_path: Path)
     assert code == 0, err
     program = (tmp_path / "out" / "model.json").read_text("utf-8")
     layers = re.findall(r'"#":"1\.(\w+)"', program[program.index('"1.if"') :])
-    assert {"add_", "multiply_", "silu_", "softmax_", "reshape_"} <= set(layers)
-    assert not {"add", "silu", "softmax"} & set(layers)
+    assert {"add_", "flatten_", "multiply_", "reshape_", "scatter_", "silu_", "softmax_"} <= set(layers)
+    assert not {"add", "flatten", "scatter", "silu", "softmax"} & set(layers)
     # both ways copy hidden, normed and attended states once, where they pick the tokens whose logits are wanted
     assert layers.count("reshape") == 6
 

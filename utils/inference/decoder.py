@@ -118,11 +118,12 @@ class Decoder(nn.Layer):
         """One step over new tokens.
 
         Args:
-            inputs: what `self.inputs` names. ids int64 [batch, length]; positions, keys, visible, targets,
-                stretch, see `utils.families.text.Places`; chosen int64 [n], the tokens whose logits are
+            inputs: what `self.inputs` names. ids int64 [batch, length]; targets int64 [batch, length], their places in
+                the cache; positions, keys, visible, stretch, see `utils.families.text.Places`, keys being the first
+                places of the cache, of one token of each row all; chosen int64 [n], the tokens whose logits are
                 wanted, counted row by row.
             cache: keys and values of every layer in turn, each [batch, kv_heads, room, head_dim]. Those of the new
-                tokens are written into it. With one token of each row `visible` speaks of all its places.
+                tokens are written into it.
 
         Returns:
             Logits [n, vocabulary], alone in a list.
