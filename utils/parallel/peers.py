@@ -103,6 +103,9 @@ class Alone:
     def alike(self, value: Any, fault: str) -> None:
         """Raises `UserError` with `fault` unless all ranks have the same JSON value."""
 
+    def ending(self) -> None:
+        """To be called when this process is going to fail, but has still something to write before it says so."""
+
     @contextmanager
     def one_after_first(self) -> Iterator[None]:
         """A block that the first process of every machine goes through before the others, which then find
@@ -233,6 +236,9 @@ class Peers(Alone):
             raise UserError(fault)
 
     # --- the end -------------------------------------------------------------------------------------
+
+    def ending(self) -> None:
+        keep_own_exit_code()
 
     def failed(self, faults: Sequence[str]) -> None:
         """Ends this process with exit code 2; rank 0 shows the faults of whichever rank found them first."""

@@ -190,8 +190,9 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number, handler in self.before.items():
-            # a launcher sends its signal several times; a process that is ending already must not die of it
-            signals.handle(number, signal.SIG_IGN if self.agreed is not None else handler)
+            if signal.getsignal(number) == self._handle:  # or else a process that ends has already set its own
+                # a launcher sends its signal several times; a process that is ending already must not die of it
+                signals.handle(number, signal.SIG_IGN if self.agreed is not None else handler)
         self.before.clear()
 
 

@@ -424,6 +424,7 @@ class Trainer(library.Trainer):
             self.saver.wait()
         except BaseException as error:
             if isinstance(error, Exception):  # Ctrl-C stops at once
+                self.peers.ending()
                 self.saver.settle()
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, handlers, files
             raise
