@@ -258,14 +258,18 @@ def assemble(
     }
 
 
+def corner_command(corner: str, folder: Path, task: Path) -> list[str]:
+    """The command that starts a corner; a static one is exported into `folder`. `task`: the file of the work."""
+    model = export(corner, folder / corner) if corner.startswith("static") else MODEL
+    child = str(BENCHMARKS / "inference_child.py")
+    return [sys.executable, child, "--corner", corner, "--model", model, "--work", str(task)]
+
+
 def prepare_commands(
     corners: Sequence[str], peer: Path, checkpoint: Path, folder: Path, task: Path
 ) -> dict[str, list[str]]:
-    """The command that starts each side; static corners are exported into `folder`. `task`: the file of the work."""
-    child, commands = str(BENCHMARKS / "inference_child.py"), {}
-    for corner in corners:
-        model = export(corner, folder / corner) if corner.startswith("static") else MODEL
-        commands[corner] = [sys.executable, child, "--corner", corner, "--model", model, "--work", str(task)]
+    """The command that starts each side, see `corner_command`."""
+    commands = {corner: corner_command(corner, folder, task) for corner in corners}
     loop = str(BENCHMARKS / "peers" / "hf_generate.py")
     commands[PEER] = [str(peer), loop, "--model", str(checkpoint), "--work", str(task)]
     return commands
