@@ -95,7 +95,9 @@ def main() -> None:
     figures = {side: report.summarise(rounds, higher) for side, rounds in found.items()}
     facts = {"model": inference.MODEL, "dtype": "float32", "commit": inference.commit(), "machine": machine}
     write_json(chosen.results / "static_graph.json", {**facts, "repeats": repeats, "figures": figures, static: ratios})
-    print("", f"{report.LABELS[static]}, times as good as {report.LABELS[dynamic]}; mean ± its standard error:", sep="\n")
+    print(
+        "", f"{report.LABELS[static]}, times as good as {report.LABELS[dynamic]}; mean ± its standard error:", sep="\n"
+    )
     for name, ratio in ratios.items():
         print(line(name, ratio, {side.split("_")[0]: figure[name] for side, figure in figures.items()}))
 
