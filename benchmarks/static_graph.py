@@ -3,9 +3,9 @@
     python benchmarks/static_graph.py [--rounds 20] [--measures prefill decode_8 ...] [--plain]
 
 benchmarks/inference.py compares all corners with their peer in three rounds; here are only the two sides of one model,
-measured in turn, so that a round takes half a minute. How fast a process is depends on where its memory happens to
-lie, for as long as it lives: a round is one value, and the error of their mean is what rounds make smaller. Nothing is
-left out. Results: benchmarks/results/static_graph.json.
+measured in turn: a round takes little more than a minute, of prefill alone half of one. How fast a process is depends
+on where its memory happens to lie, for as long as it lives: a round is one value, and the error of their mean is what
+rounds make smaller. Nothing is left out. Results: benchmarks/results/static_graph.json, or static_graph_plain.json.
 """
 
 from __future__ import annotations
@@ -94,10 +94,9 @@ def main() -> None:
     higher = {name: report.HIGHER[name] for name in (*repeats, "peak")}
     figures = {side: report.summarise(rounds, higher) for side, rounds in found.items()}
     facts = {"model": inference.MODEL, "dtype": "float32", "commit": inference.commit(), "machine": machine}
-    write_json(chosen.results / "static_graph.json", {**facts, "repeats": repeats, "figures": figures, static: ratios})
-    print(
-        "", f"{report.LABELS[static]}, times as good as {report.LABELS[dynamic]}; mean ± its standard error:", sep="\n"
-    )
+    path = chosen.results / ("static_graph_plain.json" if chosen.plain else "static_graph.json")
+    write_json(path, {**facts, "repeats": repeats, "figures": figures, static: ratios})
+    print(f"\n{report.LABELS[static]}, times as good as {report.LABELS[dynamic]}; mean ± its standard error:")
     for name, ratio in ratios.items():
         print(line(name, ratio, {side.split("_")[0]: figure[name] for side, figure in figures.items()}))
 

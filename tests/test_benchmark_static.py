@@ -49,10 +49,13 @@ def test_arguments(pairs: ModuleType) -> None:
         pairs.options(["--rounds", "1"])
 
 
-@pytest.mark.parametrize(("option", "suffix"), [((), "_inference_model"), (("--plain",), "")])
+@pytest.mark.parametrize(
+    ("option", "suffix", "name"), [((), "_inference_model", "static_graph"), (("--plain",), "", "static_graph_plain")]
+)
 def test_a_run(
     option: tuple[str, ...],
     suffix: str,
+    name: str,
     pairs: ModuleType,
     fake: Callable[..., list[str]],  # noqa: F811
     tmp_path: Path,
@@ -65,7 +68,8 @@ def test_a_run(
     words = ["--rounds", "2", "--measures", "prefill", "decode_8", "--results", str(tmp_path), *option]
     monkeypatch.setattr(sys, "argv", ["static_graph.py", *words])
     pairs.main()
-    results = json.loads((tmp_path / "static_graph.json").read_text())
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"{name}.json"]
+    results = json.loads((tmp_path / f"{name}.json").read_text())
     expected = {"mean": 1.0, "standard_error": 0.0, "rounds": [1.0, 1.0]}  # the stand-ins say the same at all times
     assert results[f"static{suffix}"] == {"prefill": expected, "decode_8": expected}
     assert [len(rounds) for rounds in results["figures"][f"dynamic{suffix}"]["prefill"]["rounds"]] == [6, 6]

@@ -124,20 +124,21 @@ def test_a_failing_rank(layout: str, rank: int, tiny: Tiny, tmp_path: Path) -> N
 
 
 SLOW_TO_END = """
-peers.SEEN_SECONDS = 0.1
+peers.SEEN_SECONDS = peers.READ_SECONDS = 0.1  # rank 1 does not wait for rank 0
+import time
 from utils.training.callbacks import StopOnSignal
 ended = StopOnSignal.on_train_end
 def slowly(self, *args, **kwargs):
     ended(self, *args, **kwargs)
     if RANK == 0:
-        import time; time.sleep(1.5)  # the launcher looks every second
+        time.sleep(1.5)  # the launcher looks every second
 StopOnSignal.on_train_end = slowly
 """
 
 
 def test_a_failing_rank_while_another_still_writes(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
     """Rank 0 draws its loss curve when the launcher, which has seen rank 1 end, sends it a signal."""
-    code = (FAILING + SLOW_TO_END).format(rank=1).replace("READ_SECONDS = 2.0", "READ_SECONDS = 0.1")
+    code = (FAILING + SLOW_TO_END).format(rank=1)
     run = start(tiny, tmp_path / "out", "TP2", "--max_steps", 10, code=code).wait()
     assert run.code == 2, run.out + run.err
     assert "error: row 7 is bad" in run.err and "Traceback" not in run.err, run.err
