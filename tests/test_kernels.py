@@ -54,18 +54,22 @@ def test_rms_norm_matches_its_definition() -> None:
     np.testing.assert_allclose(plain, definition(paddle.to_tensor(x), paddle.to_tensor(weight)).numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norms_of_a_sum_match_their_definitions(kind: str, one: bool) -> None:
+def test_norms_of_a_sum_match_their_definitions(kind: str, few: bool, has_bias: bool) -> None:
     random = np.random.default_rng(1)
-    x, residual = (random.normal(size=(2, 7, 24)).astype("float32") for _ in range(2))
+    x, hidden = (random.normal(size=(7, size)).astype("float32") for size in (16, 24))
+    matrix, own = (random.normal(size=size).astype("float32") for size in ((16, 24), 24))
     weight, bias = (random.normal(size=24).astype("float32") for _ in range(2))
     scale, shift = (paddle.to_tensor(values) for values in (weight, bias))
+    product = inference.Linear(paddle.to_tensor(matrix), paddle.to_tensor(own) if has_bias else None)
     norm = inference.RMSNorm(scale, 1e-5) if kind == "rms" else inference.LayerNorm(scale, shift, 1e-5)
     with paddle.no_grad():
-        normal, total = norm.of_sum(paddle.to_tensor(x), paddle.to_tensor(residual), one=one)
-    wanted = x.astype("float64") + residual
-    np.testing.assert_allclose(total.numpy(), wanted, atol=1e-6)
+        update = inference.Update(product, paddle.to_tensor(x))
+        normal, total = norm.of_sum(paddle.to_tensor(hidden), update, few=few)
+    wanted = x.astype("float64") @ matrix + hidden + (own if has_bias else 0)
+    np.testing.assert_allclose(total.numpy(), wanted, atol=1e-5)
     if kind == "layer":
         wanted = wanted - wanted.mean(-1, keepdims=True)
     wanted = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-5) * weight + (bias if kind == "layer" else 0)

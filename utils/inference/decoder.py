@@ -137,23 +137,24 @@ class Decoder(nn.Layer):
         length = given["ids"].shape[1]
         is_open = length < 0  # in a static program
         one = not is_open and length == 1
-        hidden = self.embedding.embeddings(given["ids"])
+        hidden = self.embedding.embeddings(given["ids"].flatten())  # of all tokens, row by row: [tokens, width]
         for operator in self.after_embedding:
             hidden = operator(hidden)
         for number, table in enumerate(architecture.tables):
-            places = given["positions"][table.part] + table.offset
+            places = given["positions"][table.part].flatten() + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
         sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "width": shape.head_dim}
         pieces = 1 if one or not architecture.causal else 0
         slopes = None if architecture.slopes is None else self.slopes
         blocks = kernels.blocks_of(given["visible"], given.get("keys"), slopes, pieces=pieces, **sizes)
         targets = kernels.Targets.at(given["targets"], cache[0])
-        steps = [kernels.Step.of(blocks, targets, one=few, **sizes) for few in ((True, False) if is_open else (one,))]
+        ways = (True, False) if is_open else (one,)
+        steps = [kernels.Step.of(given["ids"], blocks, targets, one=one, **sizes) for one in ways]
         angles = None if architecture.rotary is None else self.turns.angles(given["positions"], given.get("stretch"))
         for first in range(0, shape.layers, TOGETHER):
             layers = range(first, min(first + TOGETHER, shape.layers))
-            ways = [partial(self._layers, layers, hidden, given["chosen"], cache, angles, step) for step in steps]
-            hidden = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *ways) if is_open else ways[0]()
+            runs = [partial(self._layers, layers, hidden, given["chosen"], cache, angles, step) for step in steps]
+            hidden = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *runs) if is_open else runs[0]()
         for operator in self.before_head:
             hidden = operator(hidden)
         head = self.embedding if architecture.head is None else self.head
@@ -168,9 +169,9 @@ class Decoder(nn.Layer):
         angles: tuple[Tensor, Tensor] | None,
         step: kernels.Step,
     ) -> Tensor:
-        """Consecutive layers: hidden states [batch, length, width], or of the chosen tokens [n, width]."""
-        architecture, one = self.architecture, step.one
-        update: Tensor | None = None  # is still to be added to the hidden states, which the next norm does
+        """Consecutive layers: hidden states [tokens, width], or of the chosen tokens [n, width]."""
+        architecture, few = self.architecture, step.one
+        update: kernels.Update | None = None  # is still to be added to the hidden states, which the next norm does
         for number in numbers:
             layer = self.layers[number]
             if not architecture.norm_first:
@@ -178,23 +179,27 @@ class Decoder(nn.Layer):
             elif update is None:
                 normed = layer.attention_norm(hidden)
             else:
-                normed, hidden = layer.attention_norm.of_sum(update, hidden, one=one)
+                normed, hidden = layer.attention_norm.of_sum(hidden, update, few=few)
             parts = step.parted(layer.attention_in(normed))
             if angles is not None:
                 parts = self.turns.turned(parts, angles)
             attended = step.attend(parts, (cache[2 * number], cache[2 * number + 1]))
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
-                hidden, normed, attended = (_chosen(x, chosen) for x in (hidden, normed, attended))
+                hidden, normed, attended = (paddle.index_select(x, chosen) for x in (hidden, normed, attended))
+                few = True
             if architecture.parallel:
-                update = in_place.add(layer.attention_out(attended), self._mlp(layer, layer.mlp_norm(hidden)))
+                update = kernels.Update(layer.mlp_out, self._inner(layer, layer.mlp_norm(hidden)))
+                hidden = kernels.Update(layer.attention_out, attended).added_to(hidden, few=few)
                 continue
             middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
-            normed, hidden = middle.of_sum(layer.attention_out(attended), self._base(hidden, normed), one=one)
-            if not architecture.norm_first:
-                hidden = layer.mlp_norm(in_place.add(self._mlp(layer, normed), self._base(normed, normed)))
-                continue
-            update, hidden = self._mlp(layer, normed), self._base(hidden, normed)
-        return hidden if update is None else in_place.add(hidden, update)
+            gathered = kernels.Update(layer.attention_out, attended)
+            normed, hidden = middle.of_sum(self._base(hidden, normed), gathered, few=few)
+            update = kernels.Update(layer.mlp_out, self._inner(layer, normed))
+            if architecture.norm_first:
+                hidden = self._base(hidden, normed)
+            else:
+                hidden, update = layer.mlp_norm.of_sum(self._base(normed, normed), update, few=few)[0], None
+        return hidden if update is None else update.added_to(hidden, few=few)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -203,14 +208,10 @@ class Decoder(nn.Layer):
         factor = self.architecture.residual_factor
         return normed if factor == 1.0 else normed * factor
 
-    def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
+    def _inner(self, layer: _Layer, x: Tensor) -> Tensor:
+        """What the MLP's last product takes."""
         inner = self.activation(layer.mlp_in(x))
-        return layer.mlp_out(in_place.multiply(inner, layer.mlp_up(x)) if self.architecture.gated else inner)
-
-
-def _chosen(x: Tensor, rows: Tensor) -> Tensor:
-    """[batch, length, width] -> [rows, width]."""
-    return paddle.index_select(x.reshape([-1, x.shape[-1]]), rows)
+        return in_place.multiply(inner, layer.mlp_up(x)) if self.architecture.gated else inner
 
 
 class _Layer(nn.Layer):

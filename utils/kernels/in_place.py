@@ -20,6 +20,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return _operators.add_(x, y)
 
 
+def add_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x + y @ z, all of two axes."""
+    return _operators.addmm_(x, y, z, 1.0, 1.0)
+
+
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """x * y; likewise."""
     return _operators.multiply_(x, y)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import paddle
 import paddle.nn.functional as F
@@ -23,7 +23,7 @@ from utils.kernels import in_place
 
 HIDDEN = -1e30  # added to the score of a key that is not seen
 BLOCK = 128  # tokens whose attention is computed together
-PIECES = 4  # blocks of a static program, whose number of blocks is fixed
+PIECES = 4  # blocks of a static program, whose number of blocks is fixed; of a short text the first ones are empty
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -65,6 +65,7 @@ class Linear(Operator):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = fixed(weight)
+        self.on_cpu = weight.place.is_cpu_place()
         self.has_bias = bias is not None
         if bias is not None:
             self.bias = fixed(bias)
@@ -72,6 +73,13 @@ class Linear(Operator):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         y = paddle.matmul(x, self.weight)
+        return in_place.add(y, self.bias) if self.has_bias else y
+
+    def added(self, x: Tensor, base: Tensor) -> Tensor:
+        """base + what `forward` gives, of many tokens: [n, in], [n, out] -> [n, out]. `base` may be overwritten."""
+        if not self.on_cpu:
+            return in_place.add(base, self(x))
+        y = in_place.add_product(base, x, self.weight)
         return in_place.add(y, self.bias) if self.has_bias else y
 
 
@@ -108,16 +116,44 @@ class Table(Operator):
         return in_place.add(logits, self.bias) if self.has_bias else logits
 
 
+class Product(Protocol):
+    """A Linear, or one that tensor-parallel ranks share."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def added(self, x: Tensor, base: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What attention or MLP adds to the hidden states: the last product of either, not yet computed."""
+
+    product: Product
+    x: Tensor
+
+    def computed(self) -> Tensor:
+        return self.product(self.x)
+
+    def added_to(self, hidden: Tensor, *, few: bool) -> Tensor:
+        """The sum [n, width], which takes the place of the hidden states: what a group of layers returns stays as long
+        as a program runs.
+
+        Args:
+            few: whether these are single tokens; of many the product is added as it is computed.
+        """
+        return in_place.add(hidden, self.computed()) if few else self.product.added(self.x, hidden)
+
+
 class Norm(Operator):
     """A normalisation over the last axis."""
 
-    def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
-        """That of x + residual, and the sum itself; all of one shape. Both may be overwritten.
+    def of_sum(self, hidden: Tensor, update: Update, *, few: bool) -> tuple[Tensor, Tensor]:
+        """That of hidden states with an update, and their sum; all [n, width]. `hidden` may be overwritten.
 
         Args:
-            one: whether there is one token of each row.
+            few: whether these are single tokens.
         """
-        total = in_place.add(residual, x)  # not to x: what a group of layers returns stays as long as a program runs
+        total = update.added_to(hidden, few=few)
         return self(total), total
 
 
@@ -133,10 +169,10 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return fused_rms_norm(x, self.weight, None, self.epsilon, -1)[0]
 
-    def of_sum(self, x: Tensor, residual: Tensor, *, one: bool) -> tuple[Tensor, Tensor]:
-        if self.on_cpu and not one:  # the fused sum goes to new memory, slow in some processes
-            return super().of_sum(x, residual, one=one)
-        normal, total = fused_rms_norm(x, self.weight, None, self.epsilon, -1, residual=residual)[:2]
+    def of_sum(self, hidden: Tensor, update: Update, *, few: bool) -> tuple[Tensor, Tensor]:
+        if self.on_cpu and not few:  # the fused sum goes to new memory, slow in some processes
+            return super().of_sum(hidden, update, few=few)
+        normal, total = fused_rms_norm(update.computed(), self.weight, None, self.epsilon, -1, residual=hidden)[:2]
         return normal, total
 
 
@@ -194,7 +230,11 @@ def blocks_of(
     if is_open:
         batch, length, seen = (paddle.shape(visible)[axis] for axis in (0, 2, 3))
     pieces = pieces or (PIECES if is_open else -(-length // BLOCK))
-    borders = [length * number // pieces for number in range(pieces + 1)]
+    if is_open and pieces > 1:
+        size = paddle.clip((length + pieces - 1) // pieces, min=BLOCK)
+        borders = [paddle.clip(length - size * number, min=0) for number in range(pieces, -1, -1)]
+    else:
+        borders = [length * number // pieces for number in range(pieces + 1)]
     scores = paddle.where(visible, paddle.zeros([1]), paddle.full([1], HIDDEN))
     if slopes is not None and keys is not None:
         scores = scores + slopes.reshape([1, -1, 1, 1]) * keys.astype("float32").unsqueeze([1, 2])
@@ -286,10 +326,11 @@ class Step:
         blocks: of the tokens.
         targets: where their keys and values go.
         by_head: the shape of queries, keys and values by heads, [batch, length, heads + 2 * kv_heads, head_dim], of
-            one token [batch, heads + 2 * kv_heads, 1, head_dim].
+            one token [batch, heads + 2 * kv_heads, 1, head_dim]; where a program leaves the length open, an int64
+            tensor [4].
         heads: numbers of queries, keys and values, [3].
         borders: the first head of keys, of values, and the end: numbers or tensors [1].
-        joined: the shape of what queries gather, [batch, length, heads * head_dim].
+        joined: the shape of what queries gather, [batch * length, heads * head_dim].
         axes: axis 1 and axis 2.
     """
 
@@ -303,25 +344,35 @@ class Step:
     axes: tuple[Any, Any]
 
     @classmethod
-    def of(cls, blocks: list[Block], targets: Targets, *, heads: int, kv_heads: int, width: int, one: bool) -> Step:
+    def of(
+        cls, ids: Tensor, blocks: list[Block], targets: Targets, *, heads: int, kv_heads: int, width: int, one: bool
+    ) -> Step:
         """
         Args:
+            ids: [batch, length], of the new tokens.
             blocks: of `blocks_of`; with one token the only one, or the last.
         """
         both = heads + 2 * kv_heads
+        by_head: Any
+        if one:
+            by_head = _sizes(0, both, 1, width)
+        elif paddle.in_dynamic_mode():
+            by_head = [*ids.shape, both, width]
+        else:
+            by_head = _together(paddle.shape(ids)[0], paddle.shape(ids)[1], both, width)
         return cls(
             one,
             blocks[-1:] if one else blocks,
             targets,
-            _sizes(0, both, 1, width) if one else _sizes(0, 0, both, width),
+            by_head,
             _sizes(heads, kv_heads, kv_heads),
             (_size(heads), _size(heads + kv_heads), _size(both)),
-            _sizes(0, 1, heads * width) if one else _sizes(0, 0, heads * width),
+            _sizes(-1, heads * width),
             (_axis(1), _axis(2)),
         )
 
     def parted(self, x: Tensor) -> Tensor:
-        """Queries, keys and values by heads: [batch, length, all of them] -> [batch, heads + 2 * kv_heads, length,
+        """Queries, keys and values by heads: [batch * length, all of them] -> [batch, heads + 2 * kv_heads, length,
         head_dim]. `x` may be overwritten."""
         x = in_place.reshape(x, self.by_head)
         return x if self.one else x.transpose([0, 2, 1, 3])
@@ -334,7 +385,7 @@ class Step:
             cache: keys and values, each [batch, kv_heads, room, head_dim]; they are written over.
 
         Returns:
-            What queries gather, [batch, length, heads * head_dim].
+            What queries gather, [batch * length, heads * head_dim].
         """
         if self.one or len(self.blocks) == 1:
             query, key, value = paddle._C_ops.split(parts, self.heads, self.axes[0])

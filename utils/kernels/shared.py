@@ -33,6 +33,10 @@ class SharedRows(Operator):
         y = summed(self.part(x), self.group)
         return in_place.add(y, self.bias) if self.has_bias else y
 
+    def added(self, x: Tensor, base: Tensor) -> Tensor:
+        """base + what `forward` gives, which must be summed over the ranks first."""
+        return in_place.add(base, self(x))
+
 
 class SharedTable(Operator):
     """As `Table`, of which every rank has equally many rows."""
