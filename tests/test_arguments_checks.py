@@ -113,8 +113,11 @@ def test_dataset_folders(finetune: list[str], data: Path, tmp_path: Path) -> Non
     (data / "dev").mkdir()
     (data / "dev" / "part-0.json").touch()
     assert parse(FinetuneArguments, [*finetune, "--evaluation_strategy", "steps"], "x.py").do_eval
+    (data / "dev" / "part-0.json").rename(data / "dev" / "part-0.jsonl")
+    (data / "train.json").rename(data / "train.jsonl")
+    assert parse(FinetuneArguments, [*finetune, "--evaluation_strategy", "steps"], "x.py").do_eval
 
-    words = [word if word != str(data) else str(data / "train.json") for word in finetune]
+    words = [word if word != str(data) else str(data / "train.jsonl") for word in finetune]
     assert "is a file; expected a folder" in faults(words)[0]
     words = [word if word != str(data) else str(tmp_path / "absent") for word in finetune]
     assert "does not exist; expected a folder" in faults(words)[0]

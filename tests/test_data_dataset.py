@@ -92,6 +92,27 @@ def test_second_load_reads_the_cache(folder: Path, kit: Kit, cache: Path, monkey
     monkeypatch.undo()
 
 
+def test_rows_that_the_tokenizer_cannot_take_are_all_named(
+    folder: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, encode = folder / "train.json", kit[0].encode
+
+    def raising(text: str, **options: Any) -> list[int]:
+        if "boom" in text:
+            raise ValueError("no stack left")
+        return encode(text, **options)
+
+    lines = file.read_text().splitlines()
+    for line in (5, 44):
+        lines[line - 1] = json.dumps({"src": "boom", "tgt": "x"})
+    file.write_text("\n".join(lines))
+    monkeypatch.setattr(kit[0], "encode", raising)
+    with pytest.raises(UserError) as caught:
+        supervised(options(folder), kit)
+    [fault] = caught.value.faults
+    assert fault.startswith(f"{file} line 5, {file} line 44: ") and "ValueError: no stack left" in fault
+
+
 def test_whatever_decides_the_ids_decides_the_cache_entry(folder: Path, kit: Kit, cache: Path) -> None:
     def entries() -> int:
         return len(list((cache / "datasets").iterdir()))

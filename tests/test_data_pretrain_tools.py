@@ -120,11 +120,14 @@ def test_workers_change_nothing(tmp_path: Path, model: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("line", "message", "workers"),
     [
-        ('{"text": "cut', "line 3: is no JSON", 1),
-        ('{"text": "cut', "line 3: is no JSON", 2),
+        ('{"text": "cut', "line 3: not valid JSON", 1),
+        ('{"text": "cut', "line 3: not valid JSON", 2),
         ('{"body": "x"}', "line 3: has no key text (found body); name it with --json_key", 1),
         ('{"text": 5}', "line 3: text is no text", 1),
         ("[1]", "line 3: has no key text (it is no object)", 1),
+        ('{"text": "a\\ud83d"}', "line 3: text holds half of a surrogate pair at character 2", 1),
+        ('{"text": "a", "id": ' + "1" * 5000 + "}", "line 3: holds a whole number of more than", 1),
+        ("[" * 100_000, "line 3: not valid JSON (nested too deeply)", 1),
     ],
 )
 def test_a_broken_line_is_named_and_files_before_stay(
@@ -140,6 +143,16 @@ def test_a_broken_line_is_named_and_files_before_stay(
     assert f"{source} {message}" in str(caught.value)
     assert [(tmp_path / f"out{ending}").read_text("utf-8") for ending in (".bin", ".idx")] == ["as before"] * 2
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_broken_lines_of_a_block_are_named(tmp_path: Path, model: Path, workers: int) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "good"}\n{"text": 5}\n\n{"text": "\\udc00"}\n', "utf-8")
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    with pytest.raises(UserError) as caught:
+        build(str(source), str(tmp_path / "out"), "m", model, config, BuildOptions(workers=workers))
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [f"{source} line 2", f"{source} line 4"]
 
 
 def test_faults_of_arguments_come_together(tmp_path: Path) -> None:

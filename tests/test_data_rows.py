@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data.rows import RowFault, check_dataset, parse_row, read_rows, split_files
+from utils.data.lines import RowFault
+from utils.data.rows import check_dataset, parse_row, read_rows
 from utils.errors import UserError
+from utils.splits import split_files
 
 KEYS = st.sampled_from(
     "src tgt messages role content conversations from value instruction input output history system".split()  # noqa: SIM905
@@ -108,6 +110,7 @@ def test_a_json_array_is_read_too(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human"}]}, r'"conversations\[0\].value" must be a string, found null'),
         ('{"src": "a", "tgt": "b\\ud800"}', "half of a surrogate pair at character 2"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"src": "a", "tgt": "b", "id": ' + "1" * 5000 + "}", "a whole number of more than 4,300 digits"),
         ({"instruction": "a", "output": ["b"]}, '"output" must be a string, found a list'),
     ],
 )
@@ -168,8 +171,12 @@ def test_a_single_file_or_a_folder_of_files(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", "c.jsonl", "notes.txt"):
         write(tmp_path / "train" / name, PAIR)
     assert [file.name for file in split_files(tmp_path, "train")] == ["a.json", "b.json", "c.jsonl"]
+    write(tmp_path / "train" / "._a.json", "what another system keeps beside its files")
+    assert len(split_files(tmp_path, "train")) == 3
+    write(tmp_path / "train.jsonl", PAIR)
+    assert split_files(tmp_path, "train") == [tmp_path / "train.jsonl"]
     write(tmp_path / "train.json", PAIR)
-    assert split_files(tmp_path, "train") == [tmp_path / "train.json"]
+    assert split_files(tmp_path, "train") == [tmp_path / "train.json", tmp_path / "train.jsonl"]
     check_dataset(tmp_path, ["train"])
 
 

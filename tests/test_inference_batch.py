@@ -180,6 +180,39 @@ def test_every_shape_of_row_and_every_fault(answer: Callable[..., Any], tmp_path
     assert rows[2]["output"] == rows[3]["output"]
 
 
+def test_strange_rows_stand_beside_the_answers(
+    answer: Callable[..., Any], prepared: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Halves of surrogate pairs, numbers that Python does not read, NaN, and a tokenizer that raises."""
+    encode = prepared.tokenizer.encode
+
+    def raising(text: str, **options: Any) -> list[int]:
+        if "boom" in text:
+            raise ValueError("Max stack size exceeded for backtracking")
+        return encode(text, **options)
+
+    monkeypatch.setattr(prepared.tokenizer, "encode", raising)
+    data = [
+        {"src": "good"},
+        '{"src": "x", "id": ' + "1" * 5000 + "}",
+        '{"src": "a\\ud83d", "tgt": "b"}',
+        '{"src": "good", "tgt": "\\udc00", "note\\ud83d": "\\ud83d"}',
+        '{"src": NaN, "tgt": [1e999]}',
+        {"src": "boom"},
+        '{"question\\ud83d": "x"}',
+        {"src": "good"},
+    ]
+    rows = answer(data)
+    broken = [number for number, row in enumerate(rows) if row["output"] is None]
+    assert broken == [1, 2, 3, 4, 5, 6]
+    assert all(f"data.json line {number + 1}: " in rows[number]["error"] for number in broken)
+    said = {1: "4,300 digits", 2: "surrogate", 3: "surrogate", 5: "Max stack size", 6: 'no "src"'}
+    assert all(words in rows[number]["error"] for number, words in said.items())
+    assert [rows[number]["src"] for number in (2, 4, 5)] == ["a\ud83d", None, "boom"]
+    assert rows[0] == rows[7] and rows[0]["output"] is not None
+    (tmp_path / "output.json").read_text("utf-8")
+
+
 def test_a_file_without_any_good_row_is_an_error(answer: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         answer([{"x": 1}] * 7)

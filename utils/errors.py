@@ -41,6 +41,10 @@ class UserError(Exception):
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         super().__init__("\n".join(self.faults))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[tuple[str, ...]]]:
+        """On its way from a worker process each fault stays one."""
+        return type(self), (self.faults,)
+
 
 def raise_if(faults: Sequence[str]) -> None:
     """Raises `UserError` with all `faults`, if there are any."""

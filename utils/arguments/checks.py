@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.parallel.topology import world_size
+from utils.splits import looks_like_path, split_files
 
 ANSWER_METRICS = ("bleu4", "rouge1", "rouge2", "rougel")
 TOKEN_METRICS = ("accuracy", "ppl", "loss")
@@ -167,15 +168,10 @@ def parallel_degrees(run: Any) -> Iterator[str]:
 # --- files and folders ---------------------------------------------------------------------------
 
 
-def is_path(name: str) -> bool:
-    """Whether a name means a file or folder rather than something built in or on a hub."""
-    return name.startswith((".", "/", "~")) or os.path.exists(name)
-
-
 def dataset(run: Any) -> Iterator[str]:
     """A dataset folder must hold the splits that the run reads."""
     folder = run.dataset_name_or_path
-    if folder is None or not is_path(folder):
+    if folder is None or not looks_like_path(folder):
         return
     if not os.path.isdir(folder):
         found = "is a file" if os.path.exists(folder) else "does not exist"
@@ -189,19 +185,11 @@ def dataset(run: Any) -> Iterator[str]:
         splits.append("dev")
     if run.do_predict:
         splits.append("test")
-    if (run.do_ptq or run.do_gptq) and "train" not in splits and not has_split(folder, "quant"):
+    if (run.do_ptq or run.do_gptq) and "train" not in splits and not split_files(folder, "quant"):
         splits.append("train")
     for split in splits:
-        if not has_split(folder, split):
-            yield f"{run.where('dataset_name_or_path')} has neither {split}.json nor {split}/*.json"
-
-
-def has_split(folder: str, split: str) -> bool:
-    """Whether a dataset folder holds SPLIT.json or SPLIT/*.json."""
-    several = os.path.join(folder, split)
-    if os.path.isfile(several + ".json"):
-        return True
-    return os.path.isdir(several) and any(name.endswith(".json") for name in os.listdir(several))
+        if not split_files(folder, split):
+            yield f"{run.where('dataset_name_or_path')} has neither {split}.json nor {split}/*.json (nor .jsonl)"
 
 
 def output_folder(run: Any) -> Iterator[str]:
@@ -215,7 +203,7 @@ def named_files(run: Any) -> Iterator[str]:
         if getattr(run, "mode", "dynamic") == "static":
             continue  # `static_folder` says more
         value = getattr(run, name, None)
-        if value is not None and is_path(value) and not os.path.isdir(value):
+        if value is not None and looks_like_path(value) and not os.path.isdir(value):
             yield f"{run.where(name)}: no such folder"
     for name in ("chat_template", "data_file"):
         value = getattr(run, name, None)

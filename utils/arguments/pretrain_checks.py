@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from utils.arguments.checks import is_path, unwritable
+from utils.arguments.checks import unwritable
+from utils.splits import looks_like_path
 
 TASKS = ("do_train", "do_eval", "do_predict")
 PARTS = {"do_train": "training", "do_eval": "validation", "do_predict": "test"}  # of split, in its order
@@ -184,5 +185,5 @@ def tool_model(run: Any) -> Iterator[str]:
         yield "model_name is missing; name the model that will be trained, such as smollm2-135m-instruct"
     for name in ("model_name", "tokenizer_name"):
         value = getattr(run, name)
-        if value is not None and is_path(value) and not os.path.isdir(value):
+        if value is not None and looks_like_path(value) and not os.path.isdir(value):
             yield f"{run.where(name)}: no such folder"

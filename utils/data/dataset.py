@@ -14,11 +14,12 @@ import numpy as np
 
 from utils import runtime
 from utils.data.encode import DataReport, Dropped, encode_row
+from utils.data.lines import json_bytes
 from utils.data.packing import best_fit, efficiency
-from utils.data.rows import Row
+from utils.data.rows import SHOWN_FAULTS, Row
 from utils.data.sources import FileSource, Source, find_source
 from utils.data.template import ChatTemplate
-from utils.errors import UserError, notice
+from utils.errors import UserError, notice, raise_if
 
 if TYPE_CHECKING:
     from utils.data.stream import StreamDataset
@@ -62,7 +63,7 @@ class Tokenized:
     def save(self, folder: Path) -> None:
         for name in ("input_ids", "labels", "offsets"):
             np.save(folder / f"{name}.npy", getattr(self, name))
-        (folder / "report.json").write_text(json.dumps(self.report.to_json(), ensure_ascii=False), "utf-8")
+        (folder / "report.json").write_bytes(json_bytes(self.report.to_json()))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenized:
@@ -162,7 +163,7 @@ def tokenize(
         progress: show a bar (rows/s, time left) if it takes more than a moment.
 
     Raises:
-        UserError: a broken row, or no example at all.
+        UserError: names every broken row (many of them: the first), or no example at all.
     """
     from tqdm import tqdm
 
@@ -176,12 +177,21 @@ def tokenize(
         delay=BAR_DELAY,
         disable=not progress,
     )
+    faults: dict[str, list[str]] = {}  # what is wrong: where
     for row in bar:
-        example = encode_row(row, tokenizer, template, src_length, max_length, report)
+        try:
+            example = encode_row(row, tokenizer, template, src_length, max_length, report)
+        except UserError as error:
+            for fault in error.faults:
+                faults.setdefault(fault.removeprefix(f"{row.place}: "), []).append(row.place)
+            if sum(map(len, faults.values())) >= SHOWN_FAULTS:
+                break
+            continue
         if not isinstance(example, Dropped):
             input_ids.frombytes(example.input_ids.tobytes())
             labels.frombytes(example.labels.tobytes())
             offsets.append(len(input_ids))
+    raise_if([f"{', '.join(places)}: {fault}" for fault, places in faults.items()])
     if not report.kept:
         raise UserError(f"{source.name}: no row could be used\n{report.summary()}")
     return Tokenized(

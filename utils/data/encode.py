@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.data.lines import naming
 from utils.data.rows import Row
 from utils.data.template import ChatTemplate, Message
 from utils.errors import UserError
@@ -187,13 +188,12 @@ def encode_row(
         report: where cut and dropped rows are counted.
 
     Raises:
-        UserError: the template refuses the row, or `src_length` is too short for the template.
+        UserError: the template or the tokenizer cannot take the row, or `src_length` is too short for the template;
+            with the row's place.
     """
     report = DataReport() if report is None else report
-    try:
+    with naming(row.place):
         rounds, _ = template.rounds(tokenizer, row.messages)
-    except UserError as error:
-        raise UserError([f"{row.place}: {fault}" for fault in error.faults]) from None
     answers = [place for place, message in enumerate(row.messages) if message["role"] == "assistant"]
     if len(rounds) < len(answers):
         report.note("only the last answer learned, the chat template rewrites earlier ones", row.place)
@@ -205,7 +205,8 @@ def encode_row(
             limit = min(src_length, max_length - min(2, len(answer)))
             if len(prompt) > limit:
                 first_answer = answers[-len(rounds)]
-                prompt, _ = encode_source(row.messages[:first_answer], tokenizer, template, limit)
+                with naming(row.place):
+                    prompt, _ = encode_source(row.messages[:first_answer], tokenizer, template, limit)
                 report.note(f"question cut to {limit} tokens", row.place)
         room = max_length - len(ids) - len(prompt)
         if number and room < min(len(answer), CUT_ANSWER_TOKENS):

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.checkpoints.files import atomic_file, write_json
+from utils.data.lines import decode_line, half_of_pair, naming
 from utils.data.pretrain_files import META, index_bytes
 from utils.data.pretrain_work import Progress, in_order, input_files
-from utils.errors import UserError
+from utils.errors import UserError, raise_if
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
 
+SHOWN_FAULTS = 20  # of a block
 BLOCK_BYTES, BLOCK_LINES = 1 << 18, 512  # of a worker's task
 SENTENCES = re.compile(r"(?<=[。！？；])(?!\n)|(?<=[.!?])(?=\s)|(?<=\n)")
 # Two tokenizers that give these ids alike are taken for the same, in whatever files they come.
@@ -74,25 +76,30 @@ def id_type(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocabulary <= 1 << 16 else "int32"
 
 
-def documents(block: Block, key: str) -> Iterator[str]:
-    """The texts of a block.
+def documents(block: Block, key: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of every row of a block; blank lines are left out.
 
     Raises:
-        UserError: a line that is no JSON object with text at `key`; blank lines are left out.
+        UserError: names each line that is no JSON object with text at `key`.
     """
-    for number, line in enumerate(block.lines, block.first):
-        if not line.strip():
+    faults = []
+    for number, content in enumerate(block.lines, block.first):
+        line, place = decode_line(content, number), f"{block.file} line {number}"
+        if line is None:
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{block.file} line {number}: is no JSON ({error})") from None
-        if not isinstance(row, dict) or key not in row:
+        row = line.value
+        if line.fault is not None:
+            faults.append(f"{place}: {line.fault}")
+        elif not isinstance(row, dict) or key not in row:
             found = f"found {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
-            raise UserError(f"{block.file} line {number}: has no key {key} ({found}); name it with --json_key")
-        if not isinstance(row[key], str):
-            raise UserError(f"{block.file} line {number}: {key} is no text")
-        yield row[key]
+            faults.append(f"{place}: has no key {key} ({found}); name it with --json_key")
+        elif not isinstance(row[key], str):
+            faults.append(f"{place}: {key} is no text")
+        elif (half := half_of_pair(row[key])) is not None:
+            faults.append(f"{place}: {key} holds half of a surrogate pair at character {half}")
+        else:
+            yield place, row[key]
+    raise_if(faults[:SHOWN_FAULTS])
 
 
 def sentences(text: str) -> list[str]:
@@ -119,9 +126,10 @@ def encode_block(block: Block) -> Encoded:
     ids: list[int] = []
     sizes, sequences = array("i"), array("i")
     empty = 0
-    for text in documents(block, options.json_key):
+    for place, text in documents(block, options.json_key):
         parts = sentences(text) if options.split_sentences else [text]
-        encoded = [tokenizer.encode(part, continuation=number > 0) for number, part in enumerate(parts)]
+        with naming(place):
+            encoded = [tokenizer.encode(part, continuation=number > 0) for number, part in enumerate(parts)]
         encoded = [part for part in encoded if part]
         if not encoded:
             empty += 1

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.builtin import resolve_built_in
+from utils.data.lines import DEEP, Line, RowFault, half_of_pair, is_array, naming, read_lines
 from utils.data.template import Message
 from utils.errors import UserError, raise_if
+from utils.splits import looks_like_path, split_files
 
 SHOWN_FAULTS = 20
 LAZY_CHECKED_ROWS = 1000
-SUFFIXES = (".json", ".jsonl")
 # The two spellings of who speaks, in OpenAI's and in ShareGPT's rows.
 ROLES = {
     "system": "system",
@@ -69,10 +70,6 @@ class Row:
         return last["content"] if last["role"] == "assistant" else None
 
 
-class RowFault(ValueError):
-    """What is wrong with one row; the reader adds file and line."""
-
-
 def parse_row(raw: Any, *, require_answer: bool = True) -> tuple[Message, ...]:
     """The messages of one decoded JSON row.
 
@@ -109,11 +106,8 @@ def _kind(value: Any) -> str:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise RowFault(f'"{name}" must be a string, found {_kind(value)}')
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # "\\ud800" in JSON is half a character
-            raise RowFault(f'"{name}" holds half of a surrogate pair at character {error.start + 1}') from None
+    if (half := half_of_pair(value)) is not None:
+        raise RowFault(f'"{name}" holds half of a surrogate pair at character {half}')
     return value
 
 
@@ -213,96 +207,6 @@ def _check_turns(messages: Sequence[Message], require_answer: bool) -> None:
         raise RowFault('the last turn has no answer (for src/tgt rows: "tgt")')
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a file, undecoded faults included.
-
-    Attributes:
-        number: counted from 1.
-        value: the decoded JSON, if `fault` is None.
-        fault: why it is not JSON.
-    """
-
-    number: int
-    value: Any
-    fault: str | None = None
-
-
-def decode_line(content: bytes, number: int) -> Line | None:
-    """Decodes one line of a JSON Lines file; None if it is blank."""
-    if number == 1 and content.startswith(b"\xef\xbb\xbf"):  # byte order mark
-        content = content[3:]
-    if not content.strip():
-        return None
-    try:
-        return Line(number, json.loads(content.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        return Line(number, None, f"not UTF-8 text (byte {error.start + 1})")
-    except json.JSONDecodeError as error:
-        return Line(number, None, f"not valid JSON ({error.msg}, column {error.colno})")
-    except RecursionError:
-        return Line(number, None, "not valid JSON (nested too deeply)")
-
-
-def is_array(file: Path) -> bool:
-    """Whether the file holds one JSON array instead of JSON Lines."""
-    with file.open("rb") as stream:
-        return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-
-
-def _array_lines(file: Path) -> Iterator[Line]:
-    """The rows of a JSON array, each with the line where it begins."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield Line(1, None, f"not UTF-8 text (byte {error.start + 1})")
-        return
-    decoder, blanks = json.JSONDecoder(), " \t\r\n"
-    place, number, counted = text.index("[") + 1, 1, 0
-    while True:
-        while place < len(text) and text[place] in blanks:
-            place += 1
-        number += text.count("\n", counted, place)
-        counted = place
-        if text[place : place + 1] == "]":
-            return
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            yield Line(number, None, f"not valid JSON ({error.msg}, line {error.lineno} column {error.colno})")
-            return
-        except RecursionError:
-            yield Line(number, None, "not valid JSON (nested too deeply)")
-            return
-        yield Line(number, value)
-        while place < len(text) and text[place] in blanks:
-            place += 1
-        if text[place : place + 1] == ",":
-            place += 1
-        elif text[place : place + 1] != "]":
-            yield Line(1 + text.count("\n", 0, place), None, "not valid JSON (expected , or ] after a row)")
-            return
-
-
-def read_lines(file: Path) -> Iterator[Line]:
-    """Every row of a file that is not blank, decoded.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        if is_array(file):
-            yield from _array_lines(file)
-            return
-        with file.open("rb") as stream:
-            for number, content in enumerate(stream, 1):
-                line = decode_line(content, number)
-                if line is not None:
-                    yield line
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-
-
 def to_row(line: Line, file: Path, *, require_answer: bool = True) -> Row:
     """The row in a decoded line.
 
@@ -311,7 +215,11 @@ def to_row(line: Line, file: Path, *, require_answer: bool = True) -> Row:
     """
     if line.fault is not None:
         raise RowFault(line.fault)
-    return Row(parse_row(line.value, require_answer=require_answer), file, line.number, line.value)
+    try:
+        messages = parse_row(line.value, require_answer=require_answer)
+    except RecursionError:  # a message that would show the value
+        raise RowFault(DEEP) from None
+    return Row(messages, file, line.number, line.value)
 
 
 def read_rows(paths: Path | Sequence[Path], *, require_answer: bool = True) -> Iterator[Row]:
@@ -322,27 +230,9 @@ def read_rows(paths: Path | Sequence[Path], *, require_answer: bool = True) -> I
     """
     for file in [paths] if isinstance(paths, Path) else paths:
         for line in read_lines(file):
-            try:
-                yield to_row(line, file, require_answer=require_answer)
-            except RowFault as fault:
-                raise UserError(f"{file} line {line.number}: {fault}") from None
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a dataset's name means a place on disk and not a built-in dataset."""
-    return name.startswith((".", "/", "~")) or Path(name).exists()
-
-
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of one split: DIR/SPLIT.json, else DIR/SPLIT/*.json (.jsonl too), in order of name."""
-    folder = Path(folder).expanduser()
-    for suffix in SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return [folder / f"{split}{suffix}"]
-    inside = folder / split
-    if not inside.is_dir():
-        return []
-    return sorted(file for file in inside.iterdir() if file.suffix in SUFFIXES and file.is_file())
+            with naming(f"{file} line {line.number}"):
+                row = to_row(line, file, require_answer=require_answer)
+            yield row
 
 
 def check_dataset(folder: Path | str, splits: Sequence[str], *, lazy: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.builtin import resolve_built_in
-from utils.data.rows import Line, Row, RowFault, looks_like_path, read_rows, split_files, to_row
+from utils.data.lines import Line, RowFault
+from utils.data.rows import Row, read_rows, to_row
 from utils.errors import UserError
+from utils.splits import looks_like_path, split_files
 
 # How the built-in datasets name question and answer.
 BUILT_IN_KEYS = (("source", "target"), ("first", "second"), ("article", "highlights"))
@@ -64,7 +67,7 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.absolute()}\0{file.stat().st_size}\0".encode())
+            digest.update(os.fsencode(f"{file.absolute()}\0{file.stat().st_size}\0"))
             with file.open("rb") as stream:
                 while block := stream.read(BLOCK):
                     digest.update(block)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.data.encode import DataReport, Dropped, Example, encode_row
+from utils.data.lines import RowFault, decode_line, is_array
 from utils.data.packing import best_fit
-from utils.data.rows import RowFault, decode_line, is_array, to_row
+from utils.data.rows import to_row
 from utils.data.sources import FileSource
 from utils.data.template import ChatTemplate
 from utils.errors import UserError, notice

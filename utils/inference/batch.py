@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints.files import atomic_file
-from utils.data.rows import RowFault, read_lines, to_row
+from utils.data.lines import RowFault, json_bytes, naming, read_lines, writable
+from utils.data.rows import to_row
 from utils.errors import UserError, notice
 from utils.inference.journal import Answers, Journal
 from utils.inference.loading import Prepared
@@ -55,18 +55,19 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
     questions = []
     for line in read_lines(file):
         raw = line.value if isinstance(line.value, dict) else {}
-        question = Question(raw.get("src"), raw.get("tgt"), f"{file} line {line.number}")
+        question = Question(writable(raw.get("src")), writable(raw.get("tgt")), f"{file} line {line.number}")
         try:
-            row = to_row(line, file, require_answer=False)
-            if "src" not in raw:
-                asked = [message["content"] for message in row.question if message["role"] == "user"]
-                question.src = asked[0] if len(asked) == 1 else asked
-                question.tgt = row.answer
-            question.ids, question.was_cut = prepared.encode(row.question, src_length)
-            if not question.ids:
-                raise RowFault("the prompt is empty")
-        except (RowFault, UserError) as fault:
-            question.error = f"{question.place}: {fault}"
+            with naming(question.place):
+                row = to_row(line, file, require_answer=False)
+                if "src" not in raw:
+                    asked = [message["content"] for message in row.question if message["role"] == "user"]
+                    question.src = asked[0] if len(asked) == 1 else asked
+                    question.tgt = row.answer
+                question.ids, question.was_cut = prepared.encode(row.question, src_length)
+                if not question.ids:
+                    raise RowFault("the prompt is empty")
+        except UserError as fault:
+            question.error = str(fault)
         questions.append(question)
     if not any(question.ids for question in questions):
         faults = [str(question.error) for question in questions[:SHOWN_FAULTS]]
@@ -89,7 +90,7 @@ def run_key(prepared: Prepared, questions: Sequence[Question], options: Sampling
         repr(replace(options, prompt_lookup_num_tokens=0)),
         [(question.ids, question.src, question.tgt) for question in questions],
     ]
-    return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json_bytes(facts)).hexdigest()
 
 
 def answer_file(
@@ -167,7 +168,7 @@ def _write(output_file: Path, questions: Sequence[Question], answers: dict[int, 
             remarks = [remark for remark in (question.note, answer.get("note")) if remark]
             if remarks:
                 row["note"] = "; ".join(remarks)
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.write(json_bytes(row) + b"\n")
 
 
 def _answer_missing(

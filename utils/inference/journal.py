@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from utils.data.lines import json_bytes
 from utils.errors import UserError
 
 SUFFIX = ".partial"
@@ -88,7 +89,7 @@ class Journal(Answers):
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json_bytes(line) + b"\n")
         self._file.flush()
 
     def _whole_lines(self) -> list[dict[str, Any]]:

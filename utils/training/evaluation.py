@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_write
 from utils.data.encode import encode_source
+from utils.data.lines import naming
 from utils.data.rows import Row
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
@@ -58,9 +59,10 @@ class GenerationEvaluation:
         self.show_progress = show_progress and self.peers.first
         ranks, rank = self.peers.layout.readers, self.peers.layout.reader(self.peers.layout.rank)
         self.numbers = range(len(rows))[rank::ranks]  # of the rows that this rank answers
-        self.prompts = [
-            encode_source(rows[number].question, tokenizer, template, src_length)[0] for number in self.numbers
-        ]
+        self.prompts = []
+        for number in self.numbers:
+            with naming(rows[number].place):
+                self.prompts.append(encode_source(rows[number].question, tokenizer, template, src_length)[0])
 
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
