@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from autocast import autocast
 
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
@@ -213,6 +214,17 @@ def test_attention_scale_changes_no_value(checkpoint: Checkpoint, model: Any) ->
     with paddle.no_grad():
         found, wanted = (GLM.forward_hidden(one, batch).numpy() for one in (scaled, model))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_scores_of_scaled_models_have_room_in_mixed_precision(checkpoint: Checkpoint, model: Any) -> None:
+    scaled = load_model(checkpoint, "float32", family_overrides={"attention_scale": 8.0})
+    for layer in scaled.glm.transformer.layers:
+        projection = layer.attention.query_key_value
+        projection.weight.set_value(projection.weight * 1000)  # scores of millions, hidden states as before
+        projection.bias.set_value(projection.bias * 1000)
+    batch = {"input_ids": paddle.to_tensor(packed_pair(model)[0][0][None])}
+    with paddle.no_grad(), autocast():
+        assert np.isfinite(GLM.forward_hidden(scaled, batch).numpy()).all()
 
 
 def test_glm4_is_not_glm(checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from autocast import autocast
 
 from utils.kernels import inference
 from utils.kernels.attention import every_head
@@ -74,6 +75,18 @@ def test_norms_of_a_sum_match_their_definitions(kind: str, few: bool, has_bias: 
         wanted = wanted - wanted.mean(-1, keepdims=True)
     wanted = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-5) * weight + (bias if kind == "layer" else 0)
     np.testing.assert_allclose(normal.numpy(), wanted, atol=1e-5)
+
+
+def test_rms_norm_of_large_values_in_mixed_precision() -> None:
+    """Hidden states of hundreds are usual; their squares are no float16."""
+    x = (600 * np.random.default_rng(3).normal(size=(5, 16))).astype("float32")
+    weight = np.ones(16, dtype="float32")
+    wanted = gradients(lambda a, b: rms_norm(a, b, 1e-5), x, weight)
+    with autocast():
+        found = gradients(lambda a, b: rms_norm(a, b, 1e-5), x, weight)
+    assert np.abs(wanted[0]).max() > 1
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_rms_norm_without_a_trained_weight() -> None:

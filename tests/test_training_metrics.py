@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
+from autocast import autocast
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import Tiny, tiny  # noqa: F401
@@ -62,6 +63,16 @@ def test_a_broken_model_has_no_loss() -> None:
         logits[0, 3] = bad
         assert math.isnan(float(summed_loss(logits, targets)))
     assert float(summed_loss(paddle.ones([2, 5]), targets)) == pytest.approx(2 * math.log(5), rel=1e-6)
+
+
+def test_a_sound_model_has_its_loss_in_mixed_precision() -> None:
+    """50,257 logits of -30 have a sum that no float16 can hold."""
+    logits, targets = paddle.full([2, 50_257], -30.0), paddle.to_tensor([1, 50_000])
+    with autocast():
+        loss = float(summed_loss(logits, targets))
+        broken = float(summed_loss(paddle.full([2, 50_257], math.inf), targets))
+    assert loss == float(summed_loss(logits, targets)) == pytest.approx(2 * math.log(50_257), rel=1e-6)
+    assert math.isnan(broken)
 
 
 @pytest.mark.parametrize("intokens", [False, True])

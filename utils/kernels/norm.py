@@ -10,6 +10,8 @@ from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
+from utils.kernels.precision import in_own_type
+
 # On CPUs: Paddle's `pow` costs 50 times a product, a mean over the last axis 7 times the matrix
 # product with a column of 1/n, and a product with a broadcast vector twice that with a tiled one.
 
@@ -17,7 +19,8 @@ from paddle.incubate.nn.functional import fused_rms_norm
 def _mean(x: Tensor) -> Tensor:
     """Mean over the last axis, which is kept."""
     width = x.shape[-1]
-    return paddle.matmul(x, paddle.full([width, 1], 1.0 / width, dtype=x.dtype))
+    with in_own_type():  # squares above 65,504 are no float16
+        return paddle.matmul(x, paddle.full([width, 1], 1.0 / width, dtype=x.dtype))
 
 
 def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

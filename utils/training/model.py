@@ -16,6 +16,7 @@ from utils.data.encode import IGNORED
 from utils.families import FamilySpec
 from utils.families.models.decoder import run_layers
 from utils.kernels import split
+from utils.kernels.precision import in_own_type
 from utils.partition.stages import Part
 
 
@@ -136,13 +137,14 @@ class TrainingModel(nn.Layer):
         """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
         if self.vocabulary_group is None:
             return summed_loss(logits, targets)
-        return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
+        with in_own_type():
+            return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch, see `supervised`."""
         logits, targets = self.supervised(hidden, labels)
         if not targets.shape[0]:
-            return logits.sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
+            return logits.astype("float32").sum() * 0.0  # keeps the graph: a batch of cut prompts has no target
         return self.summed_loss(logits, targets)
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Tensor:
@@ -195,8 +197,9 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Paddle's operator for CPUs answers NaN and infinite logits with a finite loss, in silence: the loss
     of a broken model would look like that of a guessing one. Here it is NaN.
     """
-    logits = logits.astype("float32")
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    with paddle.no_grad():
-        broken = paddle.matmul(logits, paddle.ones([logits.shape[-1], 1])).sum() * 0.0
-    return loss + broken
+    with in_own_type():  # a vocabulary of 50,000 logits of -30 has no sum in float16
+        logits = logits.astype("float32")
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        with paddle.no_grad():
+            broken = paddle.matmul(logits, paddle.ones([logits.shape[-1], 1])).sum() * 0.0
+        return loss + broken

@@ -17,6 +17,7 @@ from paddlenlp.transformers.glm import modeling as library
 from utils.families.base import LayerForward
 from utils.families.models.decoder import by_head, extended
 from utils.kernels.masks import Attend
+from utils.kernels.precision import in_own_type
 
 
 class GLMForConditionalGeneration(library.GLMForConditionalGeneration):
@@ -69,7 +70,9 @@ def _layer(
         query, seen = query.astype("float32"), key.astype("float32")
     else:
         seen = key
-    attended = attention.dense(attend(query, seen, value))
+    with in_own_type(wide):
+        attended = attend(query, seen, value)
+    attended = attention.dense(attended)
     hidden = hidden + (F.dropout(attended, dropout) if dropout else attended)
     changed = mlp.dense_h_to_4h(layer.post_attention_layernorm(hidden))
     changed = mlp.dense_4h_to_h(F.gelu(changed, approximate=True))
