@@ -94,7 +94,11 @@ class Gradients:
 
 
 def _squares(gradients: Sequence[Tensor]) -> float:
-    if not gradients:
-        return 0.0
-    flat = [gradient.astype("float32").reshape([-1]) for gradient in gradients]
-    return float(paddle.add_n([paddle.dot(values, values) for values in flat]))
+    """The sum of all squares; one gradient at a time is in memory in float32."""
+    return float(paddle.add_n([_square(gradient) for gradient in gradients])) if gradients else 0.0
+
+
+def _square(gradient: Tensor) -> Tensor:
+    values = gradient if gradient.dtype == paddle.float32 else gradient.astype("float32")
+    values = values.reshape([-1])
+    return paddle.dot(values, values)

@@ -197,6 +197,14 @@ class Trainer(library.Trainer):
             return float(self.state.epoch or 0.0)
         return float(self.train_dataset.epochs(self.state.global_step * self.peers.layout.global_batch(self.args)))
 
+    def create_optimizer(self, lr_scheduler: Any = None) -> Any:
+        """The library's AdamW, whose weight decay goes by names. Here matrices decay, and vectors do not."""
+        if self.optimizer is None:
+            optimizer: Any = super().create_optimizer(lr_scheduler)
+            matrices = {parameter.name for parameter in self.model.parameters() if parameter.ndim > 1}
+            optimizer._apply_decay_param_fun = matrices.__contains__
+        return self.optimizer
+
     def create_scheduler(self, num_training_steps: int) -> Any:
         """The library's schedule, from the highest rate to `last_rate`."""
         if self.lr_scheduler is None and self.last_rate:
@@ -216,6 +224,7 @@ class Trainer(library.Trainer):
             scaler = self.scaler if self.do_grad_scaling else None
             micro_batches = self.args.gradient_accumulation_steps
             self.steps = steps_of(self.model, self.peers, self.autocast_smart_context_manager, scaler, micro_batches)
+            self.steps.scale = (self.resumed or {}).get("scale", 0.0)  # earlier versions did not keep it
         return self.steps.add(dict(self._prepare_inputs(inputs)))
 
     def weight_gradients(self) -> None:
@@ -385,6 +394,7 @@ class Trainer(library.Trainer):
             "total_targets": self.total_targets,
             "total_tokens": self.total_tokens,
             "window": self.window.to_json(),
+            "scale": self.steps.scale if self.steps is not None else 0.0,
         }
         if self.do_grad_scaling:
             progress["scaler"] = {k: np.asarray(v).tolist() for k, v in self.scaler.state_dict().items()}

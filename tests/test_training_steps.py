@@ -1,0 +1,111 @@
+"""What an optimizer step does with gradients and weights, beside the losses that other tests compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import paddle
+import pytest
+from family_cases import NAMES, case
+from paddle.base import core
+from saved import held
+from test_finetune_resume import interrupt
+from tiny_runs import Tiny, tiny  # noqa: F401
+
+from utils.arguments import FinetuneArguments
+from utils.checkpoints.load import load_model
+from utils.parallel.peers import Alone
+from utils.training import resume
+from utils.training.gradients import Gradients
+from utils.training.model import TrainingModel
+from utils.training.settings import paddlenlp_arguments
+from utils.training.trained import FullModel
+from utils.training.trainer import Trainer
+
+
+def trainer_of(name: str, output: Path, **options: Any) -> Trainer:
+    """That of an SFT run of one of the tiny models, on a CPU."""
+    args = FinetuneArguments(output_dir=str(output), do_train=True, device="cpu", logging_steps=1, eval_steps=1)
+    for option, value in options.items():
+        setattr(args, option, value)
+    checkpoint = case(name).checkpoint
+    base = load_model(checkpoint, "float32")
+    model = TrainingModel(checkpoint.family, base)
+    trained = FullModel(checkpoint, held(checkpoint), base)
+    return Trainer(model, trained, paddlenlp_arguments(args, "cpu", "float32", 1), collator=lambda rows: {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_decay_and_vectors_do_not(name: str, tmp_path: Path) -> None:
+    """Whatever they are called: norms are also `ln_1`, `ln_f`."""
+    trainer = trainer_of(name, tmp_path, learning_rate=0.1, weight_decay=0.5)
+    trainer.create_optimizer_and_scheduler(1)
+    parameters = dict(trainer.model.named_parameters())
+    for parameter in parameters.values():
+        parameter.set_value(paddle.ones(parameter.shape))
+        parameter.grad = paddle.zeros(parameter.shape)
+    trainer.optimizer.step()
+    found = {name: float(parameter.max()) for name, parameter in parameters.items()}
+    wanted = {name: 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0 for name, parameter in parameters.items()}
+    assert found == pytest.approx(wanted)
+    assert len(set(wanted.values())) == 2
+
+
+def test_the_scale_of_losses_is_that_of_the_first_micro_batch_also_after_a_resume(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """In float16 it decides what underflows."""
+    rows = [{"src": "Say one", "tgt": " ".join(["one"] * 4**power)} for power in range(4)]
+    data = tmp_path / "data" / "train.json"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    options = ["--do_train", "--lora", "--dataset_name_or_path", data.parent, "--max_length", 256]
+    options += ["--per_device_train_batch_size", 1, "--save_steps", 1, "--max_steps", 4]
+
+    def scale(checkpoint: Path) -> float:
+        return json.loads((checkpoint / "progress.json").read_text("utf-8"))["scale"]
+
+    found = set()
+    for step in (1, 2):  # each goes on with another row
+        output = tmp_path / f"after {step}"
+        interrupt(tiny, output, step, options)
+        first = scale(output / f"checkpoint-{step}")
+        tiny.run(output, *options)
+        found |= {first, scale(output / "checkpoint-4")}
+    assert len(found) == 1 and found.pop() >= 1
+
+
+def test_a_checkpoint_without_a_scale_goes_on(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Earlier versions wrote none."""
+    options, save = ["--do_train", "--lora", "--max_steps", 2, "--save_steps", 1], resume.save_progress
+
+    def as_before(folder: Path, progress: dict[str, Any]) -> None:
+        save(folder, {name: value for name, value in progress.items() if name != "scale"})
+
+    with mock.patch.object(resume, "save_progress", as_before):
+        interrupt(tiny, tmp_path, 1, options)
+    assert "continuing after step 1" in tiny.run(tmp_path, *options).err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_norm_takes_the_memory_of_one_gradient(dtype: str) -> None:
+    size, count = 1 << 20, 8
+    random = np.random.default_rng(0)
+    parameters = []
+    for _ in range(count):
+        parameter = paddle.create_parameter([size], dtype, default_initializer=paddle.nn.initializer.Constant(0.0))
+        parameter.grad = paddle.to_tensor(random.normal(size=size).astype("float32")).astype(dtype)
+        parameters.append(parameter)
+    wanted = np.sqrt(sum((p.grad.astype("float32").numpy().astype("float64") ** 2).sum() for p in parameters))
+    gradients = Gradients(parameters, Alone())
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    norm = gradients.finish(1.0)
+    used = core.host_memory_stat_peak_value("Allocated", 0) - before
+    assert norm == pytest.approx(wanted, rel=1e-3)
+    assert used < 3 * size * 4
