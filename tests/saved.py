@@ -13,7 +13,8 @@ from utils.training.saving import Saver
 from utils.training.trained import Lora, Prefix, Trained
 
 
-def _save(folder: Path, trained: Trained) -> None:
+def save_trained(folder: Path, trained: Trained) -> None:
+    """Writes the result of a training."""
     from contextlib import nullcontext
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,9 +28,9 @@ def held(base: Checkpoint) -> Held:
 
 def save_lora(folder: Path, adapted: Any, base: Checkpoint) -> None:
     """Writes an adapter's folder."""
-    _save(folder, Lora(base, held(base), adapted))
+    save_trained(folder, Lora(base, held(base), adapted))
 
 
 def save_prefix(folder: Path, prefix: Any, base: Checkpoint) -> None:
     """Writes a prefix's folder."""
-    _save(folder, Prefix(base, held(base), prefix))
+    save_trained(folder, Prefix(base, held(base), prefix))

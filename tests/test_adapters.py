@@ -57,7 +57,7 @@ def adapted(base: Checkpoint, seed: int = 0, **options: Any) -> Any:
     lora = add_lora(load_model(base, "float32"), base.family, rank=4, **options)
     for name, parameter in lora.model.named_parameters():
         if name.endswith("lora_B"):
-            parameter.set_value(paddle.randn(parameter.shape) * 0.1)
+            parameter.set_value((paddle.randn(parameter.shape) * 0.1).astype(parameter.dtype))
     return lora
 
 
@@ -84,6 +84,26 @@ def test_the_scale_is_in_the_output(base: Checkpoint) -> None:
         x = paddle.randn([3, layer.weight.shape[0]])
         whole = layer.weight + scale * paddle.matmul(layer.lora_A, layer.lora_B)
         np.testing.assert_allclose(layer(x).numpy(), paddle.matmul(x, whole).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the library's fused layer, and the other one
+def test_weights_of_another_type_are_cast_to_that_of_the_base(base: Checkpoint, dropout: float) -> None:
+    """As trained float32 weights over a base in half precision, with types that a CPU computes in."""
+    outputs, gradients = [], []
+    for dtype in ("float32", "float64"):
+        lora = adapted(base, dropout=dropout, dtype=dtype)
+        layer = lora.model.llama.layers[0].mlp.down_proj
+        assert (layer.lora_A.dtype, layer.weight.dtype) == (getattr(paddle, dtype), paddle.float32)
+        x = paddle.cos(paddle.arange(3 * layer.weight.shape[0], dtype="float32")).reshape([1, 3, -1])
+        outputs.append(layer(x))
+        assert outputs[-1].dtype == paddle.float32
+        outputs[-1].sum().backward()
+        gradients.append([layer.lora_A.grad, layer.lora_B.grad])
+        assert {gradient.dtype for gradient in gradients[-1]} == {getattr(paddle, dtype)}
+        assert "lora_A" in dict(layer.named_parameters()) and layer.lora_A.dtype == getattr(paddle, dtype)
+    np.testing.assert_array_equal(outputs[1].numpy(), outputs[0].numpy())
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pdparams"])

@@ -12,26 +12,33 @@ import paddle
 import pytest
 from family_cases import NAMES, case
 from paddle.base import core
-from saved import held
+from saved import held, save_trained
 from test_finetune_resume import interrupt
 from tiny_runs import Tiny, tiny  # noqa: F401
 
 from utils.arguments import FinetuneArguments
 from utils.checkpoints.load import load_model
+from utils.checkpoints.locate import stored_tensors
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.gradients import Gradients
 from utils.training.model import TrainingModel
 from utils.training.settings import paddlenlp_arguments
+from utils.training.start import build
 from utils.training.trained import FullModel
 from utils.training.trainer import Trainer
 
 
-def trainer_of(name: str, output: Path, **options: Any) -> Trainer:
-    """That of an SFT run of one of the tiny models, on a CPU."""
+def arguments(output: Path, **options: Any) -> FinetuneArguments:
     args = FinetuneArguments(output_dir=str(output), do_train=True, device="cpu", logging_steps=1, eval_steps=1)
     for option, value in options.items():
         setattr(args, option, value)
+    return args
+
+
+def trainer_of(name: str, output: Path, **options: Any) -> Trainer:
+    """That of an SFT run of one of the tiny models, on a CPU."""
+    args = arguments(output, **options)
     checkpoint = case(name).checkpoint
     base = load_model(checkpoint, "float32")
     model = TrainingModel(checkpoint.family, base)
@@ -53,6 +60,25 @@ def test_matrices_decay_and_vectors_do_not(name: str, tmp_path: Path) -> None:
     wanted = {name: 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0 for name, parameter in parameters.items()}
     assert found == pytest.approx(wanted)
     assert len(set(wanted.values())) == 2
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning"])
+def test_adapters_over_a_base_in_half_precision_are_trained_in_float32(method: str, level: str, tmp_path: Path) -> None:
+    """With O2 they are half precision too, and the optimizer keeps float32 copies."""
+    args = arguments(tmp_path, fp16_opt_level=level, prefix_projection=True, lora_alpha=16.0, **{method: True})
+    checkpoint = case("llama_tiny").checkpoint
+    model, trained = build(args, checkpoint, "bfloat16", [], Alone())
+    mine = list(trained.parameters().values())
+    frozen = {parameter.dtype for parameter in model.parameters() if parameter.stop_gradient}
+    assert frozen == {paddle.bfloat16}
+    assert {parameter.dtype for parameter in mine} == {paddle.float32 if level == "O1" else paddle.bfloat16}
+    if level == "O1":
+        assert model.prefix is None or model.prefix.cache(2)[0][0].dtype == paddle.bfloat16
+        save_trained(tmp_path / "saved", trained)
+        kept = {n: tensor.dtype for n, tensor in stored_tensors(tmp_path / "saved", trained.piece().stem).items()}
+        assert kept == dict.fromkeys(trained.parameters(), "float32")
+        trained.restore(tmp_path / "saved")
 
 
 def test_the_scale_of_losses_is_that_of_the_first_micro_batch_also_after_a_resume(

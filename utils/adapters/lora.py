@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from utils.adapters.check import LORA_CONFIG, adapter_weights, check_adapter
@@ -39,6 +41,7 @@ def add_lora(
     lora_plus_scale: float = 1.0,
     linears: Sequence[str] | None = None,
     seed: int = 0,
+    dtype: str | None = None,
     held: Held | None = None,
 ) -> LoRAModel:
     """Puts LoRA layers into `model` (in place) and freezes everything else.
@@ -50,6 +53,7 @@ def add_lora(
         lora_plus_scale: learning-rate ratio of B over A (LoRA+).
         linears: names of the Linear layers of the whole model, where `model` has some of them only.
         seed: of the values that A starts with.
+        dtype: of the trained weights; that of `model` by default, in which layers compute in any case.
         held: what this rank holds of `model`, if not all.
     """
     if linears is None:
@@ -61,12 +65,30 @@ def add_lora(
         lora_dropout=dropout,
         rslora=rslora,
         lora_plus_scale=lora_plus_scale,
-        dtype=model.config.dtype,
+        dtype=dtype or model.config.dtype,
         use_quick_lora=_quick(dropout, held),
     )
-    adapted = LoRAModel(model, config)
+    adapted = _adapted(model, config)
     _draw(adapted, seed, held)
     return adapted
+
+
+def _adapted(model: Any, config: LoRAConfig) -> LoRAModel:
+    """`model` with new LoRA layers; those whose weights have another type compute in that of their base."""
+    adapted = LoRAModel(model, config)
+    for layer in adapted.model.sublayers():
+        if hasattr(layer, "lora_A") and layer.lora_A.dtype != layer.weight.dtype:
+            layer.forward = partial(_in_type_of_base, layer, layer.forward)
+    return adapted
+
+
+def _in_type_of_base(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    for name in ("lora_A", "lora_B"):  # what the library's forward reads comes before the parameters of these names
+        layer.__dict__[name] = layer._parameters[name].astype(layer.weight.dtype)
+    try:
+        return forward(x)
+    finally:
+        del layer.__dict__["lora_A"], layer.__dict__["lora_B"]
 
 
 def _quick(dropout: float, held: Held | None) -> bool:
@@ -129,12 +151,14 @@ def load_lora(
     *,
     dropout: float = 0.0,
     lora_plus_scale: float = 1.0,
+    dtype: str | None = None,
     held: Held | None = None,
 ) -> LoRAModel:
     """`model` with the LoRA layers of an adapter folder in it, weights filled, ready to run or train.
 
     Args:
         dropout, lora_plus_scale: for further training; what the adapter was trained with is history.
+        dtype: see `add_lora`.
         held: what this rank holds of `model`, if not all.
 
     Raises:
@@ -144,13 +168,13 @@ def load_lora(
     known = {field.name for field in fields(LoRAConfig)}
     settings = {key: value for key, value in saved.items() if key in known}
     settings.update(
-        dtype=model.config.dtype,
+        dtype=dtype or model.config.dtype,
         tensor_parallel_degree=-1,
         merge_weights=False,
         lora_dropout=dropout,
         lora_plus_scale=lora_plus_scale,
         use_quick_lora=_quick(dropout, held),
     )
-    adapted = LoRAModel(model, LoRAConfig(**settings))
+    adapted = _adapted(model, LoRAConfig(**settings))
     restore_lora(adapted, Path(path), held)
     return adapted

@@ -40,15 +40,19 @@ class PrefixTuning(nn.Layer):
         projection: bool = False,
         projection_hidden: int | None = None,
         dtype: str = "float32",
+        computed: str | None = None,
         held: Held | None = None,
     ) -> None:
         """
         Args:
+            dtype: of the encoder's weights.
+            computed: type of the keys and values, that of the model; `dtype` by default.
             held: what this rank holds of the model, if not all. Every rank has the whole encoder, and uses the
                 heads and layers that it holds.
         """
         super().__init__(dtype=dtype)
         self.family, self.shape, self.length, self.held = family, shape, length, held
+        self.computed = computed or dtype
         self.projection = projection
         self.projection_hidden = projection_hidden or shape.hidden
         size = 2 * shape.layers * shape.kv_heads * shape.head_dim
@@ -71,6 +75,8 @@ class PrefixTuning(nn.Layer):
     def flat(self) -> Tensor:
         """Keys and values [1, length, 2 * layers, kv_heads, head_dim]: keys of all layers, then values."""
         encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
+        if encoded.dtype != getattr(paddle, self.computed):
+            encoded = encoded.astype(self.computed)
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
     def cache(self, batch: int, layers: Iterable[int] | None = None) -> Layers:
@@ -146,18 +152,32 @@ def restore_prefix(prefix: PrefixTuning, folder: Path) -> None:
 
 
 def load_prefix(
-    model: Any, family: FamilySpec, path: str | Path, base: Checkpoint, held: Held | None = None
+    model: Any,
+    family: FamilySpec,
+    path: str | Path,
+    base: Checkpoint,
+    held: Held | None = None,
+    *,
+    dtype: str | None = None,
 ) -> PrefixTuning:
-    """As `read_prefix`, in the type of `model`."""
-    return read_prefix(family, path, base, model.config.dtype, held)
+    """As `read_prefix`, for `model`; its weights are in the type of `model` unless another one is named."""
+    computed = model.config.dtype
+    return read_prefix(family, path, base, dtype or computed, held, computed=computed)
 
 
 def read_prefix(
-    family: FamilySpec, path: str | Path, base: Checkpoint, dtype: str, held: Held | None = None
+    family: FamilySpec,
+    path: str | Path,
+    base: Checkpoint,
+    dtype: str,
+    held: Held | None = None,
+    *,
+    computed: str | None = None,
 ) -> PrefixTuning:
     """The prefix of an adapter folder, ready to run or train.
 
     Args:
+        dtype, computed: see `PrefixTuning`.
         held: what this rank holds of the model, if not all.
 
     Raises:
@@ -171,6 +191,7 @@ def read_prefix(
         projection=bool(saved.get("prefix_projection")),
         projection_hidden=saved.get("prefix_projection_hidden_size"),
         dtype=dtype,
+        computed=computed,
         held=held,
     )
     restore_prefix(prefix, Path(path))

@@ -92,7 +92,7 @@ def build(
 
     Args:
         dtype: the type to compute in. Weights are kept in it with fp16_opt_level O2 and for frozen
-            bases; otherwise training keeps float32 weights.
+            bases; otherwise training keeps float32 weights, those of adapters too.
         typical_ids: tokens of the training data, from which a new prefix starts.
     """
     runtime.load_library()
@@ -105,7 +105,8 @@ def build(
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel, Lora, Prefix
 
-    weights_dtype = dtype if args.fp16_opt_level == "O2" or method(args) != "sft" else "float32"
+    trained_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
+    weights_dtype = trained_dtype if method(args) == "sft" else dtype
     overrides = {
         "use_flash_attention": args.use_flash_attention,
         "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
@@ -129,6 +130,7 @@ def build(
                 checkpoint,
                 dropout=args.lora_dropout,
                 lora_plus_scale=args.lora_plus_scale,
+                dtype=trained_dtype,
                 held=held,
             )
         else:
@@ -143,12 +145,13 @@ def build(
                 lora_plus_scale=args.lora_plus_scale,
                 linears=linear_names(checkpoint),
                 seed=args.seed,
+                dtype=trained_dtype,
                 held=held,
             )
         trained = Lora(checkpoint, held, adapted)
     elif args.prefix_tuning:
         if args.prefix_path:
-            prefix = load_prefix(base, family, args.prefix_path, checkpoint, held)
+            prefix = load_prefix(base, family, args.prefix_path, checkpoint, held, dtype=trained_dtype)
         else:
             prefix = PrefixTuning(
                 family,
@@ -156,7 +159,8 @@ def build(
                 args.num_prefix_tokens,
                 projection=args.prefix_projection,
                 projection_hidden=args.prefix_projection_hidden_size,
-                dtype=weights_dtype,
+                dtype=trained_dtype,
+                computed=weights_dtype,
                 held=held,
             )
             if stages is None:
