@@ -134,7 +134,7 @@ def test_paddlenlp_file_name(tmp_path: Path) -> None:
         ("small model", "vocab_size in config.json is 10"),
         ("no end", "no end-of-text token"),
         ("broken", "not a readable tokenizer.json"),
-        ("broken settings", "not readable as JSON"),
+        ("broken settings", "not valid JSON"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_a_user_error(change: str, said: str, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from utils.adapters.check import LORA_CONFIG, WEIGHTS, check_adapter
 from utils.checkpoints.companions import has_tokenizer, write_companions
 from utils.checkpoints.files import atomic_directory, write_json
 from utils.checkpoints.fingerprint import fingerprint
-from utils.checkpoints.locate import Checkpoint, locate, read_json
+from utils.checkpoints.locate import Checkpoint, locate
 from utils.checkpoints.lora_pairs import Pair, check_fit, check_scale, pair_up, read_pairs, scaling
 from utils.checkpoints.match import match, part_of
 from utils.checkpoints.tensors import LazyTensor, open_tensors, write_lazy
 from utils.errors import UserError, raise_if, run_script
 from utils.families import Weight
+from utils.settings import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

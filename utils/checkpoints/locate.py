@@ -5,7 +5,6 @@ Everything here happens before any weight is read, and without Paddle.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from utils.checkpoints import embedded
 from utils.checkpoints.tensors import LazyTensor, open_tensors, safetensors_header
 from utils.errors import UserError, raise_if
 from utils.families import FAMILIES, FamilySpec, family_of
+from utils.settings import read_json
 
 Layout = Literal["hf", "paddle"]
 ADAPTER_FILES = ("lora_config.json", "adapter_config.json", "prefix_config.json")
@@ -123,21 +123,21 @@ def _hub_folder(name: str, allow_network: bool, weights: bool) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def read_config(file: Path) -> tuple[dict[str, Any], FamilySpec]:
+    """A config.json in its own types (see `FamilySpec.read_config`), and the family that it belongs to.
 
     Raises:
-        UserError: the file cannot be read or holds no JSON object.
+        UserError: the file cannot be read, no family knows the model, or what it says cannot be.
     """
+    config = read_json(file)
+    family = family_of(config)
+    if family is None:
+        known = ", ".join(sorted(kind for spec in FAMILIES.values() for kind in spec.model_types))
+        raise UserError(f"{file}: model_type {config.get('model_type')!r} is not known; known are {known}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+        return family.read_config(config), family
+    except UserError as error:
+        raise UserError([f"{file}: " + fault.removeprefix("config.json: ") for fault in error.faults]) from error
 
 
 def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
@@ -147,18 +147,7 @@ def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
         is_adapter = f"it holds an adapter: name it with {option} and its base model here"
         hint = is_adapter if adapter else "expected a model folder"
         raise UserError(f"{folder}: has no config.json; {hint}")
-    config = read_json(folder / "config.json")
-    family = family_of(config)
-    if family is None:
-        known = ", ".join(sorted(kind for spec in FAMILIES.values() for kind in spec.model_types))
-        raise UserError(
-            f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; known are {known}"
-        )
-    try:
-        family.paddle_config(config)  # refuses what the family does not compute, before anything slow
-    except UserError as error:
-        file = f"{folder / 'config.json'}: "
-        raise UserError([file + fault.removeprefix("config.json: ") for fault in error.faults]) from error
+    config, family = read_config(folder / "config.json")
     files = _weight_files(folder) if weights else ()
     layout: Layout = _layout(files, family, config) if files else "paddle"
     return Checkpoint(name, folder, config, family, layout, files)

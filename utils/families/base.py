@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from utils.errors import raise_if
+from utils.families import config as kinds
 from utils.families.text import Places, Text
+from utils.settings import Table
 
 if TYPE_CHECKING:
     from utils.families.architecture import Architecture
@@ -103,6 +106,10 @@ class FamilySpec(ABC):
         title: the name that users read.
         model_types: values of `model_type` in config.json that select the family.
         architectures: values in `architectures` of config.json that select it.
+        settings: the kinds of the values of config.json, beside those of every family.
+        needed: keys of config.json without a default; "a/b" is either of two names.
+        head_width: keys of config.json that say how wide a head is; without, it is the width divided by the heads.
+        head_multiple: what divides the width of a head: positions that turn it take dimensions in pairs.
         config_class, model_class: "module:Class" of the library's classes.
         backbone: attribute of the model that holds the decoder without its head.
         head: attribute of the model that holds its head.
@@ -120,6 +127,10 @@ class FamilySpec(ABC):
     title: str
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
+    settings: ClassVar[Table] = {}
+    needed: tuple[str, ...]
+    head_width: tuple[str, ...] = ()
+    head_multiple: int = 1
     config_class: str
     model_class: str
     backbone: str
@@ -135,8 +146,24 @@ class FamilySpec(ABC):
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json (as a dict) describes a model of this family."""
-        named = set(config.get("architectures") or ())
-        return bool(named & set(self.architectures)) or config.get("model_type") in self.model_types
+        named = config.get("architectures")
+        listed = named if isinstance(named, list) else [named]
+        return any(name in self.architectures for name in listed) or config.get("model_type") in self.model_types
+
+    def read_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json of either layout with every value that decides the model in its own type.
+
+        All other methods take what this returns.
+
+        Raises:
+            UserError: values of another kind, keys that are missing, or what this family does not compute.
+        """
+        known, faults = kinds.read(self.settings, self.needed, config)
+        raise_if(faults)
+        self.paddle_config(known)
+        apart = any(name in known for name in self.head_width)
+        raise_if(kinds.size_faults(self.shape(known), heads_apart=apart, multiple=self.head_multiple))
+        return known
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of `config_class` from a config.json of either layout."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, alibi_slopes
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places
+from utils.settings import FLAG, Table
 
 _LINEARS: dict[str, Split] = {
     "self_attention.query_key_value": "column",  # head after head, each with all three
@@ -37,6 +39,15 @@ class Bloom(DecoderFamily):
     title = "Bloom"
     model_types = ("bloom",)
     architectures = ("BloomForCausalLM",)
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("hidden_size", "n_embed"), kinds.WIDTH),
+        **dict.fromkeys(("n_layer", "num_hidden_layers"), kinds.LAYERS),
+        **dict.fromkeys(("n_head", "num_attention_heads"), kinds.HEADS),
+        "layer_norm_epsilon": kinds.EPSILON,
+        "apply_residual_connection_post_layernorm": FLAG,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout"), kinds.SHARE),
+    }
+    needed = ("vocab_size", "hidden_size/n_embed", "n_layer/num_hidden_layers", "n_head/num_attention_heads")
     config_class = "paddlenlp.transformers:BloomConfig"
     model_class = "utils.families.models.bloom:BloomForCausalLM"
     backbone = "bloom"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.families.base import Context, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
+from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -64,6 +66,17 @@ class ChatGLM(DecoderFamily):
     title = "ChatGLM-6B"
     model_types = ("chatglm",)
     architectures = ("ChatGLMForCausalLM", "ChatGLMForConditionalGeneration")
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("hidden_size", "inner_hidden_size"), kinds.WIDTH),
+        **dict.fromkeys(("num_layers", "num_hidden_layers", "residual_layers"), kinds.LAYERS),
+        "num_attention_heads": kinds.HEADS,
+        "layernorm_epsilon": kinds.EPSILON,
+        "max_sequence_length": kinds.POSITIONS,
+        "position_encoding_2d": FLAG,
+        **dict.fromkeys(("bos_token_id", "mask_token_id", "gmask_token_id"), kinds.ID),
+    }
+    needed = ()
+    head_multiple = 4
     config_class = "paddlenlp.transformers:ChatGLMConfig"
     model_class = "utils.families.models.chatglm:ChatGLMForCausalLM"
     backbone = "chatglm"

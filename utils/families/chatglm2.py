@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError, notice
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, turned_neighbours
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
+from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -61,6 +63,21 @@ class ChatGLM2(DecoderFamily):
     title = "ChatGLM2-6B"
     model_types = ("chatglm_v2",)
     architectures = ("ChatGLMv2ForCausalLM", "ChatGLM2ForConditionalGeneration")
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("hidden_size", "ffn_hidden_size", "kv_channels"), kinds.WIDTH),
+        **dict.fromkeys(("num_layers", "num_hidden_layers"), kinds.LAYERS),
+        **dict.fromkeys(("num_attention_heads", "multi_query_group_num"), kinds.HEADS),
+        "padded_vocab_size": kinds.TOKENS,
+        **dict.fromkeys(("seq_length", "max_sequence_length"), kinds.POSITIONS),
+        "layernorm_epsilon": kinds.EPSILON,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout"), kinds.SHARE),
+        **dict.fromkeys(("add_bias_linear", "add_qkv_bias", "apply_residual_connection_post_layernorm"), FLAG),
+        **dict.fromkeys(FIXED, FLAG),
+        "rope_ratio": kinds.SCALE,
+    }
+    needed = ()
+    head_width = ("kv_channels",)
+    head_multiple = 4
     config_class = "paddlenlp.transformers:ChatGLMv2Config"
     model_class = "utils.families.models.chatglm2:ChatGLMv2ForCausalLM"
     backbone = "chatglm_v2"

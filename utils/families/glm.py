@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import Context, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
+from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -81,6 +83,18 @@ class Glm(DecoderFamily):
     title = "GLM"
     model_types = ("glm",)
     architectures = ("GLMForConditionalGeneration", "GLMModel", "GLMForMultipleChoice")
+    settings: ClassVar[Table] = {
+        "hidden_size": kinds.WIDTH,
+        "num_layers": kinds.LAYERS,
+        "num_attention_heads": kinds.HEADS,
+        "max_sequence_length": kinds.POSITIONS,
+        **dict.fromkeys(("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"), kinds.SHARE),
+        "attention_scale": kinds.SCALE,
+        "layernorm_epsilon": kinds.EPSILON,
+        **dict.fromkeys(("block_position_encoding", "relative_encoding"), FLAG),
+        **dict.fromkeys(ID_NAMES, kinds.ID),
+    }
+    needed = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads")
     config_class = "paddlenlp.transformers:GLMConfig"
     model_class = "utils.families.models.glm:GLMForConditionalGeneration"
     backbone = "glm"

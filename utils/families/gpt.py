@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
+from utils.settings import FLAG, Table
 
 _SAME = (
     "vocab_size",
@@ -32,6 +34,7 @@ _RENAMED = {  # published -> of the Paddle model
     "resid_pdrop": "hidden_dropout_prob",
     "attn_pdrop": "attention_probs_dropout_prob",
 }
+_NEEDED = ("n_embd", "n_layer", "n_head", "n_positions")
 _DEFAULTS = {
     "resid_pdrop": 0.1,
     "attn_pdrop": 0.1,
@@ -46,6 +49,18 @@ class Gpt(DecoderFamily):
     title = "GPT-3"
     model_types = ("gpt", "gpt2")
     architectures = ("GPTForCausalLM", "GPTLMHeadModel", "GPT2LMHeadModel")
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("n_embd", "hidden_size", "n_inner", "intermediate_size"), kinds.WIDTH),
+        **dict.fromkeys(("n_layer", "num_hidden_layers"), kinds.LAYERS),
+        **dict.fromkeys(("n_head", "num_attention_heads"), kinds.HEADS),
+        **dict.fromkeys(("n_positions", "max_position_embeddings"), kinds.POSITIONS),
+        **dict.fromkeys(("resid_pdrop", "hidden_dropout_prob", "attn_pdrop"), kinds.SHARE),
+        "attention_probs_dropout_prob": kinds.SHARE,
+        "layer_norm_epsilon": kinds.EPSILON,
+        **dict.fromkeys(("scale_attn_weights", "scale_attn_by_inverse_layer_idx"), FLAG),
+        **kinds.ACTIVATIONS,
+    }
+    needed = ("vocab_size", *(f"{published}/{_RENAMED[published]}" for published in _NEEDED))
     config_class = "paddlenlp.transformers:GPTConfig"
     model_class = "utils.families.models.gpt:GPTForCausalLM"
     backbone = "gpt"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from utils.errors import raise_if
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, turned_neighbours
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
+from utils.settings import TEXT, Table
 
 _LINEARS: dict[str, Split] = {
     "attn.q_proj": "column",
@@ -41,6 +43,18 @@ class GptJ(DecoderFamily):
     title = "GPT-J"
     model_types = ("gptj",)
     architectures = ("GPTJForCausalLM",)
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("n_embd", "n_inner"), kinds.WIDTH),
+        "n_layer": kinds.LAYERS,
+        "n_head": kinds.HEADS,
+        "n_positions": kinds.POSITIONS,
+        "rotary_dim": kinds.WIDTH,
+        "activation_function": TEXT,
+        "layer_norm_epsilon": kinds.EPSILON,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), kinds.SHARE),
+    }
+    needed = ("vocab_size", "n_embd", "n_layer", "n_head")
+    head_multiple = 2
     config_class = "paddlenlp.transformers:GPTJConfig"
     model_class = "utils.families.models.gptj:GPTJForCausalLM"
     backbone = "transformer"
@@ -63,7 +77,7 @@ class GptJ(DecoderFamily):
         }
         turned, head_dim = known["rotary_dim"], self.shape(config).head_dim
         faults = []
-        if not isinstance(turned, int) or turned % 2 or not 0 < turned <= head_dim:
+        if turned % 2 or turned > head_dim:
             faults.append(f"config.json: rotary_dim is {turned!r}; expected an even number up to {head_dim}")
         if config.get("tie_word_embeddings"):
             faults.append("config.json: tie_word_embeddings is not supported; a GPT-J model has a head of its own")

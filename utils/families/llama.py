@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 from utils.errors import UserError, raise_if
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
+from utils.settings import FLAG, TEXT, Table
 
 # of the seven Linears of a layer
 _SPLITS: tuple[Split, ...] = ("column", "key_value", "key_value", "row", "column", "column", "row")
@@ -23,6 +25,30 @@ class Llama(FamilySpec):
     title = "LLaMA v1/v2"
     model_types: tuple[str, ...] = ("llama",)
     architectures: tuple[str, ...] = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    settings: ClassVar[Table] = {
+        "hidden_size": kinds.WIDTH,
+        "intermediate_size": kinds.WIDTH,
+        "num_hidden_layers": kinds.LAYERS,
+        "num_attention_heads": kinds.HEADS,
+        "num_key_value_heads": kinds.HEADS,
+        "head_dim": kinds.WIDTH,
+        "max_position_embeddings": kinds.POSITIONS,
+        "rms_norm_eps": kinds.EPSILON,
+        "attention_bias": FLAG,
+        "mlp_bias": FLAG,
+        "alibi": FLAG,
+        "hidden_act": TEXT,
+        "rope_theta": kinds.SCALE,
+        "rope_scaling": kinds.ROPE,
+        "rope_parameters": kinds.ROPE,
+        "rope_scaling_type": TEXT,
+        "rope_scaling_factor": kinds.SCALE,
+        "partial_rotary_factor": kinds.SCALE,
+        "use_flash_attention": FLAG,
+    }
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    head_width = ("head_dim",)
+    head_multiple = 2
     config_class = "paddlenlp.transformers:LlamaConfig"
     model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
@@ -76,7 +102,7 @@ class Llama(FamilySpec):
             faults.append(f"config.json: hidden_act {known['hidden_act']!r} is not supported; {self.title} has silu")
         if known.get("alibi"):
             faults.append("config.json: alibi is not supported in a LLaMA model")
-        if known.get("partial_rotary_factor", 1.0) != 1.0:
+        if any(place.get("partial_rotary_factor", 1.0) != 1.0 for place in (known, rotary, known["rope_scaling"])):
             faults.append("config.json: partial_rotary_factor other than 1 is not supported")
         raise_if(faults)
         known["rope_scaling"] = scaling = rope_scaling(known)

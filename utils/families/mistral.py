@@ -7,9 +7,11 @@ mathematics are otherwise the same, with masks of our own. Files in the Paddle l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from utils.families import config as kinds
 from utils.families.llama import Llama
+from utils.settings import Table
 
 
 class Mistral(Llama):
@@ -17,6 +19,7 @@ class Mistral(Llama):
     title = "Mistral"
     model_types = ("mistral",)
     architectures = ("MistralForCausalLM",)
+    settings: ClassVar[Table] = {**Llama.settings, "sliding_window": kinds.WINDOW}
     published_names = (*Llama.published_names, "sliding_window")
 
     def window(self, config: Mapping[str, Any]) -> int | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
 from utils.families.base import ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
+from utils.settings import FLAG, Table
 
 _NAMES = {  # of a layer: published -> of the Paddle model
     "self_attn.q_proj": "self_attn.q_proj",
@@ -49,6 +51,21 @@ class Opt(DecoderFamily):
     title = "OPT"
     model_types = ("opt",)
     architectures = ("OPTForCausalLM",)
+    settings: ClassVar[Table] = {
+        **dict.fromkeys(("hidden_size", "word_embed_proj_dim", "ffn_dim", "intermediate_size"), kinds.WIDTH),
+        "num_hidden_layers": kinds.LAYERS,
+        "num_attention_heads": kinds.HEADS,
+        "max_position_embeddings": kinds.POSITIONS,
+        **dict.fromkeys(("_remove_final_layer_norm", "do_layer_norm_before", "normalize_before"), FLAG),
+        **dict.fromkeys(("dropout", "hidden_dropout_prob", "attention_dropout"), kinds.SHARE),
+        "attention_probs_dropout_prob": kinds.SHARE,
+        "init_std": kinds.SPREAD,
+        **kinds.ACTIVATIONS,
+    }
+    needed = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        "ffn_dim/intermediate_size",
+    )
     config_class = "paddlenlp.transformers:OPTConfig"
     model_class = "utils.families.models.opt:OPTForCausalLM"
     backbone = "opt"

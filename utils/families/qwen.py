@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
 from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.text import Places, Text
+from utils.settings import FLAG, Table, number
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -63,8 +65,24 @@ FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 DEFAULTS = {"kv_channels": 128, "max_position_embeddings": 8192, "no_bias": True, "tie_word_embeddings": False}
 DEFAULTS |= {"use_dynamic_ntk": False, "use_logn_attn": False}  # the library's own are True
+
+_KINDS: Table = {
+    "hidden_size": kinds.WIDTH,
+    "intermediate_size": kinds.WIDTH,
+    "num_hidden_layers": kinds.LAYERS,
+    "num_attention_heads": kinds.HEADS,
+    "kv_channels": kinds.WIDTH,
+    "max_position_embeddings": kinds.POSITIONS,
+    "seq_length": kinds.POSITIONS,
+    "layer_norm_epsilon": kinds.EPSILON,
+    **dict.fromkeys(("emb_dropout_prob", "attn_dropout_prob"), kinds.SHARE),
+    **dict.fromkeys(("scale_attn_weights", "use_dynamic_ntk", "use_logn_attn", "no_bias"), FLAG),
+    "rotary_pct": number(0.0, 1.0, above=True),
+    "rotary_emb_base": kinds.SCALE,
+}
 
 # The Linears of a layer; the first has a bias in every model.
 SPLITS: dict[str, Split] = {
@@ -81,6 +99,10 @@ class Qwen(FamilySpec):
     title = "Qwen"
     model_types = ("qwen",)
     architectures = ("QWenLMHeadModel", "QWenForCausalLM", "QWenForTextGeneration")
+    settings: ClassVar[Table] = {**_KINDS, **{older: _KINDS[name] for older, name in OLDER_NAMES.items()}}
+    needed = ("vocab_size", *(f"{name}/{older}" for older, name in OLDER_NAMES.items() if name in _NEEDED))
+    head_width = ("kv_channels",)
+    head_multiple = 2
     config_class = "paddlenlp.transformers:QWenConfig"
     model_class = "paddlenlp.transformers:QWenForCausalLM"
     backbone = "qwen"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from utils.errors import UserError
+from utils.families import config as kinds
 from utils.families.llama import Llama
+from utils.settings import FLAG, TEXTS, Table, whole
 
 
 class Qwen2(Llama):
@@ -14,6 +16,13 @@ class Qwen2(Llama):
     title = "Qwen2"
     model_types = ("qwen2",)
     architectures = ("Qwen2ForCausalLM",)
+    settings: ClassVar[Table] = {
+        **Llama.settings,
+        "use_sliding_window": FLAG,
+        "sliding_window": kinds.WINDOW,
+        "max_window_layers": whole(0, 10_000),
+        "layer_types": TEXTS,
+    }
     config_class = "paddlenlp.transformers:Qwen2Config"
     model_class = "paddlenlp.transformers:Qwen2ForCausalLM"
     backbone = "qwen2"

@@ -44,6 +44,11 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         scaling = {"rope_type": config["rope_scaling_type"], "factor": config.get("rope_scaling_factor", 1.0)}
     if not isinstance(scaling, Mapping):
         raise UserError(f"config.json: rope_scaling is {scaling!r}; expected an object")
+    apart = [name for name, value in scaling.items() if isinstance(value, Mapping)]
+    if apart:
+        raise UserError(
+            f"config.json: rotary positions differ between kinds of layers ({', '.join(apart)}); not supported"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return None
@@ -51,6 +56,11 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise UserError(
             f"config.json: rope_scaling of type {kind!r} is not supported (supported: {', '.join(SUPPORTED)}); "
             'set "rope_scaling": null there to use the model within its original context length'
+        )
+    if scaling.get("attn_factor") is not None and (kind != "yarn" or scaling.get("attention_factor") is not None):
+        raise UserError(
+            "config.json: attn_factor belongs to rope_scaling of type 'yarn' and stands for attention_factor there; "
+            "remove one of them"
         )
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     missing = [name for name in needed.get(kind, ("factor",)) if not isinstance(scaling.get(name), int | float)]
@@ -106,14 +116,18 @@ def _yarn(
 
 
 def _yarn_magnitude(scaling: Mapping[str, Any]) -> float:
-    """YaRN's attention factor (section 3.4), as a factor of cos and sin."""
+    """YaRN's attention factor (section 3.4), as a factor of cos and sin.
+
+    `attention_factor` is all of it, `attn_factor` (of the authors' own code) what it is multiplied with.
+    """
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
+    own = float(scaling.get("attn_factor") or 1.0)
 
     def of(weight: float) -> float:
         factor = float(scaling["factor"])
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return of(scaling["mscale"]) / of(scaling["mscale_all_dim"])
-    return of(1.0)
+        return own * of(scaling["mscale"]) / of(scaling["mscale_all_dim"])
+    return own * of(1.0)

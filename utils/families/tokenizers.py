@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.settings import read_json
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
@@ -357,15 +358,7 @@ class _Settings:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; empty if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return content
+    return read_json(file) if file.exists() else {}
 
 
 def _content(entry: Any) -> str | None:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from utils.checkpoints.companions import GENERATION_CONFIG
 from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
-from utils.checkpoints.locate import Checkpoint, read_json
+from utils.checkpoints.locate import Checkpoint, read_config
 from utils.checkpoints.tensors import open_tensors, write_safetensors
 from utils.errors import UserError, raise_if
-from utils.families import family_of
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
+from utils.settings import read_json
 
 if TYPE_CHECKING:
     from utils.inference.engine import Engine
@@ -131,10 +131,7 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
         elif facts["size"] < _HASHED_BELOW and _sha256(path) != facts["sha256"]:
             faults.append(f"{path}: has changed since the export; {again}")
     raise_if(faults)
-    config = read_json(folder / "config.json")
-    family = family_of(config)
-    if family is None:
-        raise UserError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not known; {again}")
+    config, family = read_config(folder / "config.json")
     return Checkpoint(name, folder, config, family, "paddle", (own / PROGRAM, own / WEIGHTS)), manifest
 
 
