@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -65,38 +66,62 @@ def show(faults: Sequence[str]) -> None:
     sys.stderr.flush()
 
 
+def reason(error: OSError) -> str:
+    """What the system says, with the file if it names one: a full disk, a folder that is gone, no permission."""
+    said = error.strerror or str(error)
+    return said if error.filename is None else f"{error.filename}: {said}"
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs a script's `main` and turns what it raises into an exit code.
 
-    Exit codes: 0 success, 2 a `UserError` (each fault on its own `error:` line on standard error),
-    130 interrupted by Ctrl-C, 141 nobody reads the output. Anything else is a bug and keeps its traceback.
-    Of several processes the first says what all of them have found.
+    Exit codes: 0 success, 2 a `UserError` or an error of the file system (each fault on its own `error:` line on
+    standard error), 130 interrupted by Ctrl-C, 141 nobody reads the output. Anything else is a bug and keeps its
+    traceback. Of several processes the first says what all of them have found.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names and answers may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if ending is not None:
-            ending.failed(error.faults)
-        if int(os.environ.get("PADDLE_RANK_IN_NODE") or 0) == 0:
-            show(error.faults)
-        else:  # the first process of this machine finds the same, and the launcher ends it when we are gone
-            time.sleep(FIRST_SPEAKS_SECONDS)
-        sys.exit(EXIT_USER_ERROR)
+        _fail(error.faults)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(EXIT_BROKEN_PIPE)
     except SystemExit as error:
         if ending is not None:
             ending.leave(error.code if isinstance(error.code, int) else EXIT_USER_ERROR)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+            _fail([reason(error)])
         if ending is not None:
             ending.crashed(error)
         raise
     if ending is not None:
         ending.leave(0)
     sys.exit(0)
+
+
+def _drop_output() -> None:
+    """From here on nothing is written to standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(faults: Sequence[str]) -> NoReturn:
+    """Ends the process with faults that the user can mend."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is a file on a full disk, and Python would complain once more
+        _drop_output()
+    if ending is not None:
+        ending.failed(faults)
+    if int(os.environ.get("PADDLE_RANK_IN_NODE") or 0) == 0:
+        show(faults)
+    else:  # the first process of this machine finds the same, and the launcher ends it when we are gone
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,22 +1,31 @@
-"""Files that are never seen half-written: write beside, flush to disk, rename."""
+"""Files that are never seen half-written: write beside, flush to disk, rename.
+
+Every process keeps what it writes locked, so that the next one of the same target can tell, and remove, what a dead
+one has left; also in other containers and on other machines, where a process number says nothing.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
+_MOST_LINKS = 40  # that the kernel follows
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a file that lies on no disk
 
 
 def cache_root() -> Path:
@@ -27,8 +36,150 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-toolchain"
 
 
+# --- what a path names -----------------------------------------------------------------------------
+
+
+def is_stream(path: Path | str) -> bool:
+    """Whether a path names what can only be written into: a device, a pipe, or an open file such as /dev/stdout."""
+    if _descriptor(path) is not None:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def is_read_only(path: Path | str) -> bool:
+    """Whether somebody has taken the right to write from everybody; root, whom the system lets write, respects it."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_IMODE(mode) & 0o222
+
+
+def _descriptor(path: Path | str) -> str | None:
+    """The name in /proc/PID/fd that a path leads to; None of any other path."""
+    place = os.path.abspath(path)
+    for _ in range(_MOST_LINKS):
+        folder = os.path.realpath(os.path.dirname(place))
+        place = os.path.join(folder, os.path.basename(place))
+        if re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", folder):
+            return place
+        if not os.path.islink(place):
+            return None
+        place = os.path.join(folder, os.readlink(place))
+    return None
+
+
+def _refuse(path: Path, code: int) -> NoReturn:
+    raise OSError(code, os.strerror(code), str(path))
+
+
+@contextmanager
+def _named(path: Path, staging: Path | None = None) -> Iterator[None]:
+    """Names the file in an error of the system that names none, or only the place where it was made."""
+    try:
+        yield
+    except OSError as error:
+        made = staging is not None and str(error.filename).startswith(str(staging))
+        if error.errno is None or (error.filename is not None and not made):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+# --- what is being made ----------------------------------------------------------------------------
+
+
 def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what dead processes have left of the files and folders that they were writing into `folder`.
+
+    Args:
+        name: of the only file or folder to look after.
+    """
+    left = re.compile(rf"\.({'.+' if name is None else re.escape(name)})\.tmp-\d+-[0-9a-f]{{8}}", re.DOTALL)
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if (match := left.fullmatch(path.name)) is None or path.is_symlink():
+                continue
+            whole = path.is_dir() and is_complete(path) and not (folder / match[1]).exists()
+            if not whole:  # else its process died while it put the new folder in the place of the old one
+                with suppress(OSError):
+                    _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Removes a file or folder, unless a process keeps it locked."""
+    inside = path / COMPLETE if path.is_dir() else path
+    with open(inside, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink() if inside == path else shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)  # network file systems keep the files that are open
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Locks a new file; False if another process has taken it for a leftover and removed it."""
+    with suppress(OSError):  # a file system without locks; where nobody can lock, nobody removes
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return os.fstat(file.fileno()).st_nlink > 0
+
+
+def _new_file(target: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        staging = _sibling(target)
+        file = open(staging, "wb")  # noqa: SIM115 - closed by the caller
+        if _locked(file):
+            return staging, file
+        file.close()
+
+
+def _new_folder(target: Path) -> tuple[Path, BinaryIO]:
+    """A new folder beside `target`, and its lock: the file COMPLETE in it."""
+    while True:
+        staging = _sibling(target)
+        staging.mkdir()
+        try:
+            file = open(staging / COMPLETE, "wb")  # noqa: SIM115 - closed by the caller
+        except FileNotFoundError:  # taken for a leftover
+            continue
+        if _locked(file):
+            return staging, file
+        file.close()
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` for what is to be moved from there; it is removed in the end."""
+    with _staging(target) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A hidden folder beside `target`, and its file COMPLETE."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, target.name)
+    staging, lock = _new_folder(target)
+    try:
+        yield staging, lock
+    finally:
+        with suppress(OSError):  # of what could not be written; what counts has been flushed
+            lock.close()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -39,24 +190,56 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# --- files -----------------------------------------------------------------------------------------
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears as `path`, complete and on disk, when the block ends well.
 
-    An exception in the block leaves what was at `path` before.
+    An exception in the block leaves what was at `path` before. Links are followed. What is no ordinary file
+    (`is_stream`) is written into as it is.
+
+    Raises:
+        OSError: it cannot be written, or is read-only; names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = _sibling(path)
-    try:
-        with open(staging, "wb") as file:
+    if is_stream(path):
+        with _named(path), _opened_stream(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-        _sync_folder(path.parent)
+            _sync(file)
+        return
+    target = Path(os.path.realpath(path))
+    if is_read_only(target):
+        _refuse(path, errno.EACCES)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, target.name)
+    staging, file = _new_file(target)
+    try:
+        with _named(path, staging), file:
+            yield file
+            _sync(file)
+            _keep_mode(target, staging)
+            os.replace(staging, target)
+            _sync_folder(target.parent)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _opened_stream(path: Path) -> BinaryIO:
+    """An open file of this process shares its place, so that what else is written there stays."""
+    place = _descriptor(path)
+    if place is not None and os.path.dirname(place) == os.path.realpath("/proc/self/fd"):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return os.fdopen(os.dup(int(os.path.basename(place))), "wb")
+    return open(path, "ab")
+
+
+def _keep_mode(target: Path, new: Path) -> None:
+    """What is replaced may be read by whom it could be read before."""
+    if target.exists():
+        os.chmod(new, stat.S_IMODE(target.stat().st_mode))
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -65,9 +248,20 @@ def atomic_write(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def json_bytes(value: object, indent: int | None = None) -> bytes:
+    """JSON as people read it, in UTF-8.
+
+    Half of a surrogate pair, which names that are no UTF-8 consist of in Python, is written as JSON's \\udXXX.
+    """
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file as people read it, see `atomic_file`."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(path, json_bytes(value, indent=2) + b"\n")
+
+
+# --- folders ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -75,25 +269,30 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target`, complete and on disk, when the block ends well.
 
     What was at `target` before stays until then and is replaced as a whole. An exception leaves it as
-    it was. A killed process leaves a hidden sibling `.NAME.tmp-...` that nothing reads.
+    it was. Links are followed.
+
+    Raises:
+        OSError: it cannot be written, or is read-only; names `target`.
     """
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = _sibling(target)
-    staging.mkdir()
-    try:
+    named = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(named))
+    if target.exists() and not target.is_dir():
+        _refuse(named, errno.ENOTDIR)
+    if is_read_only(target):
+        _refuse(named, errno.EACCES)
+    with _staging(target) as (staging, complete), _named(named, staging):
         yield staging
         sizes = {}
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        for file in sorted(path for path in staging.rglob("*") if path.is_file() and path != staging / COMPLETE):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
             sizes[file.relative_to(staging).as_posix()] = file.stat().st_size
-        atomic_write(staging / COMPLETE, json.dumps({"files": sizes}))
-        for folder in (path for path in staging.rglob("*") if path.is_dir()):
+        complete.write(json_bytes({"files": sizes}))
+        _sync(complete)
+        for folder in (path for path in (staging, *staging.rglob("*")) if path.is_dir()):
             _sync_folder(folder)
+        _keep_mode(target, staging)
         _replace_directory(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replace_directory(source: Path, target: Path) -> None:
@@ -103,7 +302,11 @@ def _replace_directory(source: Path, target: Path) -> None:
     elif not _exchange(source, target):
         aside = _sibling(target)
         os.rename(target, aside)
-        os.rename(source, target)
+        try:
+            os.rename(source, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
         os.rename(aside, source)
     _sync_folder(target.parent)
 
@@ -128,7 +331,7 @@ def renew_sizes(folder: Path) -> None:
     if (folder / COMPLETE).is_file():
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE)
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        atomic_write(folder / COMPLETE, json.dumps({"files": sizes}))
+        atomic_write(folder / COMPLETE, json_bytes({"files": sizes}))
 
 
 def is_complete(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from utils.checkpoints.files import atomic_file
+from utils.checkpoints.files import atomic_file, staging_folder
 from utils.data.pretrain_work import Progress, in_order, input_files
 from utils.errors import UserError
 
@@ -105,9 +105,8 @@ def trans_to_json(input_path: str, output_path: str, options: TextOptions) -> li
     files = input_files(input_path)
     progress = Progress(sum(file.stat().st_size for file in files), options.log_interval)
     target = Path(output_path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.tmp-") as name:
-        work = partial(convert_file, folder=Path(name), options=options)
+    with staging_folder(target) as folder:
+        work = partial(convert_file, folder=folder, options=options)
         found = []
         if options.workers == 1:
             found = [work(file, report=progress.add) for file in files]

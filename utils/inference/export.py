@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.checkpoints.companions import GENERATION_CONFIG
-from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
+from utils.checkpoints.files import COMPLETE, atomic_directory, holds_nothing_else, write_json
 from utils.checkpoints.locate import Checkpoint, read_config
 from utils.checkpoints.tensors import open_tensors, write_safetensors
 from utils.errors import UserError, raise_if
@@ -209,7 +209,7 @@ def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.
         {
             path.relative_to(staging).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(staging.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path.name != COMPLETE
         },
         peers.layout.tensor,
         peers.groups.tensor.id if peers.several else 0,

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.files import write_json
+from utils.checkpoints.files import COMPLETE, staging_folder, write_json
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
@@ -41,18 +40,17 @@ def install(folder: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well each file moves into `folder`, so that none is ever half-written
     there. Weights of an earlier result go first: an index of theirs would be read instead of the new file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".final.tmp-{os.getpid()}-") as name:
-        staging = Path(name)
+    with staging_folder(folder / "final") as staging:
         yield staging
-        for path in sorted(staging.iterdir()):
+        written = {path.name: path for path in sorted(staging.iterdir()) if path.name != COMPLETE}
+        for path in written.values():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        written = {path.name for path in staging.iterdir()}
         for path in sorted(folder.iterdir(), reverse=True):  # the index before its files
             if _WEIGHTS.fullmatch(path.name) and path.name not in written:
                 path.unlink()
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
+        for name, path in written.items():
+            os.replace(path, folder / name)
 
 
 RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "predict_results.json"}

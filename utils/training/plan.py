@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.files import write_json
+from utils.checkpoints.files import remove_leftovers, write_json
 from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
 from utils.errors import UserError, notice, raise_if
@@ -21,7 +20,6 @@ from utils.training import resume
 GLOBAL_BATCH = "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
 FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
 RESULTS = (FINISHED, "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|final)\.tmp-(\d+)-\w+$")
 
 
 @dataclass(frozen=True)
@@ -211,11 +209,9 @@ def clear_output(args: Any) -> None:
     output = Path(args.output_dir)
     if not output.is_dir():
         return
+    remove_leftovers(output)
     for path in output.iterdir():
-        match = _LEFTOVER.match(path.name)
-        if match and not _running(int(match[2])):
-            shutil.rmtree(path)
-        elif args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in RESULTS):
+        if args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in RESULTS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (output / FINISHED).unlink(missing_ok=True)
 
@@ -223,16 +219,6 @@ def clear_output(args: Any) -> None:
 def mark_finished(output: Path, plan: Plan, step: int, result_step: int) -> None:
     """Says in output_dir that its training has ended, and after which step its weights were chosen."""
     write_json(output / FINISHED, {"global_step": step, "result_step": result_step, "run": plan.run})
-
-
-def _running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
 
 
 def check_positions(data: Mapping[str, Any], checkpoint: Checkpoint, max_length: int) -> None:
