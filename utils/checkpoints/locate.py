@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.checkpoints import embedded
+from utils.checkpoints.heads import with_own_head
 from utils.checkpoints.tensors import LazyTensor, open_tensors, safetensors_header
 from utils.errors import UserError, raise_if
 from utils.families import FAMILIES, FamilySpec, family_of
@@ -37,7 +38,7 @@ class Checkpoint:
     Attributes:
         name: what the user called it.
         folder: where it is.
-        config: its config.json.
+        config: its config.json, see `FamilySpec.read_config`; untied where a head of its own is stored.
         family: the family that it belongs to.
         layout: "hf" has published tensor names and Linear weights [out, in]; "paddle" has the names
             of the Paddle model and [in, out].
@@ -150,7 +151,8 @@ def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
     config, family = read_config(folder / "config.json")
     files = _weight_files(folder) if weights else ()
     layout: Layout = _layout(files, family, config) if files else "paddle"
-    return Checkpoint(name, folder, config, family, layout, files)
+    found = Checkpoint(name, folder, config, family, layout, files)
+    return replace(found, config=with_own_head(folder, config, family, found.tensors())) if files else found
 
 
 def stored_tensors(folder: Path, stem: str) -> dict[str, LazyTensor]:

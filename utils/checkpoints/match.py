@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from utils.checkpoints.heads import can_be_tied, head_names
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError, raise_if
@@ -34,20 +35,26 @@ def match(checkpoint: Checkpoint, stored: Mapping[str, LazyTensor] | None = None
     prefix = next(iter(names)).split(".")[0] + "."
     ignored = [re.compile(pattern) for pattern in checkpoint.family.ignored_weights()]
     if checkpoint.family.shape(checkpoint.config).tied:  # some writers store the tied head a second time
-        ignored.append(re.compile(rf"{re.escape(checkpoint.family.head)}\.weight"))
+        ignored += [re.compile(re.escape(name)) for name in head_names(checkpoint.family)]
+    architecture = checkpoint.family.architecture(checkpoint.config)
+    head = None if architecture.head is None else architecture.matrices()[architecture.head]
     found: dict[str, tuple[LazyTensor, bool]] = {}
     unused = []
     for name, tensor in stored.items():
         filled = names.get(name) or names.get(prefix + name) or []
         for weight in filled:
             source = part_of(tensor, weight.part, weight.output_axis) if published else tensor
-            found[weight.parameter] = (source, published and weight.transpose)
+            as_table = weight.parameter == architecture.head and source.shape[::-1] == head != source.shape
+            found[weight.parameter] = (source, weight.transpose if published else as_table)
         if not filled and not any(pattern.fullmatch(name) for pattern in ignored):
             unused.append(name)
     missing = [name for name, filled in names.items() if filled[0].parameter not in found]
     faults = []
     if missing:
-        faults.append(f"{checkpoint.folder}: the checkpoint is incomplete: no tensor for {some(missing)}")
+        only_head = all(names[name][0].parameter == architecture.head for name in missing)
+        tie = only_head and can_be_tied(checkpoint.family, checkpoint.config)
+        advice = '; if its head is its embedding, set "tie_word_embeddings": true in config.json' if tie else ""
+        faults.append(f"{checkpoint.folder}: the checkpoint is incomplete: no tensor for {some(missing)}{advice}")
     if unused:
         faults.append(
             f"{checkpoint.folder}: holds tensors that a {checkpoint.family.title} model of its config.json "
