@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,34 @@ def test_cut_file_is_named(tmp_path: Path, keep: int) -> None:
     file = folder / "model-00001-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     assert str(file) in faults(folder)
+
+
+def test_headers_that_no_writer_makes(tmp_path: Path) -> None:
+    folder = tiny_copy(tmp_path / "m")
+    file = folder / "model-00001-of-00003.safetensors"
+    places = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    for header, said in (
+        (json.dumps({"a": {**places, "data_offsets": [0.0, 8.0]}}), "a has sizes or places that are no whole numbers"),
+        (json.dumps({"a": {**places, "shape": [2.0]}}), "a has sizes or places that are no whole numbers"),
+        (json.dumps({"a": {**places, "shape": [True, 2]}}), "a has sizes or places that are no whole numbers"),
+        (json.dumps({"a": {**places, "shape": ["2"]}}), "a has sizes or places that are no whole numbers"),
+        (json.dumps({"a": {**places, "data_offsets": 8}}), "its header is damaged"),
+        (json.dumps({"a": [places]}), "its header is damaged"),
+        ('{"a":' + "[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+    ):
+        text = header.encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+        assert (text_of := faults(folder)).startswith(str(file)) and said in text_of
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model_state.pdparams"])
+def test_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    folder = tiny_copy(tmp_path / "m")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / name).symlink_to("/proc/self/mem")  # is there, and gives an error even to root
+    assert f"{folder / name}: " in (said := faults(folder)) and len(said.splitlines()) == 1
 
 
 def test_unknown_models_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -77,6 +78,26 @@ def test_bin_of_pytorch() -> None:
     values = tensors["model.norm.weight"].read()
     assert not values.flags.writeable
     assert values.shape == (32,)
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "byteorder"])
+def test_a_compressed_entry_is_refused_before_it_is_unpacked(entry: str, tmp_path: Path) -> None:
+    """PyTorch compresses nothing; a few kilobytes may stand for any amount of memory."""
+    path = tmp_path / "pytorch_model.bin"
+    contents = {"data.pkl": pickle.dumps({}), "byteorder": b"little", entry: bytes(100_000_000)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            kind = zipfile.ZIP_DEFLATED if name == entry else zipfile.ZIP_STORED
+            archive.writestr(f"archive/{name}", content, kind, 1)
+    del contents, content
+    assert path.stat().st_size < 1_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=f"{entry} is compressed"):
+            open_tensors(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])

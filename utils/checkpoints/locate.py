@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.checkpoints import embedded
+from utils.checkpoints import embedded, quantized
 from utils.checkpoints.heads import with_own_head
 from utils.checkpoints.tensors import LazyTensor, open_tensors, safetensors_header
 from utils.errors import UserError, raise_if
@@ -149,6 +149,8 @@ def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
         hint = is_adapter if adapter else "expected a model folder"
         raise UserError(f"{folder}: has no config.json; {hint}")
     config, family = read_config(folder / "config.json")
+    if weights and (method := quantized.method_of(config)) is not None:
+        raise UserError(f"{folder / 'config.json'}: the weights were quantized {method}; {quantized.ADVICE}")
     files = _weight_files(folder) if weights else ()
     layout: Layout = _layout(files, family, config) if files else "paddle"
     found = Checkpoint(name, folder, config, family, layout, files)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from utils.checkpoints.heads import can_be_tied, head_names
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.tensors import LazyTensor
+from utils.checkpoints.quantized import ADVICE, of_quantized
+from utils.checkpoints.tensors import FLOATS, LazyTensor
 from utils.errors import UserError, raise_if
 from utils.families import Weight
 
@@ -39,17 +40,23 @@ def match(checkpoint: Checkpoint, stored: Mapping[str, LazyTensor] | None = None
     architecture = checkpoint.family.architecture(checkpoint.config)
     head = None if architecture.head is None else architecture.matrices()[architecture.head]
     found: dict[str, tuple[LazyTensor, bool]] = {}
-    unused = []
+    unused, whole_numbers = [], []
     for name, tensor in stored.items():
         filled = names.get(name) or names.get(prefix + name) or []
         for weight in filled:
             source = part_of(tensor, weight.part, weight.output_axis) if published else tensor
             as_table = weight.parameter == architecture.head and source.shape[::-1] == head != source.shape
+            if tensor.dtype not in FLOATS:
+                whole_numbers.append(f"{name} ({tensor.dtype})")
             found[weight.parameter] = (source, weight.transpose if published else as_table)
         if not filled and not any(pattern.fullmatch(name) for pattern in ignored):
             unused.append(name)
     missing = [name for name, filled in names.items() if filled[0].parameter not in found]
     faults = []
+    packed = of_quantized(unused)
+    if packed or whole_numbers:
+        kinds = "tensors of quantized weights" if packed else "whole numbers where a model has fractions"
+        raise UserError(f"{checkpoint.folder}: holds {kinds}: {some(packed or whole_numbers)}; {ADVICE}")
     if missing:
         only_head = all(names[name][0].parameter == architecture.head for name in missing)
         tie = only_head and can_be_tied(checkpoint.family, checkpoint.config)

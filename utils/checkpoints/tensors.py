@@ -31,6 +31,7 @@ DTYPES: dict[str, tuple[str, str]] = {
     "uint8": ("U8", "|u1"),
     "bool": ("BOOL", "|b1"),
 }
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 _BY_CODE = {code: name for name, (code, _) in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -91,8 +92,20 @@ def safetensors_header(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
     (https://github.com/huggingface/safetensors).
 
     Raises:
-        UserError: the file is cut short or is no safetensors file.
+        UserError: the file cannot be read, is cut short or is no safetensors file.
     """
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What a file of weights that the system does not give is for the user."""
+    return UserError(f"{path}: cannot be read: {error.strerror}; check its permissions and its disk, or copy it again")
+
+
+def _read_header(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     size = path.stat().st_size
     broken = f"{path}: not a whole safetensors file ({{}}); download or save it again"
     with open(path, "rb") as file:
@@ -105,6 +118,8 @@ def safetensors_header(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
             metadata = dict(header.pop("__metadata__", None) or {})
             base = 8 + length
             tensors = {name: _stored(path, name, entry, base, size - base) for name, entry in header.items()}
+        except RecursionError as error:
+            raise UserError(broken.format("its header is damaged: nested too deeply")) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(broken.format(f"its header is damaged: {error}")) from error
     return tensors, metadata
@@ -112,9 +127,15 @@ def safetensors_header(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str
 
 def _stored(path: Path, name: str, entry: dict[str, Any], base: int, room: int) -> LazyTensor:
     begin, end = entry["data_offsets"]
-    dtype, shape = _BY_CODE.get(entry["dtype"]), tuple(int(length) for length in entry["shape"])
+    shape = tuple(entry["shape"])
+    if not all(type(value) is int for value in (begin, end, *shape)):
+        raise ValueError(f"tensor {name} has sizes or places that are no whole numbers")
+    dtype = _BY_CODE.get(entry["dtype"])
     if dtype is None:
-        raise ValueError(f"tensor {name} has the type {entry['dtype']}, which is not supported")
+        raise UserError(
+            f"{path}: tensor {name} is stored as {entry['dtype']}, which is not read here; store it as F32, F16 or "
+            "BF16, or take the model that it was made from"
+        )
     tensor = LazyTensor(name, dtype, shape, lambda: mapped(path, dtype, shape, base + begin))
     if not 0 <= begin <= end <= room or end - begin != tensor.nbytes or min(shape, default=0) < 0:
         raise ValueError(f"tensor {name} lies outside the file")
@@ -131,7 +152,10 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
         return safetensors_header(path)[0]
     from utils.checkpoints import unpickle
 
-    return unpickle.open_bin(path) if path.suffix == ".bin" else unpickle.open_pdparams(path)
+    try:
+        return unpickle.open_bin(path) if path.suffix == ".bin" else unpickle.open_pdparams(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:

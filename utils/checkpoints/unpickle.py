@@ -279,9 +279,9 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
             if len(names) != 1:
                 raise ValueError("not a PyTorch archive")
             root = names[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            if f"{root}byteorder" in archive.namelist() and _stored(archive, f"{root}byteorder") != b"little":
                 raise ValueError("its values are big-endian")
-            content = _load(io.BytesIO(archive.read(names[0])), path)
+            content = _load(io.BytesIO(_stored(archive, names[0])), path)
             entries = {info.filename.removeprefix(f"{root}data/"): info for info in archive.infolist()}
         for name, tensor in content.items():
             if not isinstance(tensor, _TorchTensor):
@@ -290,6 +290,13 @@ def open_bin(path: Path) -> dict[str, LazyTensor]:
     except _DAMAGE as error:
         raise _damaged(path, error) from error
     return tensors
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """An entry that lies in the archive as it is, as PyTorch writes all of them: no larger than the file."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(name)
 
 
 def _view(name: str, tensor: _TorchTensor, path: Path, entry: zipfile.ZipInfo) -> LazyTensor:

@@ -46,6 +46,7 @@ COMMON: Table = {
     "eos_token_id": IDS,
     "pad_token_id": IDS,
     "tensor_parallel_degree": whole(1, 100_000),
+    "quantization_config": {},
 }
 ROPE: Table = {
     "type": TEXT,

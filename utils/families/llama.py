@@ -91,7 +91,14 @@ class Llama(FamilySpec):
         """
         known = dict(config)
         known["num_key_value_heads"] = known.get("num_key_value_heads") or known["num_attention_heads"]
-        for name in ("auto_map", "_name_or_path", "torch_dtype", "transformers_version", "use_cache"):
+        for name in (
+            "auto_map",
+            "_name_or_path",
+            "torch_dtype",
+            "transformers_version",
+            "use_cache",
+            "quantization_config",
+        ):
             known.pop(name, None)
         rotary = known.pop("rope_parameters", None) or {}  # as transformers 5 writes them: in one object
         if "rope_theta" in rotary:
