@@ -149,7 +149,7 @@ def test_files_that_are_hardly_json(tmp_path: Path) -> None:
         (b'{"a":' * 100_000, "objects or lists are nested too deeply"),
         (b'{"model_type": "llama", "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"model_type": "llama", "vocab_size": ' + b"9" * 5_000 + b"}", "not valid JSON"),
-        (text.decode().encode("utf-16"), "not valid JSON"),
+        (text.decode().encode("utf-16"), "is no text in UTF-8"),
         (b"[]", "expected a JSON object"),
     ):
         file.write_bytes(content)

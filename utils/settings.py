@@ -15,16 +15,38 @@ _SHOWN = 60  # characters of a wrong value that an error shows
 _WORDS = {"true": True, "false": False}
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8; a byte order mark before it is left out.
+
+    Raises:
+        UserError: the file cannot be read or is no such text.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file in UTF-8; a byte order mark before it is left out.
+    """A JSON object from a file, see `read_text`.
 
     Raises:
         UserError: the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        value = json.loads(read_text(path))
     except RecursionError as error:
         raise UserError(f"{path}: not valid JSON: objects or lists are nested too deeply") from error
     except ValueError as error:

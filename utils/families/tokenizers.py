@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.settings import read_json
+from utils.families.tokenizer_settings import Settings
+from utils.settings import read_bytes, read_text
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
@@ -35,11 +36,13 @@ class Tokenizer(ABC):
         eos_ids: every id that ends generation (a checkpoint may name several).
         pad_id: the id that fills unused places; always a valid id. It may equal `eos_id`, so nobody
             may recognise padding by it.
+        rows: number of ids that the model knows, where added tokens have higher ones; else None.
         adds_bos: whether the tokenizer's own convention begins a text with `bos_id`.
         special_tokens: the special tokens, text to id.
     """
 
     vocabulary: int
+    rows: int | None = None
     bos_token: str | None
     bos_id: int | None
     eos_token: str
@@ -85,7 +88,7 @@ class Tokenizer(ABC):
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for file in self.files:
-                content = file.read_bytes()
+                content = read_bytes(file)
                 digest.update(f"{file.name}\0{len(content)}\0".encode())
                 digest.update(content)
             self._fingerprint = digest.hexdigest()
@@ -103,7 +106,7 @@ class Tokenizer(ABC):
 class JsonTokenizer(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library."""
 
-    def __init__(self, files: Sequence[Path], settings: _Settings) -> None:
+    def __init__(self, files: Sequence[Path], settings: Settings) -> None:
         import tokenizers
 
         super().__init__(files)
@@ -124,12 +127,13 @@ class JsonTokenizer(Tokenizer):
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
-        settings.apply(self)
+        plain = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        settings.apply(self, ordinary=plain)
         encoded = self._tokenizer.encode("a", add_special_tokens=True).ids
         follows = self.bos_id is not None and encoded[:1] == [self.bos_id]
         self.adds_bos = settings.flag("add_bos_token", default=follows) and self.bos_id is not None
 
-    def _description(self, settings: _Settings) -> str:
+    def _description(self, settings: Settings) -> str:
         """The text of a valid tokenizer.json.
 
         Raises:
@@ -138,14 +142,14 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         source = next(file for file in self.files if file.name == TOKENIZER_JSON)
-        text = source.read_text(encoding="utf-8")
+        text = read_text(source)
         try:
             tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
         return text
 
-    def _add(self, settings: _Settings) -> None:
+    def _add(self, settings: Settings) -> None:
         """Registers tokens that only the settings name (older folders keep them beside tokenizer.json)."""
         import tokenizers
 
@@ -203,13 +207,13 @@ def _drop_leading_blank(description: dict[str, Any]) -> bool:
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, as LLaMA 1 and 2 publish it."""
 
-    def __init__(self, files: Sequence[Path], settings: _Settings) -> None:
+    def __init__(self, files: Sequence[Path], settings: Settings) -> None:
         import sentencepiece
 
         super().__init__(files)
         source = next(file for file in files if file.suffix == ".model")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(source))
         except RuntimeError as error:
             raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
         self._continuation = _without_dummy_prefix(self._model)
@@ -226,7 +230,7 @@ class SentencePieceTokenizer(Tokenizer):
         for role, token_id in (("bos", model.bos_id()), ("eos", model.eos_id()), ("unk", model.unk_id())):
             if token_id >= 0:
                 settings.default_token(role, model.id_to_piece(token_id))
-        settings.apply(self)
+        settings.apply(self, ordinary=size)
         self.adds_bos = settings.flag("add_bos_token", default=True) and self.bos_id is not None
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
@@ -282,96 +286,6 @@ def _without_dummy_prefix(model: Any) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
-class _Settings:
-    """What the files beside the tokenizer say about special tokens."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.config = config
-        self.tokenizer = _read_json(folder / "tokenizer_config.json")
-        self.generation = _read_json(folder / "generation_config.json")
-        special_map = _read_json(folder / "special_tokens_map.json")
-        self._tokens: dict[str, str | None] = {}
-        for source in (special_map, self.tokenizer):  # the later one wins
-            for role in ("bos", "eos", "pad", "unk"):
-                if f"{role}_token" in source:
-                    self._tokens[role] = _content(source[f"{role}_token"])
-        older = _read_json(folder / "added_tokens.json")
-        # token -> (id, special)
-        self.added = {content: (int(token_id), True) for content, token_id in older.items()}
-        for token_id, entry in (self.tokenizer.get("added_tokens_decoder") or {}).items():
-            self.added[_content(entry) or ""] = (int(token_id), bool(entry.get("special", True)))
-
-    def default_token(self, role: str, token: str) -> None:
-        """Sets a token that no file names."""
-        self._tokens.setdefault(role, token)
-
-    def token(self, role: str) -> str | None:
-        """The token of a role ("bos", "eos", "pad", "unk"), if a file names one."""
-        return self._tokens.get(role)
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self.tokenizer.get(name)
-        return default if value is None else bool(value)
-
-    def _find(self, tokenizer: Tokenizer, role: str) -> int | None:
-        """The id of a role: by its token if a file names one, else by the id in the model's config."""
-        if role in self._tokens:
-            token = self._tokens[role]
-            return None if token is None else tokenizer.token_id(token)
-        ids = _ids(self.config.get(f"{role}_token_id"), tokenizer.vocabulary)
-        return ids[0] if ids else None
-
-    def apply(self, tokenizer: Tokenizer) -> None:
-        """Sets the special ids of `tokenizer`, whose vocabulary is complete.
-
-        Raises:
-            UserError: no token ends a text, or the vocabulary does not fit the model.
-        """
-        rows = self.config.get("vocab_size")
-        if isinstance(rows, int) and tokenizer.vocabulary > rows:
-            raise UserError(
-                f"{self.folder}: the tokenizer has {tokenizer.vocabulary} tokens but the model's vocab_size "
-                f"in config.json is {rows}; use the tokenizer that was published with this model"
-            )
-        named = [*_ids(self.generation.get("eos_token_id"), tokenizer.vocabulary)]
-        named += _ids(self.config.get("eos_token_id"), tokenizer.vocabulary)
-        eos_id = self._find(tokenizer, "eos")
-        if eos_id is None:
-            if not named:
-                raise UserError(
-                    f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json to a token "
-                    "of the tokenizer's vocabulary"
-                )
-            eos_id = named[0]
-        tokenizer.eos_id = eos_id
-        tokenizer.eos_token = tokenizer.token(eos_id) or ""
-        tokenizer.eos_ids = tuple(dict.fromkeys([eos_id, *named]))
-        tokenizer.bos_id = self._find(tokenizer, "bos")
-        tokenizer.bos_token = None if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
-        candidates = (self._find(tokenizer, "pad"), self._find(tokenizer, "unk"), eos_id)
-        tokenizer.pad_id = next(candidate for candidate in candidates if candidate is not None)
-        for token_id in (tokenizer.bos_id, eos_id):
-            if token_id is not None:
-                tokenizer.special_tokens.setdefault(tokenizer.token(token_id) or "", token_id)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; empty if there is no such file."""
-    return read_json(file) if file.exists() else {}
-
-
-def _content(entry: Any) -> str | None:
-    """The text of a token, written as a string or as an object with "content"."""
-    return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def _ids(value: Any, vocabulary: int) -> list[int]:
-    """The valid ids in a number or list of numbers (LLaMA 1 folders say pad_token_id -1)."""
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and 0 <= i < vocabulary]
-
-
 def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
@@ -398,6 +312,6 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         )
     kept = (*names, *SETTINGS_FILES, *VOCABULARY_FILES)
     files = [folder / name for name in kept if (folder / name).is_file()]
-    settings = _Settings(folder, config)
+    settings = Settings(folder, config)
     kind = JsonTokenizer if main == TOKENIZER_JSON else SentencePieceTokenizer
     return kind(files, settings)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.families.tokenizers import SETTINGS_FILES, TOKENIZER_JSON, VOCABULARY_FILES, JsonTokenizer, _Settings
+from utils.families.tokenizer_settings import Settings
+from utils.families.tokenizers import SETTINGS_FILES, TOKENIZER_JSON, VOCABULARY_FILES, JsonTokenizer
+from utils.settings import read_json, read_text
 
 END = "<|endoftext|>"  # what ends a text where no file says anything else
 _ROLES = ("bos", "eos", "pad", "unk")
@@ -17,7 +18,7 @@ _ROLES = ("bos", "eos", "pad", "unk")
 class BpeTokenizer(JsonTokenizer):
     """vocab.json (token -> id) and merges.txt (one pair per line, in order), run by the `tokenizers` library."""
 
-    def _description(self, settings: _Settings) -> str:
+    def _description(self, settings: Settings) -> str:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         folder = settings.folder
@@ -42,22 +43,15 @@ class BpeTokenizer(JsonTokenizer):
 
 
 def _read_vocabulary(file: Path) -> dict[str, int]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(place, int) for place in found.values()):
+    found = read_json(file)
+    if not all(type(place) is int for place in found.values()):
         raise UserError(f"{file}: expected a JSON object of tokens and their ids")
     return found
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:
     merges = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable ({error})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
@@ -80,4 +74,4 @@ def bpe_tokenizer(folder: Path, config: Mapping[str, Any]) -> BpeTokenizer | Non
         missing = VOCABULARY_FILES[have.index(False)]
         raise UserError(f"{folder}: {missing} is missing; copy it from the original model")
     files = [folder / name for name in (*VOCABULARY_FILES, *SETTINGS_FILES) if (folder / name).is_file()]
-    return BpeTokenizer(files, _Settings(folder, config))
+    return BpeTokenizer(files, Settings(folder, config))

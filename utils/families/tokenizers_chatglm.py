@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, raise_if
-from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer, _Settings
+from utils.families.tokenizer_settings import Settings
+from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer
+from utils.settings import read_bytes
 
 ICE_TEXT = "ice_text.model"
 PIECES = "tokenizer.model"
@@ -38,7 +40,7 @@ def _read_model(source: Path) -> Any:
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes())
+        return sentencepiece.SentencePieceProcessor(model_proto=read_bytes(source))
     except RuntimeError as error:
         raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
 
@@ -58,7 +60,7 @@ class IceTokenizer(Tokenizer):
         """
         super().__init__(_files(folder, ICE_TEXT))
         self._model = _read_model(folder / ICE_TEXT)
-        settings = _Settings(folder, config)
+        settings = Settings(folder, config)
         self._images = self._image_tokens(settings, config)
         size = self._model.vocab_size()
         control = (i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i))
@@ -80,14 +82,14 @@ class IceTokenizer(Tokenizer):
         self.vocabulary = 1 + max(self._images + size - 1, *self.special_tokens.values())
         for role, token in (("bos", "<sop>"), ("eos", "<eop>"), ("pad", "<pad>"), ("unk", "<unk>")):
             settings.default_token(role, token)
-        settings.apply(self)
+        settings.apply(self, ordinary=self._images + size)
         self.adds_bos = False  # <sop> stands between prompt and answer, where the chat template puts it
 
-    def _image_tokens(self, settings: _Settings, config: Mapping[str, Any]) -> int:
+    def _image_tokens(self, settings: Settings, config: Mapping[str, Any]) -> int:
         """How many ids come before the first text piece."""
         said = settings.tokenizer.get("num_image_tokens")
-        if isinstance(said, int):
-            return said
+        if said is not None:
+            return int(said)
         begin, piece = config.get("bos_token_id"), self._model.piece_to_id("<sop>")
         if isinstance(begin, int) and self._model.id_to_piece(piece) == "<sop>":
             return max(begin - piece, 0)
@@ -163,7 +165,7 @@ class Glm2Tokenizer(SentencePieceTokenizer):
             UserError: a damaged file, or one that does not fit the model.
         """
         rows = config.get("padded_vocab_size", config.get("vocab_size"))
-        settings = _Settings(folder, {**config, "vocab_size": rows})
+        settings = Settings(folder, {**config, "vocab_size": rows})
         size = _read_model(folder / PIECES).vocab_size()
         settings.added |= {token: (size + place, True) for place, token in enumerate(GLM2_SPECIAL)}
         super().__init__(_files(folder, PIECES), settings)

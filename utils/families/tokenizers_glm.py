@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.families.tokenizer_settings import Settings
 from utils.families.tokenizers import (
     SETTINGS_FILES,
     VOCABULARY_FILES,
     SentencePieceTokenizer,
     Tokenizer,
-    _Settings,
 )
 from utils.families.tokenizers_bpe import BpeTokenizer
+from utils.settings import read_bytes
 
 END, END_OF_SPAN = "<|endoftext|>", "<|endofpiece|>"
 MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
@@ -24,12 +25,13 @@ MASKS = ("[MASK]", "[sMASK]", "[gMASK]")
 CHINESE = (END, "[SEP]", "[CLS]", "[MASK]", "[UNK]", "[UNUSED1]", "<|startofpiece|>", END_OF_SPAN, "[sMASK]", "[gMASK]")
 ENGLISH = ("<|startofpiece|>", END_OF_SPAN, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]")
 # A mask takes the blank before it: the span that fills it brings its own.
-BEFORE_MASK = re.compile(r"\s+(?=" + "|".join(map(re.escape, MASKS)) + ")")
+# Only a whole run of blanks is looked at, once: from each of its places it would take the square of its length.
+BEFORE_MASK = re.compile(r"(?<!\s)\s+(?=" + "|".join(map(re.escape, MASKS)) + ")")
 
 
-def _settings(folder: Path, config: Mapping[str, Any]) -> _Settings:
+def _settings(folder: Path, config: Mapping[str, Any]) -> Settings:
     """Settings with the published defaults: texts begin with [CLS]; padding is the end token."""
-    settings = _Settings(folder, config)
+    settings = Settings(folder, config)
     for role, token in (("bos", "[CLS]"), ("eos", END), ("pad", END)):
         settings.default_token(role, token)
     return settings
@@ -68,7 +70,7 @@ def _pieces(source: Path) -> int:
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=source.read_bytes()).vocab_size()
+        return sentencepiece.SentencePieceProcessor(model_proto=read_bytes(source)).vocab_size()
     except RuntimeError as error:
         raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
 
@@ -81,7 +83,7 @@ class EnglishTokenizer(BpeTokenizer):
         self.eos_ids = _end_of_span(self)
         self.adds_bos = True
 
-    def _description(self, settings: _Settings) -> str:
+    def _description(self, settings: Settings) -> str:
         text = super()._description(settings)
         for place, token in enumerate(ENGLISH, start=len(json.loads(text)["model"]["vocab"])):
             settings.added.setdefault(token, (place, True))

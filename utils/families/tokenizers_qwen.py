@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.families.tokenizers import SETTINGS_FILES, Tokenizer, _Settings
+from utils.families.tokenizer_settings import Settings
+from utils.families.tokenizers import SETTINGS_FILES, Tokenizer
+from utils.settings import read_bytes
 
 # How text is cut before merging: contractions, words with one leading sign, single digits, runs of other
 # signs, line ends, blanks. Given with the vocabulary: another pattern gives other ids.
@@ -43,10 +45,10 @@ class QwenTokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(
             "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
-        settings = _Settings(folder, config)
+        settings = Settings(folder, config)
         for role in ("bos", "eos", "pad"):
             settings.default_token(role, END)
-        settings.apply(self)
+        settings.apply(self, ordinary=len(ranks))
         self.adds_bos = False
 
     def encode(self, text: str, *, continuation: bool = False) -> list[int]:
@@ -73,7 +75,7 @@ def _read_ranks(source: Path) -> dict[bytes, int]:
         UserError: a line that is no such pair, or ids with gaps.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(source.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(source).splitlines(), start=1):
         if not line:
             continue
         try:
