@@ -44,7 +44,7 @@ def main() -> None:
         make_plan,
     )
     from utils.training.reporters import check_reporters
-    from utils.training.start import check_adapters
+    from utils.training.start import check_adapters, check_dropout
 
     layout = Layout.of(args)
     layout.check_device(args)
@@ -70,6 +70,7 @@ def main() -> None:
         source = locate(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else checkpoint
     layout.check_model(checkpoint.family.shape(checkpoint.config))
     check_adapters(args, checkpoint)
+    check_dropout(args, checkpoint)
     tokenizer = load_tokenizer(source.folder, checkpoint.config)
     override = Path(args.chat_template) if args.chat_template else None
     template = ChatTemplate.load(source.folder, default=checkpoint.family.chat_template, override=override)

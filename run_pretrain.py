@@ -34,6 +34,7 @@ def main() -> None:
     from utils.parallel.topology import Layout
     from utils.training.plan import check_output, checkpoint_to_resume, make_plan
     from utils.training.reporters import check_reporters
+    from utils.training.start import check_dropout
 
     layout = Layout.of(args)
     layout.check_device(args)
@@ -56,6 +57,7 @@ def main() -> None:
         source = locate(args.tokenizer_name_or_path, weights=False) if args.tokenizer_name_or_path else checkpoint
     layout.check_model(checkpoint.family.shape(checkpoint.config))
     pretraining.check_length(args, checkpoint)
+    check_dropout(args, checkpoint)
     tokenizer = load_tokenizer(source.folder, checkpoint.config)
     template = pretraining.choose_template(args, checkpoint, source.folder)
 

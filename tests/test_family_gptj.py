@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from family_cases import FIXTURES, cached, case, hidden_logits
+from family_cases import FIXTURES, cached, case, hidden_logits, step_layer
 
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model, new_model
@@ -20,6 +20,7 @@ from utils.checkpoints.tensors import in_memory, read_tensors, write_lazy
 from utils.errors import UserError
 from utils.families import FAMILIES, family_of
 from utils.families.architecture import turned_neighbours
+from utils.kernels import inference as kernels
 
 FAMILY = FAMILIES["gptj"]
 IDS = np.array([[5, 6, 7, 90, 91, 5, 6]])
@@ -93,6 +94,12 @@ def test_only_known_buffers_are_left_over(tmp_path: Path) -> None:
     assert any(name.endswith("attn.masked_bias") for name in case("gptj_tiny").checkpoint.tensors())
     with pytest.raises(UserError, match=r"h\.0\.attn\.other"):
         match(changed(tmp_path / "m", **{"transformer.h.0.attn.other": np.zeros(3, "float32")}))
+
+
+def test_attention_and_mlp_share_their_norm() -> None:
+    """The inference model has one a layer, and computes it once."""
+    norms = [part for part in step_layer("gptj_tiny", True).sublayers() if isinstance(part, kernels.Norm)]
+    assert len(norms) == FAMILY.shape(case("gptj_tiny").checkpoint.config).layers + 1
 
 
 def test_no_layer_holds_a_mask_of_all_positions() -> None:

@@ -6,13 +6,15 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import paddle
 import pytest
+from family_cases import NAMES, case
 from tiny_runs import Tiny, tiny, write_rows  # noqa: F401
 
-from utils.kernels.attention import packed_attention
+from utils.kernels.attention import packed_attention, segments_of
 from utils.kernels.masks import packed
 
 METHODS = {
@@ -72,11 +74,28 @@ def test_packed_attention_is_attention_under_a_dense_mask(rows: list[list[int]])
     for function in (packed_attention, dense):
         inputs = [paddle.to_tensor(value, stop_gradient=False) for value in values]
         ends = ends_of(rows)
-        output = function(*inputs, paddle.to_tensor(ends) if function is packed_attention else ends)
+        output = function(*inputs, segments_of(paddle.to_tensor(ends)) if function is packed_attention else ends)
         (output * weights).sum().backward()
         found.append([output.numpy(), *(x.grad.numpy() for x in inputs)])
     for ours, wanted in zip(*found, strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_layer_of_packed_rows_waits_for_the_device(name: str) -> None:
+    """What segments there are is the same in all layers, and read once a batch."""
+    ends = paddle.to_tensor(ends_of([[4, 3], [2, 5]]))
+    positions = paddle.to_tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]])
+    batch = {"input_ids": positions + 5, "position_ids": positions, "segment_ends": ends}
+    family, model = case(name).checkpoint.family, case(name).model
+    read = mock.Mock(side_effect=paddle.Tensor.numpy)
+    with paddle.no_grad(), mock.patch.object(paddle.Tensor, "numpy", lambda tensor: read(tensor)):
+        context = family.context(model, batch, 0)
+        read.reset_mock()
+        hidden, forward = family.embed(model, context), family.layer(model, context)
+        for layer in family.stack(model):
+            hidden, *_ = forward(layer, hidden, None, None)
+        assert read.call_count == 0
 
 
 def test_mask_of_packed_rows_behind_a_prefix() -> None:

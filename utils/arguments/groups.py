@@ -208,6 +208,14 @@ class TrainingArguments(Arguments):
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon", above=0)
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm; 0 leaves them", minimum=0)
     seed: int = arg(42, "seed of weights, order and dropout", minimum=0, maximum=2**32 - 1)
+    dropout: float | None = arg(
+        None,
+        "share that training drops of attention, hidden states and embeddings, as far as the model's family drops "
+        "any; those of its config.json by default",
+        minimum=0,
+        below=1,
+        needs=["do_train"],
+    )
     recompute: bool = arg(False, "compute activations twice to save memory")
     fp16: bool = arg(False, "compute in float16 where the device can")
     bf16: bool = arg(False, "compute in bfloat16 where the device can")

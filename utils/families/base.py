@@ -75,6 +75,21 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """A share of something that training drops.
+
+    Attributes:
+        of: what is dropped.
+        name: the setting of `config_class`.
+        default: the share where config.json says nothing.
+    """
+
+    of: Literal["attention", "hidden", "embedding"]
+    name: str
+    default: float = 0.0
+
+
+@dataclass(frozen=True)
 class Context:
     """What the layers of one batch need besides hidden states.
 
@@ -116,6 +131,7 @@ class FamilySpec(ABC):
         head_weight: path from the model to the weight of the head, or of the embedding that it is tied to.
         embedding: attribute of the backbone that embeds tokens (dots reach further inside).
         layers: attribute path from the model to the list of its transformer layers.
+        dropouts: all of the model's.
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
             as they are (right for base models).
@@ -138,6 +154,7 @@ class FamilySpec(ABC):
     head_weight: str = "lm_head.weight"
     embedding: str = "embed_tokens"
     layers: str
+    dropouts: tuple[Dropout, ...] = ()
     lora_targets: tuple[str, ...] = ()
     chat_template: str | None = None
     tokenizer_files: tuple[str, ...] = ()
@@ -172,6 +189,11 @@ class FamilySpec(ABC):
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json in the Hugging Face layout from the model's configuration."""
         return dict(config)
+
+    def dropout_rates(self, config: Mapping[str, Any]) -> dict[str, float]:
+        """What training drops of what, by a config.json."""
+        known = self.paddle_config(config)
+        return {dropout.of: known.get(dropout.name, dropout.default) for dropout in self.dropouts}
 
     @abstractmethod
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, alibi_slopes
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places
 from utils.settings import FLAG, Table
@@ -53,6 +53,7 @@ class Bloom(DecoderFamily):
     backbone = "bloom"
     embedding = "word_embeddings"
     layers = "bloom.h"
+    dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "lm_head.decoder_weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from utils.errors import UserError, notice
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, turned_neighbours
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
 from utils.settings import FLAG, Table
@@ -84,6 +84,7 @@ class ChatGLM2(DecoderFamily):
     head = HEAD
     embedding = "embedding.word_embeddings"
     layers = "chatglm_v2.encoder.layers"
+    dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "chatglm_v2.output_layer.weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE

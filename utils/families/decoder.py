@@ -43,7 +43,7 @@ class DecoderFamily(FamilySpec):
         import paddle
 
         from utils.kernels import masks
-        from utils.kernels.attention import packed_attention
+        from utils.kernels.attention import packed_attention, segments_of
 
         ids, ends = batch["input_ids"], batch.get("segment_ends")
         positions = batch.get("position_ids")
@@ -52,7 +52,7 @@ class DecoderFamily(FamilySpec):
         slopes, dropout = self.slopes(model), model.attention_dropout if model.training else 0.0
         attend: Callable[..., Any]
         if ends is not None and not cached:
-            attend = partial(packed_attention, segment_ends=ends, slopes=slopes, dropout=dropout)
+            attend = partial(packed_attention, segments=segments_of(ends), slopes=slopes, dropout=dropout)
         else:
             before = paddle.arange(cached).unsqueeze(0).expand([positions.shape[0], cached])
             key_positions = paddle.concat([before, positions + cached], axis=1)

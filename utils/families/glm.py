@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import Context, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
 from utils.settings import FLAG, Table
@@ -100,6 +100,11 @@ class Glm(DecoderFamily):
     backbone = "glm"
     embedding = "word_embeddings"
     layers = "glm.transformer.layers"
+    dropouts = (
+        Dropout("attention", "attention_dropout_prob", 0.1),
+        Dropout("hidden", "output_dropout_prob", 0.1),
+        Dropout("embedding", "embedding_dropout_prob", 0.1),
+    )
     head_weight = "glm.word_embeddings.weight"
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
@@ -224,16 +229,13 @@ class Glm(DecoderFamily):
 
         from utils.families.glm_layout import layout
         from utils.kernels import masks
-        from utils.kernels.attention import segment_lengths
+        from utils.kernels.attention import segments_of
 
         ids, ends = batch["input_ids"].numpy(), batch.get("segment_ends")
         rows, length = ids.shape
         texts = [[(0, length)]] * rows
         if ends is not None:
-            texts = []
-            for row in ends.numpy().reshape(rows, length):
-                borders = np.cumsum([0, *segment_lengths(row)]).tolist()
-                texts.append(list(pairwise(borders)))
+            texts = [list(pairwise(np.cumsum([0, *lengths]).tolist())) for lengths in segments_of(ends)]
         config = model.config
         placed = layout(ids, config.sop_token_id, [getattr(config, name) for name in MASK_NAMES], texts)
         furthest = int(max(placed.position.max(), placed.block.max()))

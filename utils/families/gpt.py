@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
@@ -66,6 +66,7 @@ class Gpt(DecoderFamily):
     backbone = "gpt"
     embedding = "embeddings"
     layers = "gpt.decoder.layers"
+    dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 

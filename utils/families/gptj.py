@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from utils.errors import raise_if
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, turned_neighbours
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
@@ -60,6 +60,11 @@ class GptJ(DecoderFamily):
     backbone = "transformer"
     embedding = "wte"
     layers = "transformer.h"
+    dropouts = (
+        Dropout("attention", "attn_pdrop"),
+        Dropout("hidden", "resid_pdrop"),
+        Dropout("embedding", "embd_pdrop"),
+    )
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
     tokenizer_files = VOCABULARY_FILES
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from utils.errors import UserError, raise_if
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
 from utils.settings import FLAG, TEXT, Table
@@ -53,6 +53,7 @@ class Llama(FamilySpec):
     model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
     layers = "llama.layers"
+    dropouts = (Dropout("attention", "attention_dropout"),)
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # of config.json, kept in the Hugging Face layout
     published_names: tuple[str, ...] = (
@@ -277,13 +278,17 @@ class Llama(FamilySpec):
         from utils.kernels import attention, masks
 
         config = model.config
+        dropout = (getattr(config, "attention_dropout", None) or 0.0) if model.training else 0.0
+        flash = config.use_flash_attention and not dropout
         attend = partial(
             attention.llama_attention,
             config=config,
             mask=None if visible is None else masks.additive(visible),
-            segment_ends=ends,
+            segment_ends=ends if flash else None,
+            segments=None if flash or ends is None else attention.segments_of(ends),
             group=config.num_attention_heads // config.num_key_value_heads,
             rank=model.tensor_part[0],
+            dropout=dropout,
         )
         # one pair of angles for all layers, in the type that they turn out to have
         return Context(ids, cache(partial(model.rotary_table.at, positions, keys)), attend)

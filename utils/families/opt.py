@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import ModelShape, Split, Weight
+from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
@@ -71,6 +71,7 @@ class Opt(DecoderFamily):
     backbone = "opt"
     embedding = "embeddings"
     layers = "opt.decoder.layers"
+    dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
     head_weight = "lm_head.decoder_weight"
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES

@@ -13,7 +13,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
-from utils.families.base import Context, FamilySpec, LayerForward, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout, FamilySpec, LayerForward, ModelShape, Split, Weight
 from utils.families.text import Places, Text
 from utils.settings import FLAG, Table, number
 
@@ -108,6 +108,7 @@ class Qwen(FamilySpec):
     backbone = "qwen"
     embedding = "wte"
     layers = "qwen.h"
+    dropouts = (Dropout("attention", "attn_dropout_prob"), Dropout("embedding", "emb_dropout_prob"))
     lora_targets = ("c_attn", "c_proj", "w1", "w2")
     chat_template = CHATML
     tokenizer_files = (VOCABULARY_FILE,)

@@ -188,7 +188,8 @@ class Decoder(nn.Layer):
                 hidden, normed, attended = (paddle.index_select(x, chosen) for x in (hidden, normed, attended))
                 few = True
             if architecture.parallel:
-                update = kernels.Update(layer.mlp_out, self._inner(layer, layer.mlp_norm(hidden)))
+                beside = normed if layer.mlp_norm is None else layer.mlp_norm(hidden)
+                update = kernels.Update(layer.mlp_out, self._inner(layer, beside))
                 hidden = kernels.Update(layer.attention_out, attended).added_to(hidden, few=few)
                 continue
             middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
@@ -222,7 +223,7 @@ class _Layer(nn.Layer):
         self.attention_norm = weights.norm(names.attention_norm)
         self.attention_in = weights.joined(names.query_key_value, weights.by_part(names))
         self.attention_out = weights.rows(names.attention_out)
-        self.mlp_norm = weights.norm(names.mlp_norm)
+        self.mlp_norm = None if names.mlp_norm == names.attention_norm else weights.norm(names.mlp_norm)
         if len(names.mlp_in) == 2 or not weights.architecture.gated:
             ways = [(source, _whole) for source in names.mlp_in]
         else:  # the gate's columns come first

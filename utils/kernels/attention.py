@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,18 @@ def segment_lengths(ends: np.ndarray) -> list[int]:
     return lengths
 
 
+def segments_of(segment_ends: Tensor) -> list[list[int]]:
+    """The `segment_lengths` of every row of `segment_ends` [batch, 1, length, 1] int32. It waits for the device, so
+    it is asked once for all layers."""
+    batch, _, length, _ = segment_ends.shape
+    return [segment_lengths(row) for row in segment_ends.numpy().reshape(batch, length)]
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment_ends: Tensor,
+    segments: Sequence[Sequence[int]],
     slopes: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -41,16 +48,15 @@ def packed_attention(
 
     Args:
         query, key, value: [batch, length, heads, head_dim] of one floating-point type.
-        segment_ends: [batch, 1, length, 1] int32; for each key position the end of its segment.
+        segments: of each row, see `segments_of`.
         slopes: [heads] float32 of linear biases (ALiBi, arXiv:2108.12409), or None.
         dropout: share of the attention weights that are dropped (0 outside training).
 
     Returns:
         [batch, length, heads * head_dim].
     """
-    batch, length, heads, head_dim = query.shape
-    rows = segment_ends.reshape([batch, length]).numpy()
-    longest = max(int((row - np.arange(length)).max()) for row in rows)
+    _, length, heads, head_dim = query.shape
+    longest = max(max(lengths) for lengths in segments)
     added = paddle.triu(paddle.full([1, longest, longest], -1e30, dtype="float32"), diagonal=1)
     if slopes is not None:  # by the key's position: the query's adds the same to a whole row, which softmax removes
         added = added + slopes.reshape([heads, 1, 1]) * paddle.arange(longest, dtype="float32")
@@ -59,10 +65,9 @@ def packed_attention(
     # a tensor of the whole size with zeros
     by_row = [paddle.unbind(x.transpose([0, 2, 1, 3])) for x in (query * scale, key, value)]
     outputs = []
-    for row, tensors in enumerate(zip(*by_row, strict=True)):
-        lengths = segment_lengths(rows[row])
+    for lengths, *tensors in zip(segments, *by_row, strict=True):
         parts = []
-        for qs, ks, vs in zip(*(paddle.split(x, lengths, axis=1) for x in tensors), strict=True):
+        for qs, ks, vs in zip(*(paddle.split(x, list(lengths), axis=1) for x in tensors), strict=True):
             n = qs.shape[1]
             scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + added[:, :n, :n]
             weights = F.softmax(scores, axis=-1).astype(vs.dtype)
@@ -118,9 +123,9 @@ def every_head(x: Tensor, heads: int, group: int, rank: int = 0) -> Tensor:
     return x.unsqueeze(3).tile([1, 1, 1, group, 1]).reshape([0, 0, heads, head_dim])
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """As `dense_attention`, by the fused operator of GPUs."""
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None)
     return attended.reshape([0, 0, query.shape[2] * query.shape[3]])
 
 
@@ -132,34 +137,37 @@ def llama_attention(
     config: Any,
     mask: Callable[[Any], Tensor] | None,
     segment_ends: Tensor | None,
+    segments: Sequence[Sequence[int]] | None,
     group: int,
     rank: int,
+    dropout: float,
 ) -> Tensor:
     """Attention of LLaMA's kind: the library's function with flash attention, and where it is as fast as ours.
 
     Without flash attention the library ignores the ends of segments in silence (packed neighbours would see
-    each other) and adds masks slowly.
+    each other) and adds masks slowly. With it, it drops nothing.
 
     Args:
         query: [batch, length, heads, head_dim].
         key, value: [batch, cached + length, kv_heads, head_dim].
         config: of the library's model.
         mask: [batch, 1, length, cached + length] to be added, in a type; None is causal, or packed with
-            `segment_ends` [batch, 1, length, 1] int32.
+            `segment_ends` [batch, 1, length, 1] int32 (flash attention) or `segments` (see `segments_of`).
         group, rank: see `every_head`.
+        dropout: share of the attention weights that are dropped (0 outside training).
 
     Returns:
         [batch, length, heads * head_dim].
     """
-    heads, flash = query.shape[2], config.use_flash_attention
+    heads, flash = query.shape[2], segments is None and config.use_flash_attention and not dropout
     if not flash or key.shape[2] * group != heads:  # flash attention shares keys among queries itself
         key, value = every_head(key, heads, group, rank), every_head(value, heads, group, rank)
     added = None if mask is None else mask(query.dtype)
-    if not flash and segment_ends is not None:
-        return packed_attention(query, key, value, segment_ends)
+    if segments is not None:
+        return packed_attention(query, key, value, segments, dropout=dropout)
     # on GPUs the library's own is as fast in half precision, but its checks of shapes cannot be traced
-    if not flash and (query.dtype == paddle.float32 or not paddle.in_dynamic_mode()):
-        return dense_attention(query, key, value, added)
+    if not flash and (dropout or query.dtype == paddle.float32 or not paddle.in_dynamic_mode()):
+        return dense_attention(query, key, value, added, dropout)
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
     return scaled_dot_product_attention(

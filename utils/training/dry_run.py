@@ -56,6 +56,17 @@ def training_lines(args: Any, layout: Layout, dataset: Any, tokenizer: Tokenizer
     ]
 
 
+def dropout_line(args: Any, checkpoint: Checkpoint) -> str:
+    """What training drops, and what decides it."""
+    rates = checkpoint.family.dropout_rates(checkpoint.config)
+    if not rates:
+        return f"dropout: none, a {checkpoint.family.title} model has no such layers"
+    if args.dropout is not None:
+        return f"dropout: {', '.join(rates)} {args.dropout} ({args.origin('dropout')})"
+    found = ", ".join(f"{of} {rate}" for of, rate in rates.items())
+    return f"dropout: {found}, by the model's config.json; --dropout replaces it"
+
+
 def report(
     args: Any,
     layout: Layout,
@@ -85,6 +96,7 @@ def report(
     if plan is not None:
         lines += training_lines(args, layout, data["train"], tokenizer, plan)
         lines += [
+            dropout_line(args, checkpoint),
             memory_line(
                 memory_bytes(args, layout, shape, args.max_length, whole, trained, dtype), "rows of max_length"
             ),

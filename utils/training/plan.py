@@ -61,7 +61,7 @@ def describe(
     A stream has no fingerprint of its tokens: it is described by what makes them, and checks its own
     files (see `StreamDataset.restore`).
     """
-    names = ["seed", "intokens", "lazy"]
+    names = ["seed", "intokens", "lazy", "dropout"]
     names += {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "rslora", "lora_target_modules"],
         "prefix": ["num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size"],

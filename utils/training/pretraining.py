@@ -18,9 +18,10 @@ from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
-from utils.training.dry_run import argument_lines
+from utils.training.dry_run import argument_lines, dropout_line
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
+from utils.training.start import model_overrides
 
 if TYPE_CHECKING:
     from utils.training.model import TrainingModel
@@ -116,6 +117,7 @@ def describe(args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Pretrai
         "data": dataset.fingerprint(),
         GLOBAL_BATCH: layout.global_batch(args),
         "seed": args.seed,
+        "dropout": args.dropout,
         "max_seq_length": args.max_seq_length,
     }
 
@@ -135,10 +137,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     from utils.training.trained import FullModel
 
     weights_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
-    overrides = {
-        "use_flash_attention": args.use_flash_attention,
-        "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
-    }
+    overrides = model_overrides(args, checkpoint)
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     if args.continue_training:
         base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
@@ -202,6 +201,7 @@ def report(
             f"steps: {plan.steps:,} of {step * args.max_seq_length:,} tokens each ({step:,} samples), "
             f"{plan.steps * step * args.max_seq_length:,} tokens in all",
             f"first sample begins: {first}",
+            dropout_line(args, checkpoint),
             memory_line(memory, "full samples"),
             f"starts: {plan}",
         ]

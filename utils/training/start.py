@@ -60,6 +60,25 @@ def _take_over(args: Any, path: str, settings: Mapping[str, Any]) -> None:
     raise_if(faults)
 
 
+def model_overrides(args: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the model's configuration that the arguments replace."""
+    dropouts = checkpoint.family.dropouts if args.dropout is not None else ()
+    return {
+        **{dropout.name: args.dropout for dropout in dropouts},
+        "use_flash_attention": args.use_flash_attention,
+        "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
+    }
+
+
+def check_dropout(args: Any, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        UserError: a dropout for a model that has none.
+    """
+    if args.dropout and not checkpoint.family.dropouts:
+        raise UserError(f"{args.where('dropout')}: a {checkpoint.family.title} model has no dropout; leave it out")
+
+
 def trained_parameters(args: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     """(number of weights of the base, number of weights that the run trains); reads no weights."""
     tensors = [tensor for tensor, _ in match(checkpoint).values()]
@@ -107,10 +126,7 @@ def build(
 
     trained_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
     weights_dtype = trained_dtype if method(args) == "sft" else dtype
-    overrides = {
-        "use_flash_attention": args.use_flash_attention,
-        "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
-    }
+    overrides = model_overrides(args, checkpoint)
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     set_seed(args.seed)

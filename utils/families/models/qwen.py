@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor
 
 from utils.families.models.decoder import by_head, extended
-from utils.kernels.attention import dense_attention, fused_attention, packed_attention
+from utils.kernels.attention import dense_attention, fused_attention, packed_attention, segments_of
 from utils.kernels.masks import Attend, additive
 from utils.kernels.norm import rms_norm
 from utils.kernels.rotary import apply_rotary_pos_emb
@@ -90,15 +90,15 @@ def attention_of(model: Any, visible: Tensor | None, segment_ends: Tensor | None
         segment_ends: [batch, 1, length, 1] int32 of packed rows without a cache, or None.
     """
     mask = None if visible is None else additive(visible)
+    segments = None if segment_ends is None else segments_of(segment_ends)
+    dropout = model.config.attn_dropout_prob if model.training else 0.0
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if segment_ends is not None:
-            return packed_attention(query, key, value, segment_ends)
+        if segments is not None:
+            return packed_attention(query, key, value, segments, dropout=dropout)
         added = None if mask is None else mask(query.dtype)
-        if model.config.use_flash_attention:
-            return fused_attention(query, key, value, added)
-        dropout = model.config.attn_dropout_prob if model.training else 0.0
-        return dense_attention(query, key, value, added, dropout)
+        attention = fused_attention if model.config.use_flash_attention else dense_attention
+        return attention(query, key, value, added, dropout)
 
     return attend
 
