@@ -80,7 +80,7 @@ def main() -> None:
     from utils.data.dataset import load_dataset, load_rows
 
     with peers.one_after_first():
-        data = {split: load_dataset(args, tokenizer, template, split) for split in splits}
+        data = {split: load_dataset(args, tokenizer, template, split, peers) for split in splits}
     for split, dataset in data.items():
         if dataset.report.counts:
             notice(f"{split} data: {dataset.summary()}")
@@ -106,9 +106,9 @@ def main() -> None:
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
-    from utils.training.start import build, typical_ids
+    from utils.training.start import build
 
-    model, trained = build(args, checkpoint, dtype, typical_ids(data.get("train")), peers)
+    model, trained = build(args, checkpoint, dtype, data.get("train"), peers)
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.inference.sampling import SamplingOptions

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import write_bpe
 
+from utils.data import stream as stream_module
+from utils.data.collate import Collator
 from utils.data.dataset import load_dataset
 from utils.data.encode import Example, encode_row
 from utils.data.rows import read_rows
@@ -22,6 +26,8 @@ from utils.data.stream import StreamDataset
 from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
+from utils.parallel.peers import Alone
+from utils.parallel.topology import Layout
 
 Kit = tuple[Tokenizer, ChatTemplate]
 
@@ -144,7 +150,7 @@ def test_a_broken_row_late_in_the_stream_is_left_out_and_said(
     dataset = stream([file], kit, shuffle=False)
     answers = [[int(label) for label in item["labels"] if label != -100] for item in islice(dataset, 4)]
     assert [kit[0].decode(answer) for answer in answers] == ["two", "three"] * 2
-    assert f"{file} line 2: row left out: not valid JSON" in capsys.readouterr().err
+    assert f"row left out: {file} line 2: not valid JSON" in capsys.readouterr().err
     assert dataset.report.counts == {"dropped, broken": 1}
 
 
@@ -175,10 +181,92 @@ def test_json_array_is_refused(tmp_path: Path, kit: Kit) -> None:
         stream([tmp_path / "train.json"], kit)
 
 
-def test_paddle_reads_the_stream_of_a_lazy_run(files: list[Path], kit: Kit) -> None:
-    from paddle.io import DataLoader, IterableDataset
+class Stuck(BaseException):
+    """What a library in Rust raises when it panics: no `Exception`."""
 
-    from utils.data.collate import Collator
+
+def test_rows_that_cannot_be_read_or_encoded_are_left_out_and_counted(
+    tmp_path: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, encode = tmp_path / "train.json", kit[0].encode
+
+    def raising(text: str, **options: Any) -> list[int]:
+        if "boom" in text:
+            raise Stuck("max stack size exceeded")
+        return encode(text, **options)
+
+    good = '{"src": "one", "tgt": "two"}'
+    broken = ['{"src": "one", "tgt": "two", "n": ' + "1" * 5000 + "}", '{"src": "boom", "tgt": "two"}', "[" * 100_000]
+    broken += ['{"src": "a\\ud83d", "tgt": "b"}', "\ufeff?"]
+    file.write_text("\n".join([good, *broken, good]), "utf-8")
+    monkeypatch.setattr(kit[0], "encode", raising)
+    dataset = stream([file], kit)
+    assert len(list(islice(dataset, 2))) == 2
+    assert dataset.report.counts == {"dropped, broken": 5} and dataset.report.kept == 2
+    assert dataset.report.places == {"dropped, broken": [f"{file} line {line}" for line in range(2, 7)]}
+
+
+def test_files_that_change_or_go_while_they_are_read_are_an_error(tmp_path: Path, kit: Kit) -> None:
+    file = tmp_path / "train.json"
+    rows = '{"src": "one", "tgt": "two"}\n' * 2000
+    for change, said in (
+        (file.unlink, "cannot be read any more"),
+        (lambda: file.write_text(rows + "?"), "has changed"),
+        (lambda: file.write_text(""), "has changed"),
+    ):
+        file.write_text(rows)
+        items = iter(stream([file], kit))
+        next(items)
+        change()
+        with pytest.raises(UserError, match=f"train.json: {said}.*continues from the last checkpoint"):
+            list(islice(items, 5000))
+
+
+class Neighbour(Alone):
+    """One of several processes, here a thread, that exchanges values with the others."""
+
+    def __init__(self, rank: int, world: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(Layout(world=world, rank=rank))
+        self.shared, self.barrier = shared, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self.shared[self.layout.rank] = json.loads(json.dumps(value))
+        self.barrier.wait(60)
+        found = list(self.shared)
+        self.barrier.wait(60)
+        return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_processes_make_each_row_into_tokens_once_and_have_the_same_stream(
+    files: list[Path], kit: Kit, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain(islice(stream(files, kit, packed=packed), 100))
+    made: list[str] = []
+
+    def noting(row: Any, *rest: Any) -> Any:
+        made.append(row.place)
+        return encode_row(row, *rest)
+
+    monkeypatch.setattr(stream_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(stream_module, "encode_row", noting)
+    world = 3
+    shared, barrier = [None] * world, threading.Barrier(world)
+    datasets = [
+        stream(files, kit, packed=packed, peers=Neighbour(rank, world, shared, barrier)) for rank in range(world)
+    ]
+    with ThreadPoolExecutor(world) as threads:
+        found = list(threads.map(lambda dataset: plain(islice(dataset, 12)), datasets))
+        assert found == [expected[:12]] * world
+        assert len(made) == len(set(made)) > 12
+        states = list(threads.map(lambda dataset: dataset.state_after(9), datasets))
+        assert states == [stream(files, kit, packed=packed).state_after(9)] * world
+        found = list(threads.map(lambda dataset: plain(islice(dataset.iter_from(states[0]), 90)), datasets))
+        assert found == [expected[9:99]] * world
+
+
+def test_loaders_of_a_stream_have_its_batches(files: list[Path], kit: Kit) -> None:
+    from utils.training.loader import StreamLoader
 
     args: Any = SimpleNamespace(
         dataset_name_or_path=str(files[0].parent.parent),
@@ -193,12 +281,14 @@ def test_paddle_reads_the_stream_of_a_lazy_run(files: list[Path], kit: Kit) -> N
         seed=3,
         disable_tqdm=True,
     )
-    dataset = load_dataset(args, *kit, "train")
-    assert isinstance(dataset, StreamDataset) and isinstance(dataset, IterableDataset)
-    assert not hasattr(dataset, "__len__") and "0 examples" in dataset.summary()
-    expected = list(islice(stream(files, kit, packed=True, block_packs=128), 6))
-    loader = DataLoader(dataset, batch_size=2, collate_fn=Collator(kit[0].pad_id), num_workers=0)
-    for number, batch in enumerate(islice(loader, 3)):
-        made = Collator(kit[0].pad_id)(expected[2 * number : 2 * number + 2])
-        assert set(batch) == set(made)
-        assert all((np.asarray(batch[name]) == made[name]).all() for name in made)
+    expected = list(islice(stream(files, kit, packed=True, block_packs=128), 12))
+    collate = Collator(kit[0].pad_id)
+    for reader in (0, 1):
+        dataset = load_dataset(args, *kit, "train")
+        assert isinstance(dataset, StreamDataset) and "0 examples" in dataset.summary()
+        loader = StreamLoader(dataset, 2, collate, readers=2, reader=reader)
+        for number, batch in enumerate(islice(loader, 3)):
+            first = 4 * number + 2 * reader
+            made = collate(expected[first : first + 2])
+            assert set(batch) == set(made)
+            assert all((batch[name].numpy() == made[name]).all() for name in made)

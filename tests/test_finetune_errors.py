@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -198,3 +200,60 @@ def test_rows_longer_than_the_models_positions_are_refused(tiny: Tiny, tmp_path:
     assert found.code == 2, found.err
     assert "positions" in found.err and "max_length" in found.err
     assert not (tmp_path / "out").exists()
+
+
+# --- streams -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_stream_that_nobody_can_read_cost_only_themselves(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Behind the rows that are checked at the start."""
+    file = write_rows(tmp_path / "data" / "train.json", 1005)
+    long = '{"src": "Say red", "tgt": "red", "id": ' + "1" * 5000 + "}"
+    rows = [long, '{"src": "a\\ud83d", "tgt": "b"}', "[" * 100_000]
+    file.write_text(file.read_text("utf-8") + "\n".join([*rows, '{"src": "Say red", "tgt": "red"}']), "utf-8")
+    options = ["--do_train", "--lora", "--lazy", "--max_steps", 33, "--per_device_train_batch_size", 32]
+    options += ["--dataset_name_or_path", tmp_path / "data", "--save_strategy", "no", "--max_length", 80]
+    run = tiny.run(tmp_path / "out", *options, "--dataloader_num_workers", 2)
+    assert len(run.losses) == 33
+    for line, said in ((1006, "holds a whole number"), (1007, "half of a surrogate"), (1008, "nested too deeply")):
+        assert f"row left out: {file} line {line}: " in run.err and said in run.err
+    assert f"3 rows: dropped, broken ({file} line 1006; {file} line 1007; " in run.err
+
+
+def test_a_stream_whose_file_goes_ends_the_run(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """At its second epoch; the command continues once the file is back."""
+    file = write_rows(tmp_path / "data" / "train.json", 50)
+    kept, output = file.read_bytes(), tmp_path / "out"
+    options = ["--do_train", "--lora", "--lazy", "--save_steps", 2, "--dataset_name_or_path", tmp_path / "data"]
+
+    def remove() -> None:
+        while not (output / "checkpoint-2").is_dir() and not ended.is_set():
+            time.sleep(0.01)
+        file.unlink()
+
+    ended = threading.Event()
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        run = tiny.run(output, *options, "--max_steps", 100_000, expect=2)
+    finally:
+        ended.set()
+        remover.join()
+    assert "train.json: cannot be read any more (No such file or directory)" in run.err
+    step = int(run.checkpoints()[-1].rsplit("-", 1)[1])
+    file.write_bytes(kept)
+    assert f"continuing after step {step}" in tiny.run(output, *options, "--max_steps", step + 2).err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_data_is_raised_in_the_loop(workers: int) -> None:
+    from utils.training.loader import Loader
+
+    def collate(items: list[int]) -> dict[str, np.ndarray]:
+        return {"items": np.array(items)}
+
+    loader = Loader(range(5), [[0, 1], [2, 3], [4, 5]], collate, workers)
+    batches = iter(loader)
+    assert [next(batches)["items"].tolist() for _ in range(2)] == [[0, 1], [2, 3]] and len(loader) == 3
+    with pytest.raises(IndexError):
+        next(batches)

@@ -27,6 +27,8 @@ BEST = ("--load_best_model_at_end", "--evaluation_strategy", "steps", "--eval_st
 BEST += ("--greater_is_better", "true")
 EVALUATED = [Work("llama", method, more) for method in ("sft", "lora") for more in (ANSWERS, BEST)]
 ASYNC = [Work("llama", method, ("--async_save", "true")) for method in ("sft", "shards", "lora")]
+# more than one epoch of the 50 rows: the checkpoint lies in the first, the end in the second
+LAZY = [Work("llama", "lora", ("--lazy",)), Work("llama", "lora", ("--intokens", "--lazy", "--max_length", 96))]
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +92,29 @@ def test_tensor_parallel_and_one_process(bench: Bench) -> None:
     saved = [Work("llama", "shards"), Work("llama", "sft"), Work("kv1", "shards"), Work("llama", "lora")]
     saved.append(Work("llama", "sft", ANSWERS))
     saved.append(Work("llama", "shards", ("--async_save", "true")))
+    saved += LAZY
     for work in (Work("llama", "sft"), Work("llama", "lora")):
         bench.alone(work)
     bench.run("TP2", [*saved, Work("llama", "sft", start="one"), Work("llama", "lora", start="one")])
-    bench.run("one", continued([saved[0], saved[2], saved[3]], "TP2"))
+    bench.run("one", continued([saved[0], saved[2], saved[3], LAZY[0]], "TP2"))
     for work in (*saved, Work("llama", "sft", start="one"), Work("llama", "lora", start="one")):
         bench.check(work, "TP2")
-    for work in continued([saved[0], saved[2], saved[3]], "TP2"):
+    for work in continued([saved[0], saved[2], saved[3], LAZY[0]], "TP2"):
         bench.check(work, "one")
     check_shards(bench, "TP2", "llama")
     check_same_files(bench, saved[4], "TP2")
     check_same_tensors(bench, saved[5], "TP2")
+
+
+def test_data_parallel_readers_of_a_stream(bench: Bench) -> None:
+    """Each trains on its own part of every batch, in one launch and continued from one process and by one."""
+    for work in LAZY:
+        bench.alone(work)
+    bench.run("DP2", [*LAZY, *continued(LAZY[1:], "one")])
+    bench.run("one", continued(LAZY[:1], "DP2"))
+    for work in (*LAZY, *continued(LAZY[1:], "one")):
+        bench.check(work, "DP2")
+    bench.check(continued(LAZY[:1], "DP2")[0], "one")
 
 
 # --- with -m matrix ----------------------------------------------------------------------------------------
@@ -132,6 +146,14 @@ def test_every_layout_trains(matrix: Bench) -> None:
     for layout, works in SAVED.items():
         for work in works:
             matrix.check(work, layout)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("layout", ["PP2", "stage1", "stage3", "TP2 PP2", "DP4"])
+def test_streams(layout: str, matrix: Bench) -> None:
+    matrix.run(layout, LAZY)
+    for work in LAZY:
+        matrix.check(work, layout)
 
 
 @pytest.mark.matrix

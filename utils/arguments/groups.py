@@ -220,7 +220,9 @@ class TrainingArguments(Arguments):
     fp16: bool = arg(False, "compute in float16 where the device can")
     bf16: bool = arg(False, "compute in bfloat16 where the device can")
     fp16_opt_level: str = arg("O1", "O1: chosen operators in half precision; O2: the weights too", choices=("O1", "O2"))
-    dataloader_num_workers: int = arg(0, "processes that prepare batches", minimum=0)
+    dataloader_num_workers: int = arg(
+        0, "batches that a thread makes ahead of the training; 0 makes each when it is needed", minimum=0
+    )
     device: str = arg("gpu", DEVICE_HELP)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from utils import runtime
 from utils.data.encode import DataReport, Dropped, encode_row
 from utils.data.lines import json_bytes
 from utils.data.packing import best_fit, efficiency
@@ -24,6 +23,7 @@ from utils.errors import UserError, notice, raise_if
 if TYPE_CHECKING:
     from utils.data.stream import StreamDataset
     from utils.families.tokenizers import Tokenizer
+    from utils.parallel.peers import Alone
 
 FORMAT_VERSION = 1  # of the cached arrays and of how rows become ids; a change makes old entries unused
 BAR_DELAY = 2.0  # seconds before a progress bar appears
@@ -243,7 +243,7 @@ def _source(args: DataOptions, split: str) -> Source:
 
 
 def load_dataset(
-    args: DataOptions, tokenizer: Tokenizer, template: ChatTemplate, split: str
+    args: DataOptions, tokenizer: Tokenizer, template: ChatTemplate, split: str, peers: Alone | None = None
 ) -> SupervisedDataset | StreamDataset:
     """The dataset of one split.
 
@@ -251,6 +251,7 @@ def load_dataset(
         args: the arguments of the run.
         tokenizer, template: of the checkpoint.
         split: "train", "dev", "test" or "quant".
+        peers: the processes of the run.
 
     Returns:
         With `lazy`, the training set is a `StreamDataset` without end; all else has a length. With
@@ -261,12 +262,11 @@ def load_dataset(
     """
     source = _source(args, split)
     if args.lazy and split == "train":
-        runtime.load_paddle()  # the stream is one of its datasets
-        from utils.data.stream import open_stream
+        from utils.data.stream import StreamDataset
 
         if not isinstance(source, FileSource):
             raise UserError(f"lazy reads files; the built-in dataset {source.name} is in memory: leave lazy out")
-        return open_stream(
+        return StreamDataset(
             source,
             tokenizer,
             template,
@@ -274,6 +274,7 @@ def load_dataset(
             max_length=args.max_length,
             packed=args.intokens,
             seed=args.seed,
+            peers=peers,
         )
     packed = args.intokens and not (split in ("dev", "test") and args.eval_with_do_generation)
     tokenized = _cached(source, tokenizer, template, args)

@@ -74,6 +74,16 @@ class DataReport:
         self.tokens += len(example.input_ids)
         self.supervised += int(np.count_nonzero(example.labels != IGNORED))
 
+    def merge(self, other: DataReport) -> None:
+        """Counts what another report has counted of other rows."""
+        self.kept += other.kept
+        self.tokens += other.tokens
+        self.supervised += other.supervised
+        self.counts.update(other.counts)
+        for what, found in other.places.items():
+            places = self.places.setdefault(what, [])
+            places += found[: SHOWN_PLACES - len(places)]
+
     def summary(self) -> str:
         """One line with the totals, and one for each kind of cut or dropped rows."""
         share = self.supervised / max(self.tokens, 1)

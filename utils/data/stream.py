@@ -15,19 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.data.ahead import ahead
 from utils.data.encode import DataReport, Dropped, Example, encode_row
-from utils.data.lines import RowFault, decode_line, is_array
+from utils.data.lines import decode_line, is_array, naming
 from utils.data.packing import best_fit
 from utils.data.rows import to_row
 from utils.data.sources import FileSource
 from utils.data.template import ChatTemplate
 from utils.errors import UserError, notice
+from utils.parallel.peers import Alone
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
 
 BLOCK_PACKS = 128  # tokens of a block, in packs: enough that the last, half-empty pack hardly counts
 BLOCK_ROWS = 8192  # and no more rows than this
+CHUNK_ROWS = 64  # rows that a rank makes into tokens between two exchanges with others
+CHUNKS_AHEAD = 8  # made while the training uses those before
 SHOWN_BROKEN = 3
 
 
@@ -55,10 +59,11 @@ class Position:
 class StreamDataset:
     """The rows of JSON Lines files as an endless stream of examples or packs.
 
-    Not for several loader workers: each of them would read all rows.
+    Of several processes each has the whole stream, but makes only its part of the rows into tokens: all must take
+    the same items at the same time.
 
     Attributes:
-        report: what became of the rows read so far; each epoch counts anew.
+        report: what became of the rows of the last epoch that was read to its end, before that of those read so far.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class StreamDataset:
         shuffle: bool = True,
         seed: int = 42,
         block_packs: int = BLOCK_PACKS,
+        peers: Alone | None = None,
     ) -> None:
         """Opens nothing yet.
 
@@ -84,6 +90,7 @@ class StreamDataset:
             shuffle: shuffle the items within each block.
             seed: of the shuffle.
             block_packs: size of a block in units of `max_length` tokens.
+            peers: the processes that share the work.
 
         Raises:
             UserError: a file that is not JSON Lines.
@@ -103,8 +110,15 @@ class StreamDataset:
         self._files = [[file.name, file.stat().st_size] for file in source.files]
         self._blocks = [Position()]  # where blocks begin, in order; some 100 bytes for each block read
         self._skip = 0
+        self._following: tuple[Position, Iterator[tuple[Position, dict[str, Any]]]] | None = None
         self._broken = 0
-        self.report = DataReport()
+        self._peers = peers or Alone()
+        self._counting = DataReport()
+        self._counted: DataReport | None = None
+
+    @property
+    def report(self) -> DataReport:
+        return self._counting if self._counted is None else self._counted
 
     # --- place in the stream ---------------------------------------------------------------------
 
@@ -158,7 +172,7 @@ class StreamDataset:
             position, skip = following, 0
 
     def summary(self) -> str:
-        """What was kept, cut and dropped of the rows read so far in this epoch; one line each."""
+        """What was kept, cut and dropped, see `report`; one line each."""
         return self.report.summary()
 
     # --- blocks ----------------------------------------------------------------------------------
@@ -186,46 +200,121 @@ class StreamDataset:
     def _read_examples(self, start: Position) -> tuple[list[Example], Position]:
         """Examples of one block, and the place behind them."""
         examples: list[Example] = []
-        tokens, rows = 0, start.rows
-        offset, line = start.offset, start.line
-        if not rows:
-            self.report = DataReport()
-        for number in range(start.file, len(self._source.files)):
-            with self._source.files[number].open("rb") as stream:
-                stream.seek(offset)
-                while content := stream.readline():
-                    if rows == self._source.limit:
-                        return examples, Position(start.epoch + 1)
-                    if tokens >= self._block_tokens or len(examples) >= BLOCK_ROWS:
-                        return examples, Position(start.epoch, number, offset, line, rows)
-                    offset += len(content)
-                    line += 1
-                    if not content.strip():
-                        continue
-                    rows += 1
-                    example = self._example(number, content, line)
-                    if example is not None:
-                        examples.append(example)
-                        tokens += len(example.input_ids)
-            offset, line = 0, 0
+        tokens, behind = 0, replace(start, block=0, items=0)
+        if not start.rows:
+            self._counting = DataReport()
+        if self._following is None or self._following[0] != behind:
+            self._following = (behind, self._rows(behind))
+        _, rows = self._following
+        for behind, read in rows:
+            example = self._take(read)
+            if example is not None:
+                examples.append(example)
+                tokens += len(example.input_ids)
+            if tokens >= self._block_tokens or len(examples) >= BLOCK_ROWS:
+                self._following = (behind, rows)
+                return examples, behind
+        self._counted = self._counting
         return examples, Position(start.epoch + 1)
 
-    def _example(self, number: int, content: bytes, line: int) -> Example | None:
-        decoded = decode_line(content, line)
-        if decoded is None:
-            return None
-        file = self._source.files[number]
-        try:
-            row = to_row(decoded, file)
-            example = encode_row(row, self._tokenizer, self._template, self._src_length, self._max_length, self.report)
-        except (RowFault, UserError) as fault:
+    def _take(self, read: dict[str, Any]) -> Example | None:
+        """The example of a row, after it has been counted."""
+        report = DataReport.from_json(read["report"])
+        self._counting.merge(report)
+        for fault in read["faults"]:
             # Hours into a run a broken row is no reason to lose it; the first rows were checked at its start.
             self._broken += 1
-            self.report.note("dropped, broken", f"{file} line {line}")
             if self._broken <= SHOWN_BROKEN:
-                notice(f"{file} line {line}: row left out: {fault}")
+                notice(f"row left out: {fault}")
+        if not report.kept:
             return None
-        return None if isinstance(example, Dropped) else example
+        return Example(np.array(read["input_ids"], dtype=np.int32), np.array(read["labels"], dtype=np.int32))
+
+    # --- rows, read ahead and shared among ranks ---------------------------------------------------
+
+    def _rows(self, start: Position) -> Iterator[tuple[Position, dict[str, Any]]]:
+        """(place behind it, what became of it) of every row from `start` to the end of its epoch."""
+        for places, own in ahead(self._chunks(start), CHUNKS_AHEAD):
+            parts = self._peers.gather(own)
+            for number, place in enumerate(places):
+                yield place, parts[number % len(parts)][number // len(parts)]
+
+    def _chunks(self, start: Position) -> Iterator[tuple[list[Position], list[dict[str, Any]]]]:
+        """Rows from `start` on, some at a time: the places behind all of them, and what became of this rank's part.
+
+        All ranks need all rows: how blocks are packed depends on every length. Each makes tokens of one row in
+        `world` and gets the others'.
+        """
+        layout = self._peers.layout
+        places: list[Position] = []
+        own: list[dict[str, Any]] = []
+        for place, number, content in self._lines(start):
+            if len(places) % layout.world == layout.rank:
+                own.append(self._read(number, content, place.line))
+            places.append(place)
+            if len(places) == CHUNK_ROWS * layout.world:
+                yield places, own
+                places, own = [], []
+        if places:
+            yield places, own
+
+    def _lines(self, start: Position) -> Iterator[tuple[Position, int, bytes]]:
+        """(place behind it, number of the file, content) of every line from `start` that is not blank.
+
+        Raises:
+            UserError: a file has changed or gone since the run began.
+        """
+        rows, offset, line = start.rows, start.offset, start.line
+        for number in range(start.file, len(self._source.files)):
+            file = self._source.files[number]
+            try:
+                with file.open("rb") as stream:
+                    stream.seek(offset)
+                    while content := stream.readline():
+                        if rows == self._source.limit:
+                            return
+                        offset += len(content)
+                        line += 1
+                        if not content.strip():
+                            continue
+                        rows += 1
+                        if rows % CHUNK_ROWS == 0:
+                            self._check_unchanged(number)
+                        yield Position(start.epoch, number, offset, line, rows), number, content
+                self._check_unchanged(number)
+            except OSError as error:
+                raise UserError(
+                    f"{file}: cannot be read any more ({error.strerror}); put it back, and the same command continues "
+                    "from the last checkpoint"
+                ) from None
+            offset, line = 0, 0
+
+    def _check_unchanged(self, number: int) -> None:
+        file, size = self._source.files[number], self._files[number][1]
+        if (found := file.stat().st_size) != size:
+            raise UserError(
+                f"{file}: has changed during the run ({size:,} bytes before, {found:,} now); restore it, and the same "
+                f"command continues from the last checkpoint"
+            )
+
+    def _read(self, number: int, content: bytes, line: int) -> dict[str, Any]:
+        """What becomes of a row, as a JSON value: its ids and labels if it can be used, the report, and faults."""
+        file = self._source.files[number]
+        decoded, place, report = decode_line(content, line), f"{file} line {line}", DataReport()
+        found: Example | Dropped | None = None
+        faults: tuple[str, ...] = ()
+        try:
+            if decoded is not None:
+                with naming(place):
+                    row = to_row(decoded, file)
+                found = encode_row(row, self._tokenizer, self._template, self._src_length, self._max_length, report)
+        except UserError as error:
+            report, faults = DataReport(), error.faults
+            report.note("dropped, broken", place)
+        read: dict[str, Any] = {"report": report.to_json(), "faults": list(faults)}
+        if isinstance(found, Example):
+            read |= {"input_ids": found.input_ids.tolist(), "labels": found.labels.tolist()}
+        return read
 
 
 def _pack(examples: list[Example]) -> dict[str, Any]:
@@ -234,18 +323,3 @@ def _pack(examples: list[Example]) -> dict[str, Any]:
         "labels": np.concatenate([one.labels for one in examples]),
         "lengths": [len(one.input_ids) for one in examples],
     }
-
-
-def open_stream(source: FileSource, tokenizer: Tokenizer, template: ChatTemplate, **options: Any) -> StreamDataset:
-    """A `StreamDataset` that Paddle's DataLoader takes for an IterableDataset (imports Paddle)."""
-    from paddle.io import IterableDataset
-
-    class PaddleStream(StreamDataset, IterableDataset):
-        """The same stream, under the base class that the loader asks for."""
-
-        @property
-        def __len__(self) -> Any:
-            """Paddle's class has one that fails when called; a stream has none, and says so when asked."""
-            raise AttributeError("a stream has no length")
-
-    return PaddleStream(source, tokenizer, template, **options)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
-from paddle.io import BatchSampler, DistributedBatchSampler
 
 from utils.data.encode import IGNORED
 from utils.training.batches import batch_sizes
@@ -33,50 +32,50 @@ class WithBlanks:
         return {**item, "labels": np.full_like(item["labels"], IGNORED), BLANK: True}
 
 
-class EpochSampler(DistributedBatchSampler):
+class EpochSampler:
     """Shuffled batches of example numbers whose order depends on the seed and the epoch only.
 
-    The class is Paddle's because the trainer's loop calls `set_epoch` on that type.
+    Each time it is gone through is the next epoch.
     """
 
     def __init__(
         self, dataset: Sized, batch_size: int, accumulation: int, *, seed: int, ranks: int = 1, rank: int = 0
     ) -> None:
-        super().__init__(dataset, batch_size, num_replicas=ranks, rank=rank, shuffle=True)
-        self.examples, self.seed = len(dataset), seed
+        self.examples, self.seed, self.ranks, self.rank = len(dataset), seed, ranks, rank
         self.sizes = batch_sizes(self.examples, batch_size, accumulation * ranks)
-        self.start_epoch, self.skipped = 0, 0
+        self.epoch, self.skipped = 0, 0
 
     def __len__(self) -> int:
-        return len(self.sizes) // self.nranks
+        return len(self.sizes) // self.ranks
 
     def resume_at(self, epoch: int, batches: int) -> None:
-        """Leaves out the first `batches` batches of `epoch`: they were trained on before."""
-        self.start_epoch, self.skipped = epoch, batches
+        """Begins with `epoch`, without its first `batches` batches: they were trained on before."""
+        self.epoch, self.skipped = epoch, batches
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The example numbers of every batch of this rank, see `WithBlanks`."""
         order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.examples)
-        parts = np.split(order, np.cumsum(self.sizes)[:-1])[self.local_rank :: self.nranks]
+        parts = np.split(order, np.cumsum(self.sizes)[:-1])[self.rank :: self.ranks]
         return [part.tolist() or [-1] for part in parts]
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.skipped if self.epoch == self.start_epoch else 0
-        yield from self.batches(self.epoch)[first:]
+        epoch, first = self.epoch, self.skipped
+        self.epoch, self.skipped = epoch + 1, 0
+        yield from self.batches(epoch)[first:]
 
 
-class OrderedSampler(DistributedBatchSampler):
+class OrderedSampler:
     """Batches of a dataset that is in its order already and as long as the run: numbers, one after another.
 
     A batch of all ranks is consecutive. Nothing is kept in memory.
     """
 
     def __init__(self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, batch_size, num_replicas=ranks, rank=rank, shuffle=False)
-        self.examples, self.skipped = len(dataset), 0
+        self.examples, self.batch_size, self.ranks, self.rank = len(dataset), batch_size, ranks, rank
+        self.skipped = 0
 
     def __len__(self) -> int:
-        return self.examples // (self.batch_size * self.nranks)
+        return self.examples // (self.batch_size * self.ranks)
 
     def resume_at(self, epoch: int, batches: int) -> None:
         """Leaves out the first batches, see `EpochSampler.resume_at`; the run is one epoch."""
@@ -84,11 +83,11 @@ class OrderedSampler(DistributedBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.skipped, len(self)):
-            first = (batch * self.nranks + self.local_rank) * self.batch_size
+            first = (batch * self.ranks + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
 
 
-class EvaluationSampler(BatchSampler):
+class EvaluationSampler:
     """Batches in order, of which each rank takes one in turn; every example once.
 
     Attributes:
@@ -101,9 +100,8 @@ class EvaluationSampler(BatchSampler):
     def __init__(
         self, dataset: Sized, batch_size: int, *, ranks: int = 1, rank: int = 0, together: bool = False
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size)
         starts = range(0, len(dataset), batch_size)
-        self.examples, self.starts = len(dataset), list(starts[rank::ranks])
+        self.examples, self.batch_size, self.starts = len(dataset), batch_size, list(starts[rank::ranks])
         self.own = len(self.starts)
         if together:
             self.starts += [0] * (len(starts[::ranks]) - self.own)

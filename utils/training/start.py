@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from utils import runtime
@@ -105,14 +105,14 @@ def adapted_layers(args: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, in
 
 
 def build(
-    args: Any, checkpoint: Checkpoint, dtype: str, typical_ids: Sequence[int], peers: Alone
+    args: Any, checkpoint: Checkpoint, dtype: str, train_data: Any, peers: Alone
 ) -> tuple[TrainingModel, Trained]:
     """Loads the base, or what this rank holds of it, and puts the adapter of the run on it.
 
     Args:
         dtype: the type to compute in. Weights are kept in it with fp16_opt_level O2 and for frozen
             bases; otherwise training keeps float32 weights, those of adapters too.
-        typical_ids: tokens of the training data, from which a new prefix starts.
+        train_data: the training data, from whose tokens a new prefix starts; None without one.
     """
     runtime.load_library()
     from paddlenlp.trainer import set_seed
@@ -179,12 +179,13 @@ def build(
                 computed=weights_dtype,
                 held=held,
             )
+            ids = typical_ids(train_data)
             if stages is None:
-                prefix.start_from_text(base, typical_ids)
+                prefix.start_from_text(base, ids)
             else:
                 peers.gate("waiting for the model on other ranks")
                 divided: Any = InStages(family, checkpoint.config, stages)
-                prefix.start_from_text(base, typical_ids, divided, stages.complete)
+                prefix.start_from_text(base, ids, divided, stages.complete)
                 peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
         trained = Prefix(checkpoint, held, prefix)
     else:

@@ -15,6 +15,7 @@ from paddlenlp import trainer as library
 from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_directory, write_json
+from utils.data.stream import StreamDataset
 from utils.errors import UserError, notice
 from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
@@ -24,6 +25,7 @@ from utils.training.boundaries import Boundaries
 from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.gradients import Gradients
 from utils.training.inputs import SIZES, SizingCollator, rows_of
+from utils.training.loader import Loader, StreamLoader
 from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
 from utils.training.plan import Plan
@@ -120,7 +122,7 @@ class Trainer(library.Trainer):
     @property
     def streams(self) -> bool:
         """Whether the training data is a stream without a length."""
-        return isinstance(self.train_dataset, paddle.io.IterableDataset)
+        return isinstance(self.train_dataset, StreamDataset)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,36 +131,30 @@ class Trainer(library.Trainer):
             return self.args.max_steps
         return max(1, len(self.sampler) // self.args.gradient_accumulation_steps)
 
-    def get_train_dataloader(self) -> Any:
-        if self.streams:  # several loader processes would each read all of a stream
-            self.args.dataloader_num_workers = 0
-        whole = self.train_dataset
-        if not self.streams and not getattr(whole, "ordered", False):
-            self.train_dataset = WithBlanks(whole)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = whole
-
-    def _get_train_sampler(self) -> EpochSampler | OrderedSampler:
+    def get_train_dataloader(self) -> Loader | StreamLoader:
         batch = self.args.per_device_train_batch_size
-        ranks, rank = self._readers()
+        readers, reader = self._readers()
+        if self.streams:
+            return StreamLoader(self.train_dataset, batch, self.data_collator, readers=readers, reader=reader)
+        dataset, accumulation = self.train_dataset, self.args.gradient_accumulation_steps
         self.sampler: EpochSampler | OrderedSampler
-        if getattr(self.train_dataset, "ordered", False):
-            self.sampler = OrderedSampler(self.train_dataset, batch, ranks=ranks, rank=rank)
+        if getattr(dataset, "ordered", False):
+            self.sampler = OrderedSampler(dataset, batch, ranks=readers, rank=reader)
         else:
-            accumulation, seed = self.args.gradient_accumulation_steps, self.args.seed
-            self.sampler = EpochSampler(self.train_dataset, batch, accumulation, seed=seed, ranks=ranks, rank=rank)
+            self.sampler = EpochSampler(dataset, batch, accumulation, seed=self.args.seed, ranks=readers, rank=reader)
+            dataset = WithBlanks(dataset)
         if self.resumed is not None:
             epoch, steps = divmod(self.resumed["global_step"], self.steps_per_epoch)
-            self.sampler.resume_at(epoch, steps * self.args.gradient_accumulation_steps)
-        return self.sampler
+            self.sampler.resume_at(epoch, steps * accumulation)
+        return Loader(dataset, self.sampler, self.data_collator, self.args.dataloader_num_workers)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> EvaluationSampler:
-        ranks, rank = self._readers()
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Loader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        readers, reader = self._readers()
         together = self.peers.layout.stage == 3  # ranks need each other's weights
         batch = self.args.per_device_eval_batch_size
-        return EvaluationSampler(eval_dataset, batch, ranks=ranks, rank=rank, together=together)
+        sampler = EvaluationSampler(dataset, batch, ranks=readers, rank=reader, together=together)
+        return Loader(dataset, sampler, self.data_collator, self.args.dataloader_num_workers)
 
     def _readers(self) -> tuple[int, int]:
         """(in how many parts a batch is read, which of them this rank reads)."""
@@ -432,6 +428,8 @@ class Trainer(library.Trainer):
         try:
             self.train(str(plan.start) if plan.start else None)
             self.saver.wait()
+            if self.streams and self.train_dataset.report.counts:
+                notice(f"train data, as far as it was read: {self.train_dataset.summary()}")
         except BaseException as error:
             if isinstance(error, Exception):  # Ctrl-C stops at once
                 self.peers.ending()
