@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import ExportArguments, parse
 from utils.errors import run_script
 from utils.inference.export import check_target, export

@@ -7,8 +7,8 @@ Reads one JSON argument file; `--key value` after it overrides the file. `--help
 Writes weights (or the adapter), tokenizer, chat template, results, checkpoints and the loss curve to
 output_dir. An interrupted run continues by itself when it is started again.
 
-Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 143 after
-SIGTERM and 130 after Ctrl-C, when the training under way has saved a checkpoint and is not finished.
+Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 130 after Ctrl-C, 143 after
+SIGTERM, 129 after SIGHUP, 141 when nobody reads the output any more: a training under way saves a checkpoint then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import FinetuneArguments, parse
 from utils.errors import UserError, notice, run_script
 

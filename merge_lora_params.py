@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import MergeLoraArguments, parse
 from utils.checkpoints import locate
 from utils.checkpoints.merge import merge_lora

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import MergeTpArguments, parse
 from utils.checkpoints.merge_tp import merge_tp
 from utils.errors import run_script

@@ -11,7 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import PredictArguments, parse
 from utils.errors import UserError, notice, run_script
 from utils.inference.batch import answer_file

@@ -8,8 +8,8 @@ input_dir holds token files, see docs/pretrain.md for the two commands that make
 Writes weights, config.json, tokenizer, results, checkpoints and the loss curve to output_dir. An interrupted run
 continues by itself when it is started again.
 
-Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 143 after
-SIGTERM and 130 after Ctrl-C, when the training under way has saved a checkpoint and is not finished.
+Exit codes: 0 done; 2 errors that the user can mend, one line each, before any weights load; 130 after Ctrl-C, 143 after
+SIGTERM, 129 after SIGHUP, 141 when nobody reads the output any more: a training under way saves a checkpoint then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils import runtime
+from utils import runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import PretrainArguments, parse
 from utils.errors import run_script
 

@@ -209,7 +209,72 @@ def test_a_signal_saves_and_says_so(tiny: Tiny, tmp_path: Path, whole_runs: dict
     same_run(resumed, whole_runs["lora"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+AT_IMPORT = """
+import builtins, signal
+true_import = builtins.__import__
+def sending(name, *args, **kwargs):
+    if name == {module!r}:
+        try:
+            signal.raise_signal({number})
+        except:
+            pass
+    return true_import(name, *args, **kwargs)
+builtins.__import__ = sending
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "said"),
+    [
+        ("paddlenlp", signal.SIGINT, "Ctrl-C"),
+        ("paddle.vision", signal.SIGTERM, "SIGTERM"),  # within Paddle's own import
+        ("utils.training.settings", signal.SIGTERM, "SIGTERM"),  # the model is loaded
+    ],
+)
+def test_a_signal_before_the_first_step(
+    module: str,
+    number: signal.Signals,
+    said: str,
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Libraries catch every exception, and Paddle has a handler that reports a crash."""
+    code = AT_IMPORT.format(module=module, number=int(number))
+    ended = tiny.script(tmp_path / "out", "--do_train", "--lora", "--max_steps", 1, code=code)
+    assert ended.code == 128 + number, ended.err
+    assert ended.err == f"note: ended by {said}\n" and not (tmp_path / "out").exists()
+
+
+def test_output_that_nobody_reads_any_more(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """`... | head`: the checkpoint is saved all the same."""
+    process = tiny.start(tmp_path, "--do_train", "--lora", "--max_steps", 3000, "--save_strategy", "no")
+    assert process.stdout is not None and process.stderr is not None
+    assert "step 1/3000" in process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 141, err
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert f"stopped after step {checkpoint.name[11:]} of 3000" in err and "Traceback" not in err
+
+
+def test_a_signal_while_the_result_is_written(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Nothing else holds the work of the run: the result comes first."""
+    from utils.training import finish
+
+    def interrupted(*args: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return install(*args)
+
+    options = ["--do_train", "--do_eval", "--lora", "--max_steps", 2, "--save_strategy", "no"]
+    install = finish.install
+    with mock.patch.object(finish, "install", interrupted):
+        stopped = tiny.run(tmp_path, *options, expect=130)
+    assert "its result is written" in stopped.err and not (tmp_path / "eval_results.json").exists()
+    again = tiny.run(tmp_path, *options)
+    assert "nothing is trained again" in again.err and again.json("eval_results.json")["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_within_an_epoch_brings_no_early_end_of_it(
     tiny: Tiny,  # noqa: F811
     tmp_path: Path,
@@ -229,10 +294,10 @@ def test_a_signal_within_an_epoch_brings_no_early_end_of_it(
             signal.raise_signal(number)
         return step(self, *args, **kwargs)
 
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with mock.patch.object(Trainer, "training_step", step_with_signal):
         stopped = tiny.run(tmp_path / "cut", *options, expect=code)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert stopped.checkpoints() == ["checkpoint-4"] and "evaluation" not in stopped.out
     resumed = tiny.run(tmp_path / "cut", *options)
     same_run(resumed, whole)

@@ -127,12 +127,12 @@ SLOW_TO_END = """
 peers.SEEN_SECONDS = peers.READ_SECONDS = 0.1  # rank 1 does not wait for rank 0
 import time
 from utils.training.callbacks import StopOnSignal
-ended = StopOnSignal.on_train_end
-def slowly(self, *args, **kwargs):
-    ended(self, *args, **kwargs)
+ended = StopOnSignal.release
+def slowly(self):
+    ended(self)
     if RANK == 0:
         time.sleep(1.5)  # the launcher looks every second
-StopOnSignal.on_train_end = slowly
+StopOnSignal.release = slowly
 """
 
 

@@ -87,7 +87,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         _fail(error.faults)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        notice("ended by Ctrl-C")
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone, as in `--help | head`
         _drop_output()

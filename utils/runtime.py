@@ -12,11 +12,13 @@ import importlib.metadata
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import signals
 from utils.errors import UserError, notice
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -160,14 +162,15 @@ def check_device(device: str, *, explicit: bool) -> str:
 
 
 def load_paddle() -> None:
-    """Imports Paddle without its start-up noise (several threads on a CPU are meant)."""
-    with _without_noise(), _without_images():
+    """Imports Paddle without its start-up noise (several threads on a CPU are meant) and its handler of SIGTERM."""
+    with _without_noise(), _without_images(), signals.kept(signal.SIGTERM):
         import paddle  # noqa: F401
 
 
 def load_library() -> None:
     """Imports Paddle and PaddleNLP without their start-up noise. PaddleNLP takes seconds and 250 MB: only what
     runs its models or its trainer calls this."""
+    load_paddle()
     with _without_noise(), _without_images():
         quiet_libraries()
 

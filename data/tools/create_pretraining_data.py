@@ -16,6 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils import signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 from utils.arguments import CreatePretrainingDataArguments, parse
 from utils.errors import notice, run_script
 

@@ -17,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils import signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
 import numpy as np
 
 from utils.adapters.check import LORA_CONFIG, WEIGHTS, check_adapter

@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from utils.signals import unfinished
+
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
@@ -165,12 +167,12 @@ def _staging(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, target.name)
     staging, lock = _new_folder(target)
-    try:
-        yield staging, lock
-    finally:
-        with suppress(OSError):  # of what could not be written; what counts has been flushed
-            lock.close()
-        shutil.rmtree(staging, ignore_errors=True)
+    with unfinished(staging):
+        try:
+            yield staging, lock
+        finally:
+            with suppress(OSError):  # of what could not be written; what counts has been flushed
+                lock.close()
 
 
 def _sync(file: BinaryIO) -> None:
@@ -215,15 +217,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, target.name)
     staging, file = _new_file(target)
-    try:
-        with _named(path, staging), file:
-            yield file
-            _sync(file)
-            _keep_mode(target, staging)
-            os.replace(staging, target)
-            _sync_folder(target.parent)
-    finally:
-        staging.unlink(missing_ok=True)
+    with unfinished(staging), _named(path, staging), file:
+        yield file
+        _sync(file)
+        _keep_mode(target, staging)
+        os.replace(staging, target)
+        _sync_folder(target.parent)
 
 
 def _opened_stream(path: Path) -> BinaryIO:

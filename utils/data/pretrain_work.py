@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils import signals
 from utils.errors import UserError
 
 Task = TypeVar("Task")
@@ -39,11 +42,14 @@ def in_order(
         prepare(*arguments)
         yield from map(work, tasks)
         return
+    # a process that a signal ends leaves semaphores: they are removed, but not without a warning
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     pool = ProcessPoolExecutor(workers, get_context("spawn"), prepare, arguments)
     waiting: deque[Future[Found]] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(work, task))
+            with signals.kept_from_children(signal.SIGINT):
+                waiting.append(pool.submit(work, task))
             if len(waiting) >= AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:

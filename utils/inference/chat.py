@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from utils import signals
 from utils.data.template import Message
 from utils.errors import notice
 from utils.inference.loading import Prepared
@@ -97,6 +99,7 @@ def chat_in_terminal(chat: Chat, peers: Alone) -> None:
         peers: all of these processes take part; the first speaks with the user.
     """
     notice(HELP)
+    signals.handle(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the process
     while True:
         text = peers.from_first(_read, "waiting for a message")
         if text is None:

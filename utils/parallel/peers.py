@@ -388,13 +388,13 @@ def start(layout: Layout, device: str) -> Alone:
     import paddle.distributed as dist
     from paddle.base import core
 
-    with redirect_stderr(io.StringIO()):  # a list of its flags
-        dist.init_parallel_env()
-    store = core.create_or_get_global_tcp_store()
-    peers = Peers(layout, store)
-    peers.groups = groups.create(layout)
+    with signals.left_to_system():
+        with redirect_stderr(io.StringIO()):  # a list of its flags
+            dist.init_parallel_env()
+        store = core.create_or_get_global_tcp_store()
+        peers = Peers(layout, store)
+        peers.groups = groups.create(layout)
     send_at_once()  # on the connections of all groups
-    signal.siginterrupt(signal.SIGINT, False)  # see `signals.handle`
     errors.ending = peers
     if not peers.first:
         errors.silent = True

@@ -17,6 +17,7 @@ from paddlenlp.trainer import TrainerCallback
 from tqdm import tqdm
 
 from utils import signals
+from utils.parallel.peers import Alone
 from utils.training.curve import LossCurve
 from utils.training.reporters import Report, chart_name, installed, open_reporter
 
@@ -137,9 +138,10 @@ class Reports(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """A signal during a training: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     With several processes a signal counts once all of them have agreed on it, so that all stop after the same step.
+    It is heeded from the first step to `release`, when the result is written.
 
     Attributes:
         received: the number of the signal that came to this process first, or None.
@@ -162,16 +164,22 @@ class StopOnSignal(TrainerCallback):
         if self.several and stopping and self.agreed is None:
             self.agreed = self.received or signal.SIGTERM
 
+    def agree_among(self, peers: Alone) -> None:
+        """Lets all processes know of a signal that one has received."""
+        self.agree(peers.sums([self.received is not None])[0] > 0)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
-            signals.notice("stopping after this step; a checkpoint will be saved (Ctrl-C stops at once)")
+            said = "nobody reads the output any more: " if number == signal.SIGPIPE else ""
+            signals.notice(f"{said}stopping after this step; a checkpoint will be saved (Ctrl-C stops at once)")
         elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+            self.before[number](number, frame)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signals.handle(number, self._handle)
+        for number in signals.ENDING:
+            if not signals.is_ignored(number):
+                self.before[number] = signals.handle(number, self._handle)
 
     def _stop(self, control: Any) -> None:
         if self.wanted is not None:
@@ -188,9 +196,10 @@ class StopOnSignal(TrainerCallback):
         if self.wanted is not None and not float(state.epoch).is_integer():
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def release(self) -> None:
+        """Puts the handlers back that were there before the training."""
         for number, handler in self.before.items():
-            if signal.getsignal(number) == self._handle:  # or else a process that ends has already set its own
+            if signals.current(number) == self._handle:  # or else a process that ends has already set its own
                 # a launcher sends its signal several times; a process that is ending already must not die of it
                 signals.handle(number, signal.SIG_IGN if self.agreed is not None else handler)
         self.before.clear()

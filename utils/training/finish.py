@@ -53,13 +53,27 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
         return
     if peers.first:
         clear_output(args)
-    results = trainer.train_by(plan)
-    if trainer.stopped_early:
-        notice(
-            f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
-            "the same command continues there"
-        )
+    try:
+        results = trainer.train_by(plan)
+        if trainer.stopped_early:
+            notice(
+                f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
+                "the same command continues there"
+            )
+            sys.exit(128 + trainer.stopped_by)
+        _write_result(trainer, args, plan, results, companions)
+        trainer.signals.agree_among(peers)
+    finally:
+        trainer.signals.release()
+    if trainer.stopped_by:
+        notice("the training is finished, its result is written; the same command does what is left")
         sys.exit(128 + trainer.stopped_by)
+
+
+def _write_result(
+    trainer: Any, args: Any, plan: Plan, results: dict[str, float], companions: Callable[[Path], None]
+) -> None:
+    output, peers = Path(args.output_dir), trainer.peers
     if args.load_best_model_at_end and (best := trainer.load_best()):
         notice(f"the best checkpoint is {best}; its weights are the result")
 

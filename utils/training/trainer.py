@@ -327,7 +327,7 @@ class Trainer(library.Trainer):
                     scores += found_here
             loss, right, targets = self.peers.sums(scores if self.peers.layout.counts else np.zeros(3))
             found = likelihood_metrics(loss, int(right), int(targets))
-        self.signals.agree(self.peers.sums([self.signals.received is not None])[0] > 0)
+        self.signals.agree_among(self.peers)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.loaded_step is None:
             self.log(metrics)
@@ -434,7 +434,7 @@ class Trainer(library.Trainer):
             if isinstance(error, Exception):  # Ctrl-C stops at once
                 self.peers.ending()
                 self.saver.settle()
-            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, handlers, files
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, files
             raise
         seconds = time.monotonic() - started
         return {
