@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -303,3 +304,20 @@ def test_the_program_of_the_guide_decodes_an_export(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [int(token) for token in done.stdout.splitlines()[-1].split(",")] == wanted
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """Weights load from there, as from anywhere; a program cannot be kept there."""
+    model = write_tiny_llama(tmp_path / "model").rename(tmp_path / os.fsdecode(b"mod\xffel"))
+    home = Tiny(tmp_path)
+    (tmp_path / "questions.json").write_text('{"src": "Say red"}\n', encoding="utf-8")
+    code, _, err = predict(home, model)
+    assert code == 0, err
+    wrong = tmp_path / os.fsdecode(b"ex\xffport")
+    for words in (("export_model", "--output_path", wrong), ("predictor", "--mode", "static")):
+        folder = wrong if words[0] == "predictor" else model
+        data = ("--data_file", tmp_path / "questions.json") if words[0] == "predictor" else ()
+        code, _, err = run_main(*words, "--model_name_or_path", folder, *data, "--device", "cpu", environment={})
+        assert code == 2 and "only under names in UTF-8; give the folder another name" in err
+        wrong.mkdir(exist_ok=True)
+        (wrong / exporting.MANIFEST).write_text("{}", encoding="utf-8")

@@ -99,6 +99,7 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
         raise UserError(f"--model_name_or_path {name}: no such folder; export the model first: {_command(name)}")
     if not is_export(folder):
         raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {_command(name)}")
+    _check_name(folder)
     known = read_json(folder / MANIFEST)
     again = f"export it again: {_command(name)}"
     if known.get("format") != FORMAT:
@@ -263,10 +264,21 @@ def _views_are_copies() -> Iterator[None]:
 
 def check_target(output: Path) -> None:
     """Raises `UserError` unless `output` is free, or an earlier export that may be replaced."""
+    _check_name(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_export(output) or not holds_nothing_else(output):
         raise UserError(f"{output}: is there already and holds more than an earlier export; name a new folder")
+
+
+def _check_name(folder: Path) -> None:
+    """Raises `UserError` for the name of a folder under which Paddle keeps no program."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{folder}: Paddle writes and reads programs only under names in UTF-8; give the folder another name"
+        ) from None
 
 
 def check_same_kind(checkpoint: Checkpoint, manifest: Manifest, inference_model: bool) -> None:
