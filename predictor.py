@@ -25,6 +25,7 @@ from utils.inference.loading import Prepared, check_model_type, load, prepare
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import start
 from utils.parallel.topology import Layout
+from utils.places import is_stream
 
 if TYPE_CHECKING:
     from utils.inference.generator import Speed
@@ -69,7 +70,8 @@ def main() -> None:
             batch_size=run.batch_size,
             resume=run.resume,
         )
-        print(f"answers are in {run.output_file}")
+        if not is_stream(run.output_file):  # where these words would stand among the answers
+            print(f"answers are in {run.output_file}")
     if run.benchmark:
         print(table(speed, run.device))
 

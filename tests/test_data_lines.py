@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from utils.data.lines import RowFault, decode_line, json_bytes, naming, read_lines, writable
+from utils.checkpoints.files import json_bytes
+from utils.data.lines import RowFault, decode_line, naming, read_lines, writable
 from utils.errors import UserError
 
 PAIR = '{"src": "one", "tgt": "two"}'

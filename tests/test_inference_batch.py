@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import resource
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +25,13 @@ from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.inference.batch import answer_file
-from utils.inference.chat import Chat
+from utils.inference.chat import Chat, chat_in_terminal
 from utils.inference.eager import EagerEngine
 from utils.inference.generator import Completion, Generator
 from utils.inference.journal import Journal
 from utils.inference.loading import Prepared, load, prepare
 from utils.inference.sampling import SamplingOptions
+from utils.parallel.peers import Alone
 
 OPTIONS = SamplingOptions(max_new_tokens=10)
 ROWS = [{"src": f"Question {'very ' * (n % 4)}number {n}?", "tgt": f"answer {n}"} for n in range(9)]
@@ -222,6 +228,16 @@ def test_a_file_without_any_good_row_is_an_error(answer: Callable[..., Any], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json"]
 
 
+def test_a_run_without_any_answer_is_an_error(answer: Callable[..., Any], tmp_path: Path) -> None:
+    """Its file is written all the same, with what is wrong with each row."""
+    with pytest.raises(UserError, match="none of 3 rows could be answered; their errors stand in "):
+        answer([{"src": "1 " * 900}, {"src": "2 " * 900}, {"x": 1}], src_length=5000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "output.json"]
+    rows = read(tmp_path / "output.json")
+    assert [row["output"] for row in rows] == [None] * 3
+    assert ["512 positions" in row["error"] for row in rows] == [True, True, False]
+
+
 def test_long_prompts_are_cut_and_counted(answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     rows = answer([{"src": "short"}, {"src": "long " * 300}], src_length=80)
     assert all(row["output"] for row in rows)
@@ -336,6 +352,68 @@ def test_journal_drops_a_torn_line_and_locks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_journal_is_beside_what_a_link_names(
+    answer: Callable[..., Any], generator: Generator, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "output.json").symlink_to("disk/answers.json")
+    with pytest.raises(KeyboardInterrupt):
+        answer(ROWS, load=lambda: Interrupting(generator, 4))
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["answers.json.partial"]
+    with pytest.raises(UserError, match="another run is writing"):
+        held = Journal(tmp_path / "disk" / "answers.json", "key", {}, resume=True)
+        Journal(tmp_path / "output.json", "key", {}, resume=True)
+    held.close(remove=True)
+    assert len(answer(ROWS)) == len(ROWS)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["answers.json"]
+    assert (tmp_path / "output.json").is_symlink()
+
+
+def test_nothing_is_kept_beside_a_pipe(prepared: Prepared, generator: Generator, tmp_path: Path) -> None:
+    data, pipe = write_rows(tmp_path / "data.json", ROWS), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for resume in (True, False):
+        answer_file(data, pipe, prepared, lambda: generator, OPTIONS, src_length=200, batch_size=4, resume=resume)
+        rows = [json.loads(line) for line in os.read(reader, 1 << 16).splitlines()]
+        assert [row["src"] for row in rows] == [row["src"] for row in ROWS] and all(row["output"] for row in rows)
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "pipe"]
+
+
+def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
+    """The error names the file, and what was recorded before stays."""
+    output = tmp_path / "out.json"
+    journal = Journal(output, "key", {"seed": 1}, resume=True)
+    journal.record(0, {"output": "zero"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError) as full:
+            journal.record(1, {"output": "x" * 1000})
+        journal.close(remove=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (full.value.errno, full.value.filename) == (errno.EFBIG, str(journal.path))
+    again = Journal(output, "key", {"seed": 2}, resume=True)
+    assert again.answers == {0: {"output": "zero"}}
+    again.close(remove=True)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(
+    prepared: Prepared, generator: Generator, tmp_path: Path
+) -> None:
+    data, output = write_rows(tmp_path / "data.json", ROWS), tmp_path / "deep" / "output.json"
+    output.parent.mkdir()
+
+    def removing() -> Generator:
+        shutil.rmtree(output.parent)
+        return generator
+
+    answer_file(data, output, prepared, removing, OPTIONS, src_length=200, batch_size=4, resume=True)
+    assert len(read(output)) == len(ROWS) and os.listdir(output.parent) == ["output.json"]
+
+
 # --- chat ----------------------------------------------------------------------------------------------
 
 
@@ -374,3 +452,33 @@ def test_chat_survives_ctrl_c_in_an_answer(prepared: Prepared, generator: Genera
     chat.say("Hello", write)
     assert chat.messages[1] == {"role": "assistant", "content": "".join(pieces)}
     assert chat.say("Again", lambda piece: None).text
+
+
+def test_chat_asks_again_for_what_is_no_text(
+    prepared: Prepared, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken byte, on a terminal or in a pipe that is read ahead, and half of a surrogate pair."""
+    lines = [b"Hello", b"caf\xe9", "\ud83d".encode("utf-8", "surrogatepass"), b"\xff" * 9000, "né".encode(), b"/exit"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
+    chat = Chat(prepared, generator, replace(OPTIONS, max_new_tokens=6, min_new_tokens=6), src_length=200)
+    chat_in_terminal(chat, Alone())
+    assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["Hello", "né"]
+    assert capsys.readouterr().err.count("this message is no utf-8 text; type it again") == 3
+
+
+def test_chat_goes_on_after_a_message_that_cannot_be_read(
+    prepared: Prepared, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode = prepared.tokenizer.encode
+
+    def fails(text: str, *args: Any, **options: Any) -> list[int]:
+        if "boom" in text:
+            raise ValueError("too strange")
+        return encode(text, *args, **options)
+
+    monkeypatch.setattr(prepared.tokenizer, "encode", fails)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nboom\nAgain\n"))
+    chat = Chat(prepared, generator, replace(OPTIONS, max_new_tokens=6, min_new_tokens=6), src_length=200)
+    chat_in_terminal(chat, Alone())
+    assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["Hello", "Again"]
+    assert "too strange" in capsys.readouterr().err

@@ -286,10 +286,15 @@ def test_decoders_that_strip_a_leading_space() -> None:
         ({"stop": (3,)}, "stop is (3,): expected a list of texts"),
         ({"top_logprobs": 2}, "top_logprobs is 2: expected 0 without logprobs"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21: expected from 0 to 20"),
-        ({"num_beams": 0}, "num_beams is 0: expected at least 1"),
+        ({"num_beams": 0}, "num_beams is 0: expected from 1 to 1024"),
         ({"num_beams": 2, "top_k": 5}, "num_beams is 2: expected 1 together with sampling"),
         ({"num_beams": 2, "prompt_lookup_num_tokens": 5}, "num_beams is 2: expected 1 together with"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"length_penalty": 1e308}, "length_penalty is 1e+308"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"frequency_penalty": -1e308}, "frequency_penalty is -1e+308"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"temperature": float("inf")}, "temperature is inf"),
     ],
 )
 def test_options_that_cannot_be(settings: dict, named: str) -> None:

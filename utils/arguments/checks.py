@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.parallel.topology import world_size
+from utils.places import PARTIAL, is_read_only, is_stream
 from utils.splits import looks_like_path, split_files
 
 ANSWER_METRICS = ("bleu4", "rouge1", "rouge2", "rougel")
@@ -207,7 +208,13 @@ def named_files(run: Any) -> Iterator[str]:
             yield f"{run.where(name)}: no such folder"
     for name in ("chat_template", "data_file"):
         value = getattr(run, name, None)
-        if value is not None and not os.path.isfile(value):
+        if value is None or os.path.isfile(value):
+            continue
+        if os.path.isdir(value):
+            yield f"{run.where(name)}: is a folder; expected a file"
+        elif is_stream(value):
+            yield f"{run.where(name)}: is read more than once, and a pipe or device cannot be; put it into a file first"
+        else:
             yield f"{run.where(name)}: no such file"
     yield from adapter(run, "lora_path", "lora")
     yield from adapter(run, "prefix_path", "prefix")
@@ -239,6 +246,9 @@ def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
 def unwritable(run: Any, name: str) -> Iterator[str]:
     """Whether a folder could be made, or written into, at a path; finds out without leaving a trace."""
     path = os.path.abspath(getattr(run, name))
+    if is_read_only(path):
+        yield f"{run.where(name)} cannot be written: it is read-only (chmod u+w would allow it)"
+        return
     while True:
         try:
             os.lstat(path)
@@ -327,16 +337,28 @@ def strategy(run: Any) -> Iterator[str]:
 
 
 def prediction_files(run: Any) -> Iterator[str]:
+    """The answers, and those of an unfinished run beside them, must have a place."""
+    named = run.where("output_file")
     if os.path.isdir(run.output_file):
-        yield f"{run.where('output_file')} is a folder; expected the name of a file"
+        yield f"{named} is a folder; expected the name of a file"
         return
-    if run.data_file is not None and os.path.realpath(run.data_file) == os.path.realpath(run.output_file):
-        yield f"{run.where('output_file')} would overwrite {run.where('data_file')}"
-    folder = os.path.dirname(os.path.abspath(run.output_file))
+    if is_stream(run.output_file):
+        if not os.access(run.output_file, os.W_OK):
+            yield f"{named} cannot be written: no permission"
+        return
+    target = os.path.realpath(run.output_file)
+    if run.data_file is not None and os.path.realpath(run.data_file) == target:
+        yield f"{named} would overwrite {run.where('data_file')}"
+    folder, unfinished = os.path.dirname(target), target + PARTIAL
     if not os.path.isdir(folder):
-        yield f"{run.where('output_file')}: there is no folder {folder}"
+        yield f"{named}: there is no folder {folder}"
     elif not _accepts_files(folder):
-        yield f"{run.where('output_file')} cannot be written: no permission to write in {folder}"
+        yield f"{named} cannot be written: no permission to write in {folder}"
+    elif is_read_only(target):
+        yield f"{named} is read-only; chmod u+w allows to replace it, or name another file"
+    elif os.path.lexists(unfinished) and (not os.path.isfile(unfinished) or is_read_only(unfinished)):
+        kind = "read-only" if os.path.isfile(unfinished) else "no file"
+        yield f"{named}: answers are kept in {unfinished} until all are there, but it is {kind}; move it away"
 
 
 def static_folder(run: Any) -> Iterator[str]:

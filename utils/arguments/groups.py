@@ -337,14 +337,24 @@ class SamplingArguments(Arguments):
     top_p: float = arg(1.0, "sample from the likeliest tokens of this total", above=0, maximum=1)
     min_p: float = arg(0.0, "leave out tokens less likely than this share of the likeliest", minimum=0, maximum=1)
     temperature: float = arg(1.0, "divides the logits; 0 is greedy", minimum=0)
-    repetition_penalty: float = arg(1.0, "divides the logits of tokens seen before; 1 is off", above=0)
-    presence_penalty: float = arg(0.0, "subtracted from the logits of tokens of the answer so far")
-    frequency_penalty: float = arg(0.0, "the same, per occurrence")
+    repetition_penalty: float = arg(
+        1.0, "divides the logits of tokens seen before; 1 is off", minimum=1e-6, maximum=1e6
+    )
+    presence_penalty: float = arg(
+        0.0, "subtracted from the logits of tokens of the answer so far", minimum=-1e6, maximum=1e6
+    )
+    frequency_penalty: float = arg(0.0, "the same, per occurrence", minimum=-1e6, maximum=1e6)
     no_repeat_ngram_size: int = arg(0, "no n-gram of this size occurs twice; 0 is off", minimum=0)
     num_beams: int = arg(
-        1, "texts that grow together in beam search; each takes a place of batch_size", minimum=1, unit="beams"
+        1,
+        "texts that grow together in beam search; each takes a place of batch_size",
+        minimum=1,
+        maximum=1024,
+        unit="beams",
     )
-    length_penalty: float = arg(1.0, "beam search: a score is the sum of log-probabilities / length ** this")
+    length_penalty: float = arg(
+        1.0, "beam search: a score is the sum of log-probabilities / length ** this", minimum=-50, maximum=50
+    )
     early_stopping: bool = arg(False, "beam search: end as soon as num_beams answers are complete")
     prompt_lookup_num_tokens: int = arg(
         0,

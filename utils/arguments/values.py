@@ -39,6 +39,8 @@ def from_json(option: Option, value: Any) -> Any:
         if option.optional:
             return None
         raise Misfit(f"expected {_expected(option)}, found null")
+    if value == "" and option.path:
+        raise Misfit("expected a name, found an empty text")
     if isinstance(value, str) and _is_broken(value):
         raise Misfit(f"expected {_expected(option)}, found a character that no text or file name may hold")
     for kind in option.kinds:
@@ -65,6 +67,8 @@ def from_text(option: Option, text: str) -> Any:
     """
     if option.optional and (text in NONE_WORDS or text == ""):
         return None
+    if text == "" and option.path:
+        raise Misfit("expected a name, found an empty text")
     for kind in sorted(option.kinds, key=lambda kind: kind is str):  # text last: it accepts everything
         value = _read(kind, text)
         if value is not None:

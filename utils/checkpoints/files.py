@@ -21,12 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from utils.places import descriptor, is_read_only, is_stream
 from utils.signals import unfinished
 
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
-_MOST_LINKS = 40  # that the kernel follows
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a file that lies on no disk
 
 
@@ -36,43 +36,6 @@ def cache_root() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-toolchain"
-
-
-# --- what a path names -----------------------------------------------------------------------------
-
-
-def is_stream(path: Path | str) -> bool:
-    """Whether a path names what can only be written into: a device, a pipe, or an open file such as /dev/stdout."""
-    if _descriptor(path) is not None:
-        return True
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
-def is_read_only(path: Path | str) -> bool:
-    """Whether somebody has taken the right to write from everybody; root, whom the system lets write, respects it."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return not stat.S_IMODE(mode) & 0o222
-
-
-def _descriptor(path: Path | str) -> str | None:
-    """The name in /proc/PID/fd that a path leads to; None of any other path."""
-    place = os.path.abspath(path)
-    for _ in range(_MOST_LINKS):
-        folder = os.path.realpath(os.path.dirname(place))
-        place = os.path.join(folder, os.path.basename(place))
-        if re.fullmatch(r"/proc/\d+(/task/\d+)?/fd", folder):
-            return place
-        if not os.path.islink(place):
-            return None
-        place = os.path.join(folder, os.readlink(place))
-    return None
 
 
 def _refuse(path: Path, code: int) -> NoReturn:
@@ -227,7 +190,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 def _opened_stream(path: Path) -> BinaryIO:
     """An open file of this process shares its place, so that what else is written there stays."""
-    place = _descriptor(path)
+    place = descriptor(path)
     if place is not None and os.path.dirname(place) == os.path.realpath("/proc/self/fd"):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from utils.checkpoints.files import atomic_directory, cache_root, is_complete, json_bytes
 from utils.data.encode import DataReport, Dropped, encode_row
-from utils.data.lines import json_bytes
 from utils.data.packing import best_fit, efficiency
 from utils.data.rows import SHOWN_FAULTS, Row
 from utils.data.sources import FileSource, Source, find_source
 from utils.data.template import ChatTemplate
-from utils.errors import UserError, notice, raise_if
+from utils.errors import UserError, notice, raise_if, reason
 
 if TYPE_CHECKING:
     from utils.data.stream import StreamDataset
@@ -204,8 +204,6 @@ def tokenize(
 
 def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: DataOptions) -> Tokenized:
     """The tokenized rows, from the cache if they are there."""
-    from utils.checkpoints.files import atomic_directory, cache_root, is_complete
-
     key = {
         "version": FORMAT_VERSION,
         "rows": source.fingerprint(),
@@ -223,7 +221,7 @@ def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: 
         with atomic_directory(folder) as staging:
             made.save(staging)
     except OSError as error:
-        notice(f"the tokenized data could not be cached in {folder} ({error.strerror}); it is kept in memory")
+        notice(f"the tokenized data could not be cached ({reason(error)}); it is kept in memory")
         return made
     return Tokenized.load(folder)
 

@@ -179,14 +179,6 @@ def half_of_pair(text: str) -> int | None:
     return None
 
 
-def json_bytes(value: Any) -> bytes:
-    """A value as JSON in UTF-8 on one line, whatever text it holds: half a surrogate pair stays escaped."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value).encode()
-
-
 def writable(value: Any) -> Any:
     """The value if it is JSON that others can read too, else None: NaN is none, and Python writes no deep nesting."""
     try:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.checkpoints.files import atomic_file
-from utils.data.lines import RowFault, json_bytes, naming, read_lines, writable
+from utils.checkpoints.files import atomic_file, json_bytes
+from utils.data.lines import RowFault, naming, read_lines, writable
 from utils.data.rows import to_row
 from utils.errors import UserError, notice
 from utils.inference.journal import Answers, Journal
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
+from utils.places import is_stream
 
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator, Speed
@@ -118,7 +119,7 @@ def answer_file(
         Figures of speed; None if nothing was left to answer.
 
     Raises:
-        UserError: no row can be answered, or another run is writing `output_file`.
+        UserError: no row could be answered, or another run is writing `output_file`.
     """
     questions = read_questions(data_file, prepared, src_length)
     for question in questions:
@@ -149,10 +150,15 @@ def answer_file(
 
 
 def _journal(output_file: Path, key: str, facts: dict[str, Any], resume: bool, peers: Alone) -> Answers:
-    """The journal of a run. Of several processes the first has it; the others have the same answers in memory."""
+    """The journal of a run. Of several processes the first has it; the others have the same answers in memory.
+
+    So have all of them where the output goes into a device or a pipe, beside which nothing can be kept.
+    """
     kept: list[Journal] = []
 
     def opened() -> tuple[list[tuple[int, dict[str, Any]]], dict[str, Any]]:
+        if is_stream(output_file):
+            return [], facts
         kept.append(Journal(output_file, key, facts, resume=resume))
         return list(kept[0].answers.items()), kept[0].facts
 
@@ -216,5 +222,7 @@ def _report(questions: Sequence[Question], answers: dict[int, dict[str, Any]], o
     ]
     for error in errors[:SHOWN_FAULTS]:
         notice(error)
+    if len(errors) == len(questions):
+        raise UserError(f"none of {len(questions)} rows could be answered; their errors stand in {output_file}")
     if errors:
         notice(f"{len(errors)} of {len(questions)} rows have no answer; their error stands in {output_file}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from utils import signals
+from utils.data.lines import naming
 from utils.data.template import Message
-from utils.errors import notice
+from utils.errors import UserError, notice
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
@@ -16,6 +19,7 @@ from utils.parallel.peers import Alone
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator
 
+LONGEST_LINE = 4095  # bytes; what is typed behind them does not arrive from a terminal
 HELP = "Type a message. /reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 
 
@@ -38,10 +42,18 @@ class Chat:
         """Answers one message of the user; pieces of the answer go to `write` as they come.
 
         Rounds that no longer fit into src_length are forgotten, the oldest first. Ctrl-C ends the
-        answer; what was said so far is remembered.
+        answer; what was said so far is remembered. A message that cannot be answered is forgotten.
         """
+        from utils.inference.generator import Completion
+
         self.messages.append({"role": "user", "content": text})
-        stream = self._generator.stream(self._prompt(), self._options, number=self._rounds)
+        try:
+            with naming("this message"):
+                prompt = self._prompt()
+        except UserError as error:
+            self.messages.pop()
+            return Completion("", (), "error", 0, error=str(error))
+        stream = self._generator.stream(prompt, self._options, number=self._rounds)
         self._rounds += 1
         said = ""
         try:
@@ -53,7 +65,7 @@ class Chat:
             completion: Completion = end.value
         except KeyboardInterrupt:
             stream.close()
-            completion = _interrupted(said)
+            completion = Completion(said, (), "stop", 0)
         if completion.error is not None:
             self.messages.pop()
         else:
@@ -78,18 +90,20 @@ class Chat:
         return ids
 
 
-def _interrupted(text: str) -> Completion:
-    from utils.inference.generator import Completion
-
-    return Completion(text, (), "stop", 0)
-
-
 def _read() -> str | None:
-    """A message; None at the end of input."""
+    """A message, "" where it is none; None at the end of input."""
     try:
-        return input("> ").strip()
+        text = input("> ")
     except (EOFError, KeyboardInterrupt):
         return None
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # a byte that stands for no character, see `chat_in_terminal`
+        notice(f"this message is no {sys.stdin.encoding} text; type it again")
+        return ""
+    if size == LONGEST_LINE and sys.stdin.isatty():
+        notice(f"the terminal takes no more than {LONGEST_LINE} bytes of a line; the message may have been cut")
+    return text.strip()
 
 
 def chat_in_terminal(chat: Chat, peers: Alone) -> None:
@@ -100,6 +114,8 @@ def chat_in_terminal(chat: Chat, peers: Alone) -> None:
     """
     notice(HELP)
     signals.handle(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the process
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a broken byte must not take with it what has been read ahead
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         text = peers.from_first(_read, "waiting for a message")
         if text is None:

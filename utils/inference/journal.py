@@ -5,25 +5,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.data.lines import json_bytes
+from utils.checkpoints.files import json_bytes
 from utils.errors import UserError
-
-SUFFIX = ".partial"
+from utils.places import PARTIAL
 
 
 class Answers:
     """The answers of one run so far, of a process that does not write them.
 
     Attributes:
-        path: where another process may write them.
+        path: where another process may write them; links are followed.
         answers, facts, other_run: as of `Journal`.
     """
 
     def __init__(self, output: Path, answers: dict[int, dict[str, Any]], facts: dict[str, Any]) -> None:
-        self.path = output.with_name(output.name + SUFFIX)
+        self.path = Path(os.path.realpath(output) + PARTIAL)
         self.answers, self.facts, self.other_run = answers, facts, False
 
     def record(self, row: int, answer: dict[str, Any]) -> None:
@@ -85,12 +85,16 @@ class Journal(Answers):
     def close(self, *, remove: bool) -> None:
         """Ends the run; `remove` once the output is written."""
         if remove:
-            self.path.unlink()
-        self._file.close()
+            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a line that could not be written
+            self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json_bytes(line) + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json_bytes(line) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _whole_lines(self) -> list[dict[str, Any]]:
         """The lines that are complete; the file ends behind them afterwards."""

@@ -1,0 +1,96 @@
+"""Where a run may write, found out from its arguments, and numbers that no arithmetic bears."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.arguments import ExportArguments, FinetuneArguments, MergeLoraArguments, PredictArguments, parse
+from utils.errors import UserError
+from utils.places import is_stream
+
+
+def faults(argv: list[str], cls: Any = PredictArguments) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse(cls, argv, "script.py")
+    return list(caught.value.faults)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "rows.json").write_text('{"src": "a"}\n')
+    return ["--model_name_or_path", "m", "--data_file", str(tmp_path / "rows.json")]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "--output_file: expected a name, found an empty text"),
+        ("kept.json", "is read-only; chmod u+w allows to replace it"),
+        ("to kept.json", "is read-only"),
+        ("to nowhere.json", "there is no folder"),
+        ("folder.json", "is no file; move it away"),
+        ("mine.json", "is read-only; move it away"),
+        ("to rows.json", "would overwrite data_file"),
+    ],
+)
+def test_output_files_that_are_refused(words: list[str], output: str, message: str, tmp_path: Path) -> None:
+    for name in ("kept.json", "mine.json.partial"):
+        (tmp_path / name).touch(0o444)
+    (tmp_path / "folder.json.partial").mkdir()
+    for name in ("kept.json", "rows.json", "nowhere/x.json"):
+        (tmp_path / f"to {Path(name).parts[0].removesuffix('.json')}.json").symlink_to(name)
+    [found] = faults([*words, "--output_file", output and str(tmp_path / output)])
+    assert message in found
+
+
+def test_output_files_that_are_no_files(words: list[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for output in ("/dev/null", "/dev/stdout", "/dev/fd/1", str(tmp_path / "pipe")):
+        assert is_stream(output)
+        assert parse(PredictArguments, [*words, "--output_file", output]).output_file == output
+    for output in ("rows.json", "new.json", "."):
+        assert not is_stream(tmp_path / output)
+
+
+def test_data_files_that_are_no_files(words: list[str], tmp_path: Path) -> None:
+    """A file is opened more than once, also by other processes, so a pipe cannot be read."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in ((tmp_path, "is a folder"), (tmp_path / "pipe", "a pipe or device cannot be")):
+        [found] = faults([*words[:3], str(name)])
+        assert found.startswith(f"data_file {name} (--data_file): ") and message in found
+
+
+@pytest.mark.parametrize(
+    ("cls", "option"),
+    [(FinetuneArguments, "output_dir"), (ExportArguments, "output_path"), (MergeLoraArguments, "merge_model_path")],
+)
+def test_a_folder_that_is_read_only_is_refused(cls: Any, option: str, tmp_path: Path) -> None:
+    """Also for root, and behind a link; what is in it says who has closed it."""
+    (tmp_path / "kept").mkdir(mode=0o555)
+    (tmp_path / "link").symlink_to("kept")
+    for name in ("kept", "link"):
+        place = tmp_path / name
+        assert f"{option} {place} (--{option}) cannot be written: it is read-only (chmod u+w would allow it)" in faults(
+            [f"--{option}", str(place)], cls
+        )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("length_penalty", "1e308"),
+        ("length_penalty", "-1e308"),
+        ("presence_penalty", "-1e308"),
+        ("frequency_penalty", "1e308"),
+        ("repetition_penalty", "1e-308"),
+        ("num_beams", "1000000000"),
+    ],
+)
+def test_sampling_options_that_no_arithmetic_bears(words: list[str], option: str, value: str) -> None:
+    beams = [] if option == "num_beams" else ["--num_beams", "2"]
+    [found] = faults([*words, *beams, f"--{option}", value])
+    assert found.startswith(f"--{option}: expected a") and " and at most " in found
