@@ -158,7 +158,9 @@ def test_adapters_must_be_adapters(finetune: list[str], tmp_path: Path) -> None:
     words = [*finetune, "--lora", "--lora_path", str(folder)]
     assert "has no lora_config.json; name the output folder of lora training" in faults(words)[0]
     (folder / "adapter_config.json").touch()
-    assert "is a PEFT adapter; convert it first" in faults(words)[0]
+    assert "has no adapter_model.safetensors" in faults(words)[0]
+    (folder / "adapter_model.safetensors").touch()
+    assert parse(FinetuneArguments, words, "x.py").lora_path == str(folder)
     (folder / "lora_config.json").touch()
     assert "has no lora_model_state.safetensors" in faults(words)[0]
     (folder / "lora_model_state.pdparams").touch()
@@ -348,12 +350,14 @@ def test_predictor_files(data: Path, tmp_path: Path) -> None:
 
 def test_merge_checks(tmp_path: Path) -> None:
     found = faults([], MergeLoraArguments)
-    assert [fault.split()[0] for fault in found] == ["model_name_or_path", "lora_path", "merge_model_path"]
+    assert [fault.split()[0] for fault in found] == ["model_name_or_path", "lora_path"]
     lora = tmp_path / "lora"
     lora.mkdir()
     for name in ("lora_config.json", "lora_model_state.safetensors"):
         (lora / name).touch()
-    words = ["--model_name_or_path", str(tmp_path), "--lora_path", str(lora), "--merge_model_path"]
+    words = ["--model_name_or_path", str(tmp_path), "--lora_path"]
+    assert parse(MergeLoraArguments, [*words, f"{lora}/"], "x.py").merge_model_path == f"{lora}_merged"
+    words += [str(lora), "--merge_model_path"]
     assert "would overwrite lora_path" in faults([*words, str(lora)], MergeLoraArguments)[0]
     assert "would overwrite model_name_or_path" in faults([*words, str(tmp_path)], MergeLoraArguments)[0]
     for size in ("5 GB", "GB", "0", "5XB", "-1GB"):

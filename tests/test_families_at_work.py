@@ -115,6 +115,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(shop: Workshop) -> None:
 
 def test_a_merged_adapter_answers_as_base_and_adapter(shop: Workshop) -> None:
     from utils.adapters.lora import load_lora
+    from utils.adapters.lora_files import read_lora
 
     adapter, merged = shop.run("lora").output, shop.home / "merged"
     shop.script(
@@ -123,7 +124,7 @@ def test_a_merged_adapter_answers_as_base_and_adapter(shop: Workshop) -> None:
         *("--merge_model_path", merged, "--dtype", "float32", "--export_format", "hf"),
     )
     base = locate(shop.tiny.model)
-    adapted = load_lora(load_model(base, "float32"), base.family, adapter, base)
+    adapted = load_lora(load_model(base, "float32"), read_lora(adapter, base))
     adapted.eval()
     whole = locate(merged)
     alone = load_model(whole, "float32")

@@ -83,9 +83,10 @@ def make_adapter(folder: Path, base: Checkpoint, *, rslora: bool = False) -> Pat
 def adapted_logits(base: Checkpoint, adapter: Path, ids: np.ndarray) -> np.ndarray:
     """base + adapter with the layers in place, as the predictor runs it."""
     from utils.adapters.lora import load_lora
+    from utils.adapters.lora_files import read_lora
 
     model = load_model(base, "float32")
-    adapted = load_lora(model, base.family, adapter, base)
+    adapted = load_lora(model, read_lora(adapter, base))
     adapted.eval()
     return forward(base.family, adapted.model, ids)
 
@@ -180,9 +181,9 @@ def test_command_writes_a_folder_that_is_enough_alone(
 def test_command_refuses_before_anything_is_written(tmp_path: Path, root: Path, base: Checkpoint) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     named = ["--model_name_or_path", base.folder, "--lora_path", adapter]
-    missing = run(root, "merge_lora_params.py", *named)
+    missing = run(root, "merge_lora_params.py", *named[:2])
     assert missing.returncode == 2
-    assert "merge_model_path" in missing.stderr
+    assert "lora_path is missing" in missing.stderr
     other = ["--model_name_or_path", FIXTURES / "llama_plain", "--lora_path", adapter]
     wrong = run(root, "merge_lora_params.py", *other, "--merge_model_path", tmp_path / "out")
     assert wrong.returncode == 2
@@ -270,6 +271,9 @@ def test_conversion_there_and_back_changes_nothing(tmp_path: Path, base: Checkpo
 def test_partial_targets_keep_their_layers(tmp_path: Path, base: Checkpoint) -> None:
     """An adapter on some layers only names them in full in both layouts."""
     adapter = make_adapter(tmp_path / "adapter", base)
+    config = json.loads((adapter / "lora_config.json").read_text())
+    config["target_modules"] = [r"llama\.layers\.1\..*q_proj"]
+    (adapter / "lora_config.json").write_text(json.dumps(config))
     tensors = dict(read_tensors(adapter / ADAPTER_WEIGHTS))
     kept = [(name, value) for name, value in tensors.items() if ".layers.1." in name and "q_proj" in name]
     write_safetensors(adapter / ADAPTER_WEIGHTS, kept, {"format": "np"})
@@ -288,7 +292,7 @@ def test_peft_settings_without_counterpart_are_refused(tmp_path: Path, base: Che
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / "peft_tiny", source)
     config = json.loads((source / "adapter_config.json").read_text())
-    for setting, value in (("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all"), ("peft_type", "IA3")):
+    for setting, value in (("use_dora", True), ("bias", "all"), ("peft_type", "IA3")):
         (source / "adapter_config.json").write_text(json.dumps({**config, setting: value}))
         with pytest.raises(UserError, match=setting):
             from_peft(source, tmp_path / "out", base)

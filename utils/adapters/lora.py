@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ import numpy as np
 import paddle
 from paddle import Tensor
 from paddlenlp.peft import LoRAConfig, LoRAModel
+from paddlenlp.transformers.model_utils import dtype_guard
 
-from utils.adapters.check import LORA_CONFIG, adapter_weights, check_adapter
+from utils.adapters.check import LORA_CONFIG
 from utils.adapters.fill import fill_parameters
-from utils.adapters.targets import target_patterns
+from utils.adapters.lora_files import LoraAdapter, LoraSettings
+from utils.adapters.targets import matched, target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.load import fill
 from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.match import some
+from utils.errors import UserError
 from utils.families import FamilySpec
 from utils.partition.tensor import Held
 
@@ -57,25 +61,46 @@ def add_lora(
         held: what this rank holds of `model`, if not all.
     """
     if linears is None:
-        linears = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
-    config = LoRAConfig(
-        target_modules=target_patterns(linears, targets or family.lora_targets),
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        rslora=rslora,
-        lora_plus_scale=lora_plus_scale,
-        dtype=dtype or model.config.dtype,
-        use_quick_lora=_quick(dropout, held),
-    )
-    adapted = _adapted(model, config)
+        found = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
+        linears = [name for name in found if name != family.head]
+    patterns = target_patterns(linears, targets or family.lora_targets)
+    settings = LoraSettings(rank, 2 * rank if alpha is None else alpha, rslora, dropout, tuple(patterns))
+    adapted = _adapted(model, settings, matched(linears, patterns), lora_plus_scale, dtype, held)
     _draw(adapted, seed, held)
     return adapted
 
 
-def _adapted(model: Any, config: LoRAConfig) -> LoRAModel:
-    """`model` with new LoRA layers; those whose weights have another type compute in that of their base."""
+def _adapted(
+    model: Any,
+    settings: LoraSettings,
+    layers: Collection[str],
+    lora_plus_scale: float,
+    dtype: str | None,
+    held: Held | None,
+) -> LoRAModel:
+    """`model` with a LoRA layer in the place of those of `layers` that it has; everything else is frozen.
+
+    The library's own way gives all layers one rank and one alpha. Layers whose weights have another type compute in
+    that of their base.
+    """
+    config = LoRAConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        rslora=settings.rslora,
+        lora_plus_scale=lora_plus_scale,
+        dtype=dtype or model.config.dtype,
+        use_quick_lora=_quick(settings.dropout, held),
+    )
     adapted = LoRAModel(model, config)
+    wanted = set(layers)
+    with dtype_guard(config.dtype):
+        for name in [name for name, _ in model.named_sublayers() if name in wanted]:
+            own = replace(config, r=settings.rank_of(name), lora_alpha=settings.alpha_of(name))
+            adapted._find_and_replace_module(model, name, own, None)
+    adapted.mark_only_lora_as_trainable()
+    config.target_modules = list(settings.targets)
+    adapted.settings = settings
     for layer in adapted.model.sublayers():
         if hasattr(layer, "lora_A") and layer.lora_A.dtype != layer.weight.dtype:
             layer.forward = partial(_in_type_of_base, layer, layer.forward)
@@ -118,8 +143,8 @@ def describe_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
     """Writes the `lora_config.json` that belongs beside the weights of `lora_parameters`."""
     config = {
         **adapted.lora_config.to_dict(),
+        **adapted.settings.to_json(),
         "tensor_parallel_degree": -1,  # files hold whole tensors
-        "scaling": adapted.lora_config.scaling,
         "base_model_name_or_path": base.name,
         "base_fingerprint": fingerprint(base),
     }
@@ -131,50 +156,40 @@ def lora_parameters(adapted: LoRAModel) -> dict[str, Any]:
     return {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
 
 
-def restore_lora(adapted: LoRAModel, folder: Path, held: Held | None = None) -> None:
-    """Fills the LoRA weights of `adapted` from an adapter folder.
+def restore_lora(adapted: LoRAModel, adapter: LoraAdapter, held: Held | None = None) -> None:
+    """Fills the LoRA weights of `adapted` from an adapter with the same settings.
 
     Args:
         held: what this rank holds of them, if not all.
 
     Raises:
-        UserError: a weight that is missing, left over or of another shape; all are named.
+        UserError: weights that are missing, left over or of another shape, or layers with another scale.
     """
-    fill_parameters(lora_parameters(adapted), adapter_weights(folder, LORA_CONFIG), held)
+    ours, theirs = adapted.settings, adapter.settings
+    others = [layer for layer in adapter.pairs if theirs.scale_of(layer) != ours.scale_of(layer)]
+    if others:
+        raise UserError(f"{adapter.folder}: was trained with another scale (alpha and rank) of {some(others)}")
+    fill_parameters(lora_parameters(adapted), adapter.tensors(), adapter.folder, held)
 
 
 def load_lora(
     model: Any,
-    family: FamilySpec,
-    path: str | Path,
-    base: Checkpoint,
+    adapter: LoraAdapter,
     *,
     dropout: float = 0.0,
     lora_plus_scale: float = 1.0,
     dtype: str | None = None,
     held: Held | None = None,
 ) -> LoRAModel:
-    """`model` with the LoRA layers of an adapter folder in it, weights filled, ready to run or train.
+    """`model` with the LoRA layers of an adapter in it, weights filled, ready to run or train.
 
     Args:
+        adapter: without one of the head, which no Linear of the model computes.
         dropout, lora_plus_scale: for further training; what the adapter was trained with is history.
         dtype: see `add_lora`.
         held: what this rank holds of `model`, if not all.
-
-    Raises:
-        UserError: an adapter of another base, or one whose weights do not fit.
     """
-    saved = check_adapter(path, LORA_CONFIG, base)
-    known = {field.name for field in fields(LoRAConfig)}
-    settings = {key: value for key, value in saved.items() if key in known}
-    settings.update(
-        dtype=dtype or model.config.dtype,
-        tensor_parallel_degree=-1,
-        merge_weights=False,
-        lora_dropout=dropout,
-        lora_plus_scale=lora_plus_scale,
-        use_quick_lora=_quick(dropout, held),
-    )
-    adapted = _adapted(model, LoRAConfig(**settings))
-    restore_lora(adapted, Path(path), held)
+    settings = replace(adapter.settings, dropout=dropout)
+    adapted = _adapted(model, settings, adapter.pairs, lora_plus_scale, dtype, held)
+    restore_lora(adapted, adapter, held)
     return adapted

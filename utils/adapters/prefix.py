@@ -11,11 +11,13 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from utils.adapters.check import PREFIX_CONFIG, adapter_weights, check_adapter
+from utils.adapters.check import PREFIX_CONFIG, adapter_weights
 from utils.adapters.fill import fill_parameters
+from utils.adapters.prefix_files import read_prefix_settings
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.tensors import open_tensors
 from utils.families import FamilySpec, Layers, ModelShape
 from utils.families.text import places
 from utils.partition.tensor import Held
@@ -148,7 +150,8 @@ def describe_prefix(folder: Path, prefix: PrefixTuning, base: Checkpoint) -> Non
 
 def restore_prefix(prefix: PrefixTuning, folder: Path) -> None:
     """Fills the prefix encoder from an adapter folder."""
-    fill_parameters(dict(prefix.encoder.state_dict()), adapter_weights(folder, PREFIX_CONFIG))
+    path = adapter_weights(folder, PREFIX_CONFIG)
+    fill_parameters(dict(prefix.encoder.state_dict()), open_tensors(path), path)
 
 
 def load_prefix(
@@ -183,13 +186,13 @@ def read_prefix(
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
     """
-    saved = check_adapter(path, PREFIX_CONFIG, base)
+    settings = read_prefix_settings(Path(path), base)
     prefix = PrefixTuning(
         family,
         family.shape(base.config),
-        saved["num_prefix_tokens"],
-        projection=bool(saved.get("prefix_projection")),
-        projection_hidden=saved.get("prefix_projection_hidden_size"),
+        settings.length,
+        projection=settings.projection,
+        projection_hidden=settings.projection_hidden,
         dtype=dtype,
         computed=computed,
         held=held,

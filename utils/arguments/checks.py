@@ -225,7 +225,7 @@ def named_files(run: Any) -> Iterator[str]:
 
 
 def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
-    """The folder of an adapter or prefix must hold its settings and its weights."""
+    """The folder of an adapter or prefix must hold its settings and its weights; LoRA may be in PEFT's layout."""
     folder = getattr(run, name, None)
     if folder is None:
         return
@@ -233,14 +233,15 @@ def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
         yield f"{run.where(name)}: no such folder"
         return
     files = os.listdir(folder)
-    if f"{kind}_config.json" not in files:
-        if kind == "lora" and "adapter_config.json" in files:
-            convert = "python -m utils.checkpoints.convert_peft --from-peft SRC DST"
-            yield f"{run.where(name)} is a PEFT adapter; convert it first: {convert}"
-        else:
-            yield f"{run.where(name)} has no {kind}_config.json; name the output folder of {kind} training"
-    elif not any(file.startswith(f"{kind}_model_state") for file in files):
-        yield f"{run.where(name)} has no {kind}_model_state.safetensors; its training did not finish"
+    if f"{kind}_config.json" in files:
+        weights = f"{kind}_model_state"
+    elif kind == "lora" and "adapter_config.json" in files:
+        weights = "adapter_model"
+    else:
+        yield f"{run.where(name)} has no {kind}_config.json; name the output folder of {kind} training"
+        return
+    if not any(file.startswith(weights) for file in files):
+        yield f"{run.where(name)} has no {weights}.safetensors; its training did not finish"
 
 
 def unwritable(run: Any, name: str) -> Iterator[str]:
@@ -382,16 +383,9 @@ def export_required(run: Any) -> Iterator[str]:
 
 
 def merge_required(run: Any) -> Iterator[str]:
-    for name in ("model_name_or_path", "lora_path", "merge_model_path"):
+    for name, step in (("model_name_or_path", "base of the adapter"), ("lora_path", "folder of the adapter")):
         if getattr(run, name) is None:
-            yield f"{name} is missing; {MERGE_MEANING[name]}"
-
-
-MERGE_MEANING = {
-    "model_name_or_path": "name the base of the adapter",
-    "lora_path": "name the folder of the adapter",
-    "merge_model_path": "name a new folder for the merged model",
-}
+            yield f"{name} is missing; name the {step}"
 
 
 def merge_folders(run: Any) -> Iterator[str]:

@@ -33,7 +33,9 @@ class AdapterArguments(Arguments):
 
     chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
     lora: bool = arg(False, "train low-rank adapters (LoRA) instead of all weights")
-    lora_path: str | None = arg(None, "folder of an adapter to start from", needs=["lora"], path=True)
+    lora_path: str | None = arg(
+        None, "folder of an adapter to start from (PEFT folders too)", needs=["lora"], path=True
+    )
     lora_rank: int = arg(8, "rank of the adapters", minimum=1, needs=["lora"])
     lora_alpha: float | None = arg(
         None, "scale of the adapters, divided by the rank; 2 * lora_rank by default", above=0, needs=["lora"]
@@ -298,7 +300,7 @@ class PredictorArguments(Arguments):
     model_name_or_path: str | None = arg(
         None, "model: a folder, a hub name, or smollm2-135m-instruct (comes with the installation)", path=True
     )
-    lora_path: str | None = arg(None, "folder of a LoRA adapter", path=True)
+    lora_path: str | None = arg(None, "folder of a LoRA adapter (PEFT folders too)", path=True)
     prefix_path: str | None = arg(None, "folder of a trained prefix", path=True)
     model_type: str | None = arg(None, "family of a checkpoint that does not say it, such as gpt-3")
     chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
@@ -398,8 +400,10 @@ class MergeArguments(Arguments):
     group: ClassVar[str] = "Merge"
 
     model_name_or_path: str | None = arg(None, "the base: a folder or a name", path=True)
-    lora_path: str | None = arg(None, "folder of the adapter", path=True)
-    merge_model_path: str | None = arg(None, "folder for the merged model", path=True)
+    lora_path: str | None = arg(None, "folder of the adapter (PEFT folders too)", path=True)
+    merge_model_path: str | None = arg(
+        None, "folder for the merged model; by default that of the adapter with _merged behind its name", path=True
+    )
     device: str = arg("gpu", DEVICE_HELP)
     dtype: str | None = arg(None, "type of the merged weights; the base's own by default", choices=DTYPES)
     export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))

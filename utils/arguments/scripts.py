@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -185,6 +186,12 @@ class MergeLoraArguments(MergeArguments):
         "output_path": "merge_model_path",
     }
     checks: ClassVar = (checks.merge_required, checks.merge_folders, checks.shard_size, checks.named_files)
+
+    def settle(self) -> list[str]:
+        """Derives merge_model_path: a folder of its own beside the adapter's."""
+        if self.merge_model_path is None and self.lora_path is not None:
+            self.merge_model_path = f"{os.path.abspath(self.lora_path)}_merged"
+        return []
 
     @property
     def max_shard_bytes(self) -> int:

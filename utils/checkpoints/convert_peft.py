@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,116 +22,76 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from utils.adapters.check import LORA_CONFIG, WEIGHTS, check_adapter
+from utils.adapters.check import LORA_CONFIG, WEIGHTS
+from utils.adapters.lora_files import PEFT_CONFIG, LoraAdapter, Pair, plain, read_lora
+from utils.adapters.peft_files import PEFT_WEIGHTS, by_published, read_peft, short_names, turned
+from utils.adapters.targets import matrices
 from utils.checkpoints.companions import has_tokenizer, write_companions
 from utils.checkpoints.files import atomic_directory, write_json
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint, locate
-from utils.checkpoints.lora_pairs import Pair, check_fit, check_scale, pair_up, read_pairs, scaling
-from utils.checkpoints.match import match, part_of
-from utils.checkpoints.tensors import LazyTensor, open_tensors, write_lazy
-from utils.errors import UserError, raise_if, run_script
-from utils.families import Weight
+from utils.checkpoints.tensors import LazyTensor, cast, in_memory, write_lazy
+from utils.errors import UserError, run_script
 from utils.settings import read_json
 
-PEFT_CONFIG = "adapter_config.json"
-_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# Settings of PEFT that change what an adapter computes and have no counterpart here.
-_UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "use_qalora",
-    "alora_invocation_tokens",
-)
 
-
-def _base_of(config: Mapping[str, Any], file: Path, base: Checkpoint | None) -> Checkpoint:
+def _base_of(folder: Path, config_name: str, base: Checkpoint | None) -> Checkpoint:
+    """The base of an adapter: the one given, else the one that its configuration names."""
+    file = folder / config_name
+    if not file.is_file():
+        others = [name for name in (LORA_CONFIG, PEFT_CONFIG) if (folder / name).is_file()]
+        hint = "; it holds an adapter in the other layout" if others else ""
+        raise UserError(f"{folder}: has no {config_name}{hint}")
     if base is not None:
         return base
-    name = config.get("base_model_name_or_path")
-    if not name:
+    name = read_json(file).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
         raise UserError(f"{file}: does not say which model it belongs to; name it with --base")
     try:
-        return locate(str(name), allow_network=False)
+        return locate(name, allow_network=False)
     except UserError as error:
         raise UserError([*error.faults, f"{file}: its base cannot be used; name it with --base"]) from error
 
 
 def _check_target(target: Path) -> None:
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target}: is there already; name a new folder")
 
 
-def _layers(base: Checkpoint) -> dict[str, list[Weight]]:
-    """The matrices of all Linear layers by the published name of their layer, parts in order."""
-    found: dict[str, list[Weight]] = {}
-    for weight in base.family.weights(base.config):
-        if weight.is_linear:
-            found.setdefault(weight.published.removesuffix(".weight"), []).append(weight)
-    return found
+def _joined(layers: Sequence[str], adapter: LoraAdapter) -> tuple[Pair, int, float]:
+    """(A and B, rank, alpha) of one published layer from those of its parts, of which some may have none.
 
-
-def _layer(weight: Weight) -> str:
-    """The layer of the Paddle model that a matrix belongs to."""
-    return weight.parameter.removesuffix(".weight")
-
-
-def _targets(adapted: Collection[str], layers: Collection[str]) -> tuple[list[str], bool]:
-    """Last name parts, if they say which layers are adapted; else full names. And whether it is the first."""
-    last = {layer.rsplit(".", 1)[-1] for layer in adapted}
-    if {layer for layer in layers if layer.rsplit(".", 1)[-1] in last} == set(adapted):
-        return sorted(last), True
-    return sorted(adapted), False
-
-
-def _turned(name: str, tensor: LazyTensor) -> LazyTensor:
-    return LazyTensor(name, tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
-
-
-@dataclass(frozen=True)
-class _Fused:
-    """The pairs of one published layer: one, or those of its adapted parts.
-
-    Attributes:
-        count: how many parts the layer has.
-        parts: which of them are adapted, and their pairs.
+    Parts that share A keep it, as PEFT trains them. Others become blocks: A [in, ranks of all parts] and
+    B [ranks of all parts, out].
     """
+    settings, adapted = adapter.settings, [layer for layer in layers if layer in adapter.pairs]
+    pairs = [adapter.pairs[layer] for layer in adapted]
+    rank, alpha = settings.rank_of(adapted[0]), settings.alpha_of(adapted[0])
+    if len(layers) == 1:
+        return pairs[0], rank, alpha
+    (a, b), scales = pairs[0], [settings.scale_of(layer) for layer in adapted]
+    if len(adapted) == len(layers) and len(set(scales)) == 1 and _same([half for half, _ in pairs]):
+        return (a, _in_place_of(b, np.concatenate([half.read() for _, half in pairs], axis=1))), rank, alpha
+    ranks, width = [settings.rank_of(layer) for layer in adapted], b.shape[1]
+    joined, row = np.zeros((sum(ranks), len(layers) * width), b.read().dtype), 0
+    for layer, (_, half), own, scale in zip(adapted, pairs, ranks, scales, strict=True):
+        values, column = half.read(), layers.index(layer) * width
+        if scale != scales[0]:  # the layer has one scale
+            values = cast(values, "float32") * np.float32(scale / scales[0])
+        joined[row : row + own, column : column + width] = cast(values, b.dtype)
+        row += own
+    wider = sum(ranks) / rank
+    alpha *= math.sqrt(wider) if settings.rslora else wider
+    side_by_side = _in_place_of(a, np.concatenate([cast(half.read(), a.dtype) for half, _ in pairs], axis=1))
+    return (side_by_side, _in_place_of(b, joined)), sum(ranks), alpha
 
-    count: int
-    parts: dict[int, Pair]
 
-    @classmethod
-    def of(cls, weights: Sequence[Weight], pairs: Mapping[str, Pair]) -> _Fused:
-        found = {place: pairs[_layer(weight)] for place, weight in enumerate(weights) if _layer(weight) in pairs}
-        return cls(len(weights), found)
+def _same(tensors: Sequence[LazyTensor]) -> bool:
+    return all(np.array_equal(tensor.read(), tensors[0].read()) for tensor in tensors)
 
-    def pair(self) -> Pair:
-        """A [in, ranks of all parts] and B [ranks of all parts, out], whose blocks are the parts' own."""
-        if self.count == 1:
-            return self.parts[0]
-        (a, b), ranks = next(iter(self.parts.values())), [half.shape[0] for _, half in self.parts.values()]
 
-        def read_a() -> np.ndarray:
-            return np.concatenate([half.read() for half, _ in self.parts.values()], axis=1)
-
-        def read_b() -> np.ndarray:
-            joined, row = np.zeros((sum(ranks), self.count * b.shape[1]), b.read().dtype), 0
-            for place, (_, half) in self.parts.items():
-                joined[row : row + half.shape[0], place * b.shape[1] : (place + 1) * b.shape[1]] = half.read()
-                row += half.shape[0]
-            return joined
-
-        return (
-            LazyTensor(a.name, a.dtype, (a.shape[0], sum(ranks)), read_a),
-            LazyTensor(b.name, b.dtype, (sum(ranks), self.count * b.shape[1]), read_b),
-        )
+def _in_place_of(tensor: LazyTensor, values: np.ndarray) -> LazyTensor:
+    return in_memory(tensor.name, values)
 
 
 def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None:
@@ -146,45 +104,32 @@ def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None
         UserError: no adapter, one of another base, a method that PEFT does not have, or `target` exists.
     """
     _check_target(target)
-    base = _base_of(read_json(adapter / LORA_CONFIG), adapter / LORA_CONFIG, base)
-    config = check_adapter(adapter, LORA_CONFIG, base)
-    pairs = read_pairs(adapter, config)
-    check_fit(adapter, pairs, match(base), base, int(config["r"]))
-    layers = _layers(base)
-    found = {name: _Fused.of(weights, pairs) for name, weights in layers.items()}
-    fused = {name: layer for name, layer in found.items() if layer.parts}
-    targets, _ = _targets(fused, layers)
-    alpha, rank = config["lora_alpha"], config["r"]
-    wider = {name: len(layer.parts) for name, layer in fused.items() if len(layer.parts) > 1}
+    base = _base_of(adapter, LORA_CONFIG, base)
+    found = read_lora(adapter, base)
+    settings, layers = found.settings, by_published(base)
+    adapted = {name: _joined(parts, found) for name, parts in layers.items() if set(parts) & set(found.pairs)}
+    targets, _ = short_names(adapted, layers)
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        # a fused layer has the ranks of all its parts; its scale (alpha / r, or its root) is theirs
-        "rank_pattern": {name: count * rank for name, count in wider.items()},
-        "alpha_pattern": {
-            name: alpha * (math.sqrt(count) if config.get("rslora") else count) for name, count in wider.items()
-        },
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "use_rslora": bool(config.get("rslora")),
+        "r": settings.rank,
+        "lora_alpha": plain(settings.alpha),
+        "rank_pattern": {name: rank for name, (_, rank, _) in adapted.items() if rank != settings.rank},
+        "alpha_pattern": {name: plain(alpha) for name, (_, _, alpha) in adapted.items() if alpha != settings.alpha},
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
         "target_modules": targets,
         "bias": "none",
-        "fan_in_fan_out": any(layers[name][0].conv1d for name in fused),
+        "fan_in_fan_out": any(matrices(base)[layers[name][0]].conv1d for name in adapted),
         "inference_mode": True,
     }
-
-    def tensors() -> Iterator[LazyTensor]:
-        for name, layer in fused.items():
-            for letter, half in zip("AB", layer.pair(), strict=True):
-                yield _turned(f"base_model.model.{name}.lora_{letter}.weight", half)
-
-    with atomic_directory(target) as folder:
-        write_lazy(folder / _PEFT_WEIGHTS[0], list(tensors()), {"format": "pt"})
-        write_json(folder / PEFT_CONFIG, written)
-        if has_tokenizer(adapter, base.family):
-            write_companions(base, adapter, folder)
+    tensors = [
+        turned(f"base_model.model.{name}.lora_{letter}.weight", half)
+        for name, (pair, _, _) in adapted.items()
+        for letter, half in zip("AB", pair, strict=True)
+    ]
+    _write(target, base, adapter, PEFT_WEIGHTS[0], tensors, "pt", PEFT_CONFIG, written)
 
 
 def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None:
@@ -194,66 +139,38 @@ def from_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> No
         base: the model that it belongs to; None is the one that its configuration names.
 
     Raises:
-        UserError: no PEFT LoRA adapter, one that does not fit the base, settings without counterpart, or
-            `target` exists.
+        UserError: no PEFT LoRA adapter, one that does not fit the base, settings that are not known here, or `target`
+            exists.
     """
     _check_target(target)
-    file = adapter / PEFT_CONFIG
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA can be converted")
-    faults = [f"{file}: {name} is set, which has no counterpart here" for name in _UNSUPPORTED if config.get(name)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"{file}: bias is {config['bias']!r}, which has no counterpart here")
-    raise_if(faults)
-    check_scale(file, config)
-    base = _base_of(config, file, base)
-    pairs = _read_peft(adapter, _layers(base))
-    targets, short = _targets(pairs, [_layer(weight) for weights in _layers(base).values() for weight in weights])
+    base = _base_of(adapter, PEFT_CONFIG, base)
+    found = read_peft(adapter, base)
     written = {
-        "r": config.get("r"),
-        "lora_alpha": config.get("lora_alpha"),
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "rslora": bool(config.get("use_rslora")),
-        "target_modules": [rf"(.*\.)?{name}" if short else re.escape(name) for name in targets],
+        **found.settings.to_json(),
         "base_model_name_or_path": base.name,
         "base_fingerprint": fingerprint(base),
     }
-    written["scaling"] = scaling(written)
-    check_fit(adapter, pairs, match(base), base, int(config["r"]))
-    tensors = [
-        LazyTensor(f"{layer}.lora_{letter}", half.dtype, half.shape, half.read)
-        for layer, halves in pairs.items()
-        for letter, half in zip("AB", halves, strict=True)
-    ]
+    tensors = [LazyTensor(name, half.dtype, half.shape, half.read) for name, half in found.tensors().items()]
+    weights = f"{WEIGHTS[LORA_CONFIG]}.safetensors"
+    _write(target, base, adapter, weights, tensors, "np", LORA_CONFIG, written)
+
+
+def _write(
+    target: Path,
+    base: Checkpoint,
+    adapter: Path,
+    weights: str,
+    tensors: Sequence[LazyTensor],
+    layout: str,
+    config_name: str,
+    config: Mapping[str, Any],
+) -> None:
+    """Writes the folder of a converted adapter, with the tokenizer that stands beside the original."""
     with atomic_directory(target) as folder:
-        write_lazy(folder / f"{WEIGHTS[LORA_CONFIG]}.safetensors", tensors, {"format": "np"})
-        write_json(folder / LORA_CONFIG, written)
+        write_lazy(folder / weights, tensors, {"format": layout})
+        write_json(folder / config_name, config)
         if has_tokenizer(adapter, base.family):
             write_companions(base, adapter, folder)
-
-
-def _read_peft(adapter: Path, layers: Mapping[str, Sequence[Weight]]) -> dict[str, Pair]:
-    """The pairs of a PEFT adapter, turned, by the layer names of the Paddle model.
-
-    The parts of a fused layer share its A and have their part of its B.
-    """
-    path = next((adapter / name for name in _PEFT_WEIGHTS if (adapter / name).is_file()), None)
-    if path is None:
-        raise UserError(f"{adapter}: has {PEFT_CONFIG} but neither {' nor '.join(_PEFT_WEIGHTS)}")
-
-    def named() -> Iterator[tuple[str, tuple[str, str] | None, LazyTensor]]:
-        for name, tensor in open_tensors(path).items():
-            found = _PEFT_NAME.fullmatch(name)
-            turned = _turned(name, tensor)
-            if not found or found[1] not in layers:
-                yield name, None, turned
-                continue
-            for weight in layers[found[1]]:
-                part = weight.part if found[2] == "B" else None
-                yield name, (_layer(weight), found[2]), part_of(turned, part, axis=-1)
-
-    return pair_up(path, named())
 
 
 def main() -> None:

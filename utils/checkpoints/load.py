@@ -75,6 +75,7 @@ def load_model(
     *,
     family_overrides: Mapping[str, Any] | None = None,
     held: Held | None = None,
+    sources: Mapping[str, LazyTensor] | None = None,
 ) -> Any:
     """The Paddle model of a checkpoint, in eval mode.
 
@@ -83,13 +84,14 @@ def load_model(
         dtype: "float32", "float16" or "bfloat16"; each tensor is cast by itself as it is read.
         family_overrides: fields of the model's configuration that replace those of config.json.
         held: what this rank is to hold of the model, if not all.
+        sources: see `fill_model`.
 
     Raises:
         UserError: tensors missing, left over or of a wrong shape (all named), or a damaged file.
     """
     match(checkpoint)  # before the model is built, which takes seconds
     model = build(checkpoint, dtype, family_overrides, held)
-    fill_model(model, checkpoint, held=held)
+    fill_model(model, checkpoint, sources, held=held)
     model.eval()
     return model
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from utils.adapters.check import LORA_CONFIG, check_adapter
+from utils.adapters.lora_files import LoraAdapter, Pair, read_lora
+from utils.adapters.targets import matrices
 from utils.checkpoints.companions import write_companions
 from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.lora_pairs import Pair, check_fit, read_pairs, scaling
 from utils.checkpoints.match import match, stored_shape
 from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
 from utils.checkpoints.tensors import LazyTensor, cast
@@ -35,7 +35,7 @@ def merge_lora(
     complete or not at all.
 
     Args:
-        adapter: folder with lora_config.json.
+        adapter: folder of a LoRA adapter, ours or PEFT's.
         dtype: the type to store; None keeps that of each base tensor.
 
     Returns:
@@ -46,35 +46,35 @@ def merge_lora(
             that holds anything but an earlier merge.
     """
     check_target(target, MERGE_RECORD, (base.folder, adapter))
-    merged = parameters(base, adapter, dtype)
+    found = read_lora(adapter, base)
+    merged = parameters(base, found, dtype)
     tensors = [(weight, merged[weight.parameter]) for weight in base.family.weights(base.config)]
-    scale = scaling(check_adapter(adapter, LORA_CONFIG, base))
+    record = {"base": base.name, "adapter": str(adapter), **found.settings.to_json()}
     with atomic_directory(target) as staging:
         write_companions(base, adapter, staging)
-        write_json(staging / MERGE_RECORD, {"base": base.name, "adapter": str(adapter), "scaling": scale})
+        write_json(staging / MERGE_RECORD, record)
         files = write_model(staging, tensors, base.family, base.config, export_format, max_shard_bytes)
     return [target / file.name for file in files]
 
 
-def parameters(base: Checkpoint, adapter: Path | None = None, dtype: str | None = None) -> dict[str, LazyTensor]:
+def parameters(base: Checkpoint, adapter: LoraAdapter | None = None, dtype: str | None = None) -> dict[str, LazyTensor]:
     """Every parameter of a model in the Paddle layout, with an adapter merged into it; read when asked for.
 
     Args:
         dtype: of the values; None is as stored.
 
     Raises:
-        UserError: as `merge_lora`, for the base and the adapter.
+        UserError: see `match`.
     """
-    sources = match(base)
-    pairs: dict[str, Pair] = {}
-    scale = 1.0
+    changes: dict[str, Callable[[], np.ndarray]] = {}
     if adapter is not None:
-        config = check_adapter(adapter, LORA_CONFIG, base)
-        pairs, scale = read_pairs(adapter, config), scaling(config)
-        check_fit(adapter, pairs, sources, base, int(config["r"]))
+        layers = matrices(base)
+        for layer, pair in adapter.pairs.items():
+            weight = layers[layer]
+            changes[weight.parameter] = _change(pair, adapter.settings.scale_of(layer), weight.is_linear)
     return {
-        name: _merged(name, tensor, transpose, pairs.get(name.removesuffix(".weight")), scale, dtype or tensor.dtype)
-        for name, (tensor, transpose) in sources.items()
+        name: _merged(name, tensor, transpose, changes.get(name), dtype or tensor.dtype)
+        for name, (tensor, transpose) in match(base).items()
     }
 
 
@@ -96,13 +96,19 @@ def check_target(target: Path, record: str, inputs: Sequence[Path]) -> None:
         raise UserError(f"{target}: is there already and holds more than an earlier merge; name a new folder")
 
 
+def _change(pair: Pair, scale: float, is_linear: bool) -> Callable[[], np.ndarray]:
+    """What an adapter adds to a matrix, float32; that of a Linear is [in, out], any other [out, in]."""
+
+    def read() -> np.ndarray:
+        a, b = (cast(half.read(), "float32") for half in pair)
+        change = np.float32(scale) * (a @ b)
+        return change if is_linear else change.T
+
+    return read
+
+
 def _merged(
-    name: str,
-    tensor: LazyTensor,
-    transpose: bool,
-    pair: Pair | None,
-    scale: float,
-    dtype: str,
+    name: str, tensor: LazyTensor, transpose: bool, change: Callable[[], np.ndarray] | None, dtype: str
 ) -> LazyTensor:
     """One parameter of the result, in the Paddle layout; its values are computed when it is written."""
 
@@ -110,11 +116,10 @@ def _merged(
         values = tensor.read()
         if transpose:
             values = values.T
-        if pair is None:
+        if change is None:
             return cast(values, dtype)
-        a, b = (cast(half.read(), "float32") for half in pair)
-        change = np.float32(scale) * (a @ b)
-        change += cast(values, "float32")
-        return cast(change, dtype)
+        total = change()
+        total += cast(values, "float32")
+        return cast(total, dtype)
 
     return LazyTensor(name, dtype, stored_shape(tensor, transpose), read)

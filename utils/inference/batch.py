@@ -80,7 +80,8 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
 
 def run_key(prepared: Prepared, questions: Sequence[Question], options: SamplingOptions) -> str:
     """Identity of a run: whatever decides its answers. The batch size and guesses do not."""
-    adapters = [folder for folder in (prepared.lora, prepared.prefix) if folder is not None]
+    lora = prepared.lora.folder if prepared.lora else None
+    adapters = [folder for folder in (lora, prepared.prefix) if folder is not None]
     files = [*prepared.checkpoint.files, *(path for folder in adapters for path in sorted(folder.iterdir()))]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     facts = [

@@ -194,7 +194,7 @@ def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.
         settings = read_json(checkpoint.folder / GENERATION_CONFIG)
         write_json(staging / GENERATION_CONFIG, settings)
     architecture = checkpoint.family.architecture(checkpoint.config)
-    adapters = {"LoRA": prepared.lora, "prefix": prepared.prefix}
+    adapters = {"LoRA": prepared.lora and prepared.lora.folder, "prefix": prepared.prefix}
     shape = checkpoint.family.shape(checkpoint.config)
     source = "".join([checkpoint.name, *(f" with {kind} {path}" for kind, path in adapters.items() if path)])
     manifest = Manifest(

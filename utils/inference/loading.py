@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils import runtime
-from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
+from utils.adapters.lora_files import LoraAdapter, read_lora
+from utils.adapters.prefix_files import read_prefix_settings
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message
@@ -41,7 +42,8 @@ class Prepared:
         checkpoint: the model.
         tokenizer, template: of the checkpoint (or the user's template).
         dtype: the type to compute in.
-        lora, prefix: folders of adapters of this model, or None.
+        lora: an adapter of this model, or None.
+        prefix: the folder of a prefix of this model, or None.
         inference_model: whether the generic decoder computes instead of the library's model.
         manifest: of an exported model, which runs as a static program; None for weights.
         peers: the processes that share the model, each with a part of every layer.
@@ -51,7 +53,7 @@ class Prepared:
     tokenizer: Tokenizer
     template: ChatTemplate
     dtype: str
-    lora: Path | None = None
+    lora: LoraAdapter | None = None
     prefix: Path | None = None
     inference_model: bool = False
     manifest: Manifest | None = None
@@ -117,9 +119,9 @@ def prepare(
             checkpoint = locate(name)
         peers.layout.check_model(checkpoint.family.shape(checkpoint.config))
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
-    for path, config_name in ((lora_path, LORA_CONFIG), (prefix_path, PREFIX_CONFIG)):
-        if path is not None:
-            check_adapter(path, config_name, checkpoint)
+    lora = None if lora_path is None else read_lora(lora_path, checkpoint)
+    if prefix_path is not None:
+        read_prefix_settings(Path(prefix_path), checkpoint)
     default = checkpoint.family.chat_template
     template = ChatTemplate.load(
         checkpoint.folder, default=default, override=Path(chat_template) if chat_template else None
@@ -139,7 +141,7 @@ def prepare(
         tokenizer,
         template,
         computed,
-        Path(lora_path) if lora_path else None,
+        lora,
         Path(prefix_path) if prefix_path else None,
         inference_model,
         manifest,
@@ -178,7 +180,7 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     from utils.inference.generator import Generator, Speed
 
     runtime.give_back_freed_memory()  # of the tokenizer's file
-    engine = _engine(prepared, device)
+    engine = make_engine(prepared, device)
     runtime.give_back_freed_memory()
     prepared.peers.gate("waiting for the weights of all processes")
     generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
@@ -189,7 +191,12 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     return generator
 
 
-def _engine(prepared: Prepared, device: str) -> Engine:
+def make_engine(prepared: Prepared, device: str) -> Engine:
+    """Reads the weights and returns the engine that was asked for.
+
+    Raises:
+        UserError: as `load`.
+    """
     checkpoint, manifest = prepared.checkpoint, prepared.manifest
     family, config = checkpoint.family, checkpoint.config
     if manifest is None and not prepared.inference_model:
@@ -247,12 +254,18 @@ def _library_model(prepared: Prepared, held: Held | None) -> tuple[Any, PrefixTu
     """The library's model with the adapter in it, and the prefix."""
     from utils.checkpoints.load import load_model
 
-    checkpoint = prepared.checkpoint
-    model, prefix = load_model(checkpoint, prepared.dtype, held=held), None
-    if prepared.lora is not None:
+    checkpoint, lora, prefix = prepared.checkpoint, prepared.lora, None
+    sources = None
+    if lora is not None and lora.head is not None:  # which is no layer that LoRA can take the place of
+        from utils.checkpoints.merge import parameters
+
+        sources = parameters(checkpoint, lora.of_layers([lora.head]), "float32")
+        lora = lora.of_layers([layer for layer in lora.pairs if layer != lora.head])
+    model = load_model(checkpoint, prepared.dtype, held=held, sources=sources)
+    if lora is not None:
         from utils.adapters.lora import load_lora
 
-        adapted = load_lora(model, checkpoint.family, prepared.lora, checkpoint, held=held)
+        adapted = load_lora(model, lora, held=held)
         adapted.eval()
         model = adapted.model
     if prepared.prefix is not None:

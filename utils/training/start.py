@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import runtime
-from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, check_adapter
-from utils.adapters.targets import adapted_shapes, linear_names
+from utils.adapters.lora_files import read_lora
+from utils.adapters.prefix_files import read_prefix_settings
+from utils.adapters.targets import adapted_shapes, checkpoint_patterns, left_out, linear_names
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.match import match
-from utils.errors import UserError, raise_if
+from utils.checkpoints.match import match, some
+from utils.errors import UserError, notice, raise_if
 from utils.parallel.peers import Alone
 from utils.training.plan import method
 
@@ -31,17 +33,36 @@ def check_adapters(args: Any, checkpoint: Checkpoint) -> None:
         UserError: an adapter of another base, options that contradict it, or unknown layers.
     """
     if args.lora_path:
-        saved = check_adapter(args.lora_path, LORA_CONFIG, checkpoint)
-        names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "rslora": "rslora"}
-        _take_over(args, "lora_path", {ours: saved[theirs] for ours, theirs in names.items() if theirs in saved})
+        adapter = read_lora(args.lora_path, checkpoint)
+        if adapter.head is not None:
+            raise UserError(
+                f"{args.where('lora_path')}: adapts the head ({adapter.head}), which is not trained on here; merge it "
+                f"into its base with merge_lora_params.py, and train the merged model"
+            )
+        found = adapter.settings
+        _take_over(args, "lora_path", {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora})
         if "lora_target_modules" in args.provided:
             raise UserError("lora_target_modules and lora_path exclude each other: the adapter has its layers already")
     elif args.lora:
-        adapted_shapes(checkpoint, args.lora_target_modules)
+        shapes = adapted_shapes(checkpoint, args.lora_target_modules)
+        most = max(min(sizes) for sizes in shapes.values())
+        if args.lora_rank > most:
+            raise UserError(
+                f"{args.where('lora_rank')}: no adapted layer of {checkpoint.name} has more than {most} inputs and "
+                f"outputs, and a higher rank can express no more; set it to {most} or less"
+            )
+        others = left_out(checkpoint, args.lora_target_modules)
+        if others:
+            notice(
+                f"lora_target_modules: {', '.join(args.lora_target_modules)} match {some(others)} too, which LoRA does "
+                "not adapt; they are left out"
+            )
     if args.prefix_path:
-        saved = check_adapter(args.prefix_path, PREFIX_CONFIG, checkpoint)
-        same = ("num_prefix_tokens", "prefix_projection", "prefix_projection_hidden_size")
-        _take_over(args, "prefix_path", {name: saved[name] for name in same if name in saved})
+        prefix = read_prefix_settings(Path(args.prefix_path), checkpoint)
+        taken = {"num_prefix_tokens": prefix.length, "prefix_projection": prefix.projection}
+        if prefix.projection_hidden is not None:
+            taken["prefix_projection_hidden_size"] = prefix.projection_hidden
+        _take_over(args, "prefix_path", taken)
     elif args.prefix_tuning and not args.do_train:
         raise UserError("prefix_tuning without do_train evaluates a trained prefix: name its folder as prefix_path")
 
@@ -85,7 +106,7 @@ def trained_parameters(args: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     whole = sum(math.prod(tensor.shape) for tensor in tensors)
     shape = checkpoint.family.shape(checkpoint.config)
     if args.lora:
-        return whole, sum(args.lora_rank * sum(sizes) for sizes in adapted_layers(args, checkpoint).values())
+        return whole, adapter_size(args, checkpoint)
     if args.prefix_tuning:
         width = shape.head_dim * shape.kv_heads
         size = 2 * shape.layers * width
@@ -96,12 +117,12 @@ def trained_parameters(args: Any, checkpoint: Checkpoint) -> tuple[int, int]:
     return whole, whole
 
 
-def adapted_layers(args: Any, checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """[in, out] of the layers that the run's LoRA adapts, those of lora_path or of lora_target_modules."""
+def adapter_size(args: Any, checkpoint: Checkpoint) -> int:
+    """Number of weights of the run's LoRA layers, those of lora_path or of lora_target_modules."""
     if args.lora_path:
-        saved = check_adapter(args.lora_path, LORA_CONFIG, checkpoint)
-        return adapted_shapes(checkpoint, saved["target_modules"])
-    return adapted_shapes(checkpoint, args.lora_target_modules)
+        adapter = read_lora(args.lora_path, checkpoint)
+        return sum(math.prod(tensor.shape) for tensor in adapter.tensors().values())
+    return sum(args.lora_rank * sum(sizes) for sizes in adapted_shapes(checkpoint, args.lora_target_modules).values())
 
 
 def build(
@@ -141,9 +162,7 @@ def build(
         if args.lora_path:
             adapted = load_lora(
                 base,
-                family,
-                args.lora_path,
-                checkpoint,
+                read_lora(args.lora_path, checkpoint),
                 dropout=args.lora_dropout,
                 lora_plus_scale=args.lora_plus_scale,
                 dtype=trained_dtype,
@@ -156,7 +175,7 @@ def build(
                 rank=args.lora_rank,
                 alpha=args.lora_alpha,
                 dropout=args.lora_dropout,
-                targets=args.lora_target_modules,
+                targets=checkpoint_patterns(checkpoint, args.lora_target_modules),
                 rslora=args.rslora,
                 lora_plus_scale=args.lora_plus_scale,
                 linears=linear_names(checkpoint),

@@ -9,6 +9,7 @@ from typing import Any
 
 from utils.adapters.check import LORA_CONFIG, PREFIX_CONFIG, WEIGHTS
 from utils.adapters.lora import describe_lora, restore_lora
+from utils.adapters.lora_files import read_lora
 from utils.adapters.prefix import PrefixTuning, describe_prefix, restore_prefix
 from utils.checkpoints.load import fill_model
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
@@ -108,7 +109,7 @@ class Lora(Trained):
         describe_lora(folder, self.adapted, self.base)
 
     def restore(self, folder: Path) -> None:
-        restore_lora(self.adapted, folder, self.held)
+        restore_lora(self.adapted, read_lora(folder, self.base), self.held)
 
 
 class Prefix(Trained):
