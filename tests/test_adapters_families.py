@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from family_cases import FIXTURES, NAMES, Case, case
+from saved import write_lora
 
 from utils.adapters.lora_files import read_lora
 from utils.adapters.targets import matrices, matrix_shapes
-from utils.checkpoints import Checkpoint
 from utils.checkpoints.convert_peft import from_peft, to_peft
-from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.load import load_model
-from utils.checkpoints.tensors import read_tensors, write_safetensors
+from utils.checkpoints.tensors import read_tensors
 from utils.inference.eager import EagerEngine
 from utils.inference.engine import Engine
 from utils.inference.loading import Prepared, engine_of, load_program, make_engine
@@ -27,37 +26,11 @@ CASES = [
     *("bloom_prefixed", "chatglm2_tiny", "chatglm_tiny", "glm_tiny", "gpt2_prefixed", "gptj_tiny", "llama_tiny"),
     *("mistral", "opt_tiny", "qwen2_window", "qwen_tiny"),
 ]
-SPREAD = 0.15
 
 
 def test_every_family_has_a_case() -> None:
     families = {name: case(name).checkpoint.family.name for name in NAMES}
     assert {families[name] for name in CASES} == set(families.values())
-
-
-def write_adapter(
-    folder: Path, base: Checkpoint, layers: list[str] | None = None, *, rslora: bool = False, even: bool = False
-) -> Path:
-    """An adapter of our layout with random values, on all layers by default; they differ in rank and alpha."""
-    shapes, random = matrix_shapes(base), np.random.default_rng(1)
-    layers = list(shapes) if layers is None else layers
-    ranks = {layer: 2 if even else 2 + place % 3 for place, layer in enumerate(layers)}
-    alphas = {layer: 3 if even else 3 + place % 2 for place, layer in enumerate(layers)}
-    tensors = []
-    for layer in layers:
-        rows, columns = shapes[layer]
-        tensors.append((f"{layer}.lora_A", random.normal(0, SPREAD, (rows, ranks[layer])).astype(np.float32)))
-        tensors.append((f"{layer}.lora_B", random.normal(0, SPREAD, (ranks[layer], columns)).astype(np.float32)))
-    folder.mkdir(parents=True)
-    write_safetensors(folder / "lora_model_state.safetensors", tensors, {"format": "np"})
-    config = {
-        **{"r": 2, "lora_alpha": 3, "rslora": rslora, "target_modules": layers},
-        **{"rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != 2}},
-        **{"alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != 3}},
-        **{"base_model_name_or_path": str(base.folder), "base_fingerprint": fingerprint(base)},
-    }
-    (folder / "lora_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def by_the_formula(one: Case, adapter: Path) -> EagerEngine:
@@ -85,7 +58,7 @@ def first_logits(engine: Engine, one: Case) -> np.ndarray:
 def test_every_engine_and_every_layout_compute_the_formula(name: str, tmp_path: Path) -> None:
     one = case(name)
     base = one.checkpoint
-    ours = write_adapter(tmp_path / "ours", base, rslora=name == "gpt2_prefixed")
+    ours = write_lora(tmp_path / "ours", base, rslora=name == "gpt2_prefixed")
     wanted = first_logits(by_the_formula(one, ours), one)
     assert np.abs(wanted - one.reference["logits"][:, -1]).max() > 0.1
     to_peft(ours, tmp_path / "peft", base)
@@ -105,7 +78,7 @@ def test_every_engine_and_every_layout_compute_the_formula(name: str, tmp_path: 
 def test_there_and_back_is_the_adapter_itself(name: str, rslora: bool, tmp_path: Path) -> None:
     """Where parts of one published layer differ in scale, that of their B changes; all else is kept bit for bit."""
     base = case(name).checkpoint
-    ours = write_adapter(tmp_path / "ours", base, rslora=rslora)
+    ours = write_lora(tmp_path / "ours", base, rslora=rslora)
     before = read_lora(ours, base)
     to_peft(ours, tmp_path / "peft", base)
     from_peft(tmp_path / "peft", tmp_path / "back", base)
@@ -135,7 +108,7 @@ def test_fused_layers_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"] == {}
 
     two = [layer for layer in matrix_shapes(base) if layer.endswith(("q_proj", "v_proj"))]
-    some = write_adapter(tmp_path / "some", base, two, even=True)
+    some = write_lora(tmp_path / "some", base, two, even=True)
     to_peft(some, tmp_path / "wide", base)
     written = json.loads((tmp_path / "wide" / "adapter_config.json").read_text())
     assert set(written["rank_pattern"].values()) == {4} and set(written["alpha_pattern"].values()) == {6}

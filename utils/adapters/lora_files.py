@@ -18,6 +18,7 @@ from utils.errors import UserError, raise_if
 from utils.settings import FLAG, TEXTS, Kind, Table, number, typed, whole
 
 PEFT_CONFIG = "adapter_config.json"
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 MAX_RANK = 2**31 - 1
 RANK = whole(1, MAX_RANK)
 ALPHA = number(0, 3e38, above=True)  # a float32 scale
@@ -241,14 +242,18 @@ def pair_up(
         named: name in the file; layer and "A" or "B", or None if it is no half; the tensor.
     """
     halves: dict[str, dict[str, LazyTensor]] = {}
-    others, faults = [], []
+    others, coded, faults = [], [], []
     for name, place, tensor in named:
         if place is None:
             others.append(name)
-        else:
-            halves.setdefault(place[0], {})[place[1]] = tensor
+            continue
+        halves.setdefault(place[0], {})[place[1]] = tensor
+        if tensor.dtype not in FLOATS:
+            coded.append(f"{name} ({tensor.dtype})")
     if others:
         faults.append(f"{path}: holds tensors that are no LoRA pair of a layer of the model: {some(others)}")
+    if coded:
+        faults.append(f"{path}: holds tensors that are no floating-point numbers: {some(coded)}")
     odd = [layer for layer, pair in halves.items() if len(pair) != 2]
     if odd or not halves:
         missing = some(odd) if odd else "every layer"
