@@ -71,7 +71,7 @@ def _joined(layers: Sequence[str], adapter: LoraAdapter) -> tuple[Pair, int, flo
         return pairs[0], rank, alpha
     (a, b), scales = pairs[0], [settings.scale_of(layer) for layer in adapted]
     if len(adapted) == len(layers) and len(set(scales)) == 1 and _same([half for half, _ in pairs]):
-        return (a, _in_place_of(b, np.concatenate([half.read() for _, half in pairs], axis=1))), rank, alpha
+        return (a, in_memory(b.name, np.concatenate([half.read() for _, half in pairs], axis=1))), rank, alpha
     ranks, width = [settings.rank_of(layer) for layer in adapted], b.shape[1]
     joined, row = np.zeros((sum(ranks), len(layers) * width), b.read().dtype), 0
     for layer, (_, half), own, scale in zip(adapted, pairs, ranks, scales, strict=True):
@@ -82,16 +82,12 @@ def _joined(layers: Sequence[str], adapter: LoraAdapter) -> tuple[Pair, int, flo
         row += own
     wider = sum(ranks) / rank
     alpha *= math.sqrt(wider) if settings.rslora else wider
-    side_by_side = _in_place_of(a, np.concatenate([cast(half.read(), a.dtype) for half, _ in pairs], axis=1))
-    return (side_by_side, _in_place_of(b, joined)), sum(ranks), alpha
+    side_by_side = in_memory(a.name, np.concatenate([cast(half.read(), a.dtype) for half, _ in pairs], axis=1))
+    return (side_by_side, in_memory(b.name, joined)), sum(ranks), alpha
 
 
 def _same(tensors: Sequence[LazyTensor]) -> bool:
     return all(np.array_equal(tensor.read(), tensors[0].read()) for tensor in tensors)
-
-
-def _in_place_of(tensor: LazyTensor, values: np.ndarray) -> LazyTensor:
-    return in_memory(tensor.name, values)
 
 
 def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None:
