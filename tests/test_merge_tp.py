@@ -407,8 +407,8 @@ def test_copies_of_key_value_heads_that_were_trained_apart(tmp_path: Path) -> No
     refuse(folder, "k_proj.weight.* were trained apart")
 
 
-def test_heads_that_are_not_the_embedding(tmp_path: Path) -> None:
-    """Shards of a tied model may hold the embedding a second time, but no other head."""
+def test_heads_that_are_not_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards of a tied model may hold the embedding a second time; a head with other values is one of its own."""
     checkpoint = case("opt_tiny").checkpoint
     parts = cut(checkpoint, 2, padded=True)
     table = parameters(checkpoint)["opt.embeddings.word_embeddings.weight"]
@@ -419,7 +419,21 @@ def test_heads_that_are_not_the_embedding(tmp_path: Path) -> None:
     same(tmp_path / "out", parameters(checkpoint))
     for rank in range(2):
         changed(folder / f"model.tp{rank:02d}.safetensors", _untie)
-    refuse(folder, "tie_word_embeddings is true, but the shards hold lm_head.decoder_weight")
+    merge_tp(folder, tmp_path / "own")
+    assert "hold lm_head.decoder_weight with other values than the embedding" in capsys.readouterr().err
+    same(tmp_path / "own", {**parameters(checkpoint), "lm_head.decoder_weight": table + np.float32(1)})
+
+
+def test_a_head_of_its_own_in_the_shards_of_a_tied_llama(tmp_path: Path) -> None:
+    """It keeps a table of its rows there, as the embedding does; untied models keep the transpose."""
+    checkpoint = case("llama_3").checkpoint
+    parts = cut(checkpoint, 2)
+    for part in parts:
+        part["lm_head.weight"] = part["llama.embed_tokens.weight"] * np.float32(1.5)
+    folder = write_shards(tmp_path / "shards", checkpoint, parts, save_safe)
+    merge_tp(folder, tmp_path / "out")
+    head = parameters(checkpoint)["llama.embed_tokens.weight"].T * np.float32(1.5)
+    same(tmp_path / "out", {**parameters(checkpoint), "lm_head.weight": head})
 
 
 def _untie(tensors: Arrays) -> None:

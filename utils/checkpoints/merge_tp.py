@@ -17,6 +17,7 @@ import numpy as np
 
 from utils.checkpoints.companions import has_tokenizer, write_companions
 from utils.checkpoints.files import atomic_directory, atomic_write, renew_sizes, write_json
+from utils.checkpoints.heads import head_names
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.match import match, some
 from utils.checkpoints.merge import check_target
@@ -131,16 +132,26 @@ def open_shards(folder: Path) -> Shards:
             found.update(open_tensors(file))
         stored.append(found)
     heads = _tied_heads(checkpoint, stored)
+    parts = _matched(checkpoint, places, stored)
+    if _differ(checkpoint, heads, parts):
+        checkpoint = _untied(checkpoint, heads, stored)
+        parts = _matched(checkpoint, places, stored)
+    tensors = _whole(checkpoint, places, parts)
+    return Shards(checkpoint, degree, tuple(file for files in places for file in files), tuple(tensors))
+
+
+def _matched(
+    checkpoint: Checkpoint, places: list[list[Path]], stored: list[dict[str, LazyTensor]]
+) -> list[dict[str, LazyTensor]]:
+    """The parameters of each process, by name."""
     parts = []
     for files, found in zip(places, stored, strict=True):
         try:
             parts.append({name: tensor for name, (tensor, _) in match(checkpoint, found).items()})
         except UserError as error:
-            said = str(folder)
+            said = str(checkpoint.folder)
             raise UserError([fault.replace(said, str(files[0]), 1) for fault in error.faults]) from error
-    tensors = _whole(checkpoint, places, parts)
-    _check_heads(checkpoint, heads, parts)
-    return Shards(checkpoint, degree, tuple(file for files in places for file in files), tuple(tensors))
+    return parts
 
 
 def _places(folder: Path, trained_degree: int) -> list[list[Path]]:
@@ -314,24 +325,40 @@ def _tied_heads(checkpoint: Checkpoint, stored: list[dict[str, LazyTensor]]) -> 
     family = checkpoint.family
     if not family.shape(checkpoint.config).tied:
         return []
-    names = (f"{family.head}.weight", f"{family.head}.decoder_weight")
-    return [found.pop(name) for found in stored for name in names if name in found]
+    return [found.pop(name) for found in stored for name in head_names(family) if name in found]
 
 
-def _check_heads(checkpoint: Checkpoint, heads: list[LazyTensor], parts: list[dict[str, LazyTensor]]) -> None:
-    """A second copy of the embedding is left out, a head of its own is not."""
+def _differ(checkpoint: Checkpoint, heads: list[LazyTensor], parts: list[dict[str, LazyTensor]]) -> bool:
+    """Whether the shards hold heads that are no second copy of the embedding."""
     if len(heads) != len(parts):
-        return
+        return False
     name = f"{checkpoint.family.architecture(checkpoint.config).embedding}.weight"
     for head, part in zip(heads, parts, strict=True):
         table = part[name]
         if head.shape[0] > table.shape[0]:  # whole in every process
             head, table = _rows(head, table.shape[0]), parts[0][name]
         if head.shape != table.shape or not _alike(head, table):
-            raise UserError(
-                f"{checkpoint.folder / 'config.json'}: tie_word_embeddings is true, but the shards hold {head.name} "
-                f"with other values than {name}; set tie_word_embeddings false"
-            )
+            return True
+    return False
+
+
+def _untied(checkpoint: Checkpoint, heads: list[LazyTensor], stored: list[dict[str, LazyTensor]]) -> Checkpoint:
+    """The checkpoint with a head of its own, which is put back into the shards as its family keeps it."""
+    family, untied = checkpoint.family, {**checkpoint.config, "tie_word_embeddings": False}
+    architecture, said = family.architecture(untied), f"{checkpoint.folder}: the shards hold {heads[0].name} with other"
+    if architecture.head is None:
+        raise UserError(
+            f"{said} values than the embedding, which is the head of a {family.title} model; copy them again"
+        )
+    notice(f"{said} values than the embedding, so it is a head of its own, although tie_word_embeddings ties them")
+    for found, head in zip(stored, heads, strict=True):
+        turned = not architecture.head_is_table and head.shape[-1] == architecture.shape.hidden
+        found[architecture.head] = _turned(head) if turned else head
+    return replace(checkpoint, config=untied)
+
+
+def _turned(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.name, tensor.dtype, tensor.shape[::-1], lambda: tensor.read().T)
 
 
 def _rows(tensor: LazyTensor, count: int) -> LazyTensor:
