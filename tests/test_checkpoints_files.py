@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from utils.checkpoints import files
 from utils.checkpoints.files import (
@@ -227,24 +228,29 @@ def test_an_old_folder_that_a_dead_process_had_put_aside_stays(tmp_path: Path) -
 
 def test_a_full_disk_is_told_with_the_name_that_was_given(tmp_path: Path) -> None:
     """Whatever the system's own error names: nothing, or the place where the file was being made."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     atomic_write(tmp_path / "a.txt", "old")
     with atomic_directory(tmp_path / "model") as folder:
         (folder / "a").write_text("old")
     (tmp_path / "link").symlink_to("model")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError) as one:
+    (tmp_path / "source").write_text("x" * 10_000)
+    place = str(tmp_path / "link")
+    with full_disk(1000):
+        with pytest.raises(OSError) as found:
             atomic_write(tmp_path / "a.txt", "x" * 10_000)
-        with pytest.raises(OSError) as other, atomic_directory(tmp_path / "link") as folder:
+        assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(tmp_path / "a.txt"))
+        with pytest.raises(OSError) as found, atomic_directory(tmp_path / "link") as folder:
             atomic_write(folder / "deep" / "a", "x" * 10_000)
-        with pytest.raises(FileNotFoundError) as third, atomic_directory(tmp_path / "link") as folder:
+        assert (found.value.errno, found.value.filename) == (errno.EFBIG, place)
+        with pytest.raises(OSError) as found, atomic_directory(tmp_path / "link") as folder:
+            shutil.copyfile(tmp_path / "source", folder / "copy")
+        assert (found.value.errno, found.value.filename) == (errno.EFBIG, place)
+        with pytest.raises(FileNotFoundError) as found, atomic_directory(tmp_path / "link") as folder:
             (folder / "nowhere").read_text()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (one.value.errno, one.value.filename) == (errno.EFBIG, str(tmp_path / "a.txt"))
-    assert (other.value.errno, other.value.filename) == (errno.EFBIG, str(tmp_path / "link"))
-    assert third.value.filename == str(tmp_path / "link")
+        assert found.value.filename == place
+    (tmp_path / "source").unlink()
+    with pytest.raises(OSError) as found:  # of the name under which it would be made
+        atomic_write(tmp_path / ("x" * 240), "x")
+    assert (found.value.errno, found.value.filename) == (errno.ENAMETOOLONG, str(tmp_path / ("x" * 240)))
     assert names(tmp_path) == ["a.txt", "link", "model"]
     assert (tmp_path / "a.txt").read_text() == (tmp_path / "model" / "a").read_text() == "old"
 

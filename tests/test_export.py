@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 from family_cases import FIXTURES, case, eager
+from full_disk import full_disk
 from tiny_models import write_tiny_llama
 from tiny_runs import Tiny, make_tiny
 from tiny_runs import run_main as run_script_main
@@ -163,6 +164,18 @@ def test_an_export_that_fails_leaves_the_earlier_one(tiny: Tiny, folder: Path) -
     with mock.patch.object(exporting, "save_program", side_effect=KeyboardInterrupt):
         assert export_model(tiny, folder)[0] == 130
     answers(tiny, folder, "--mode", "static")
+
+
+@pytest.mark.parametrize("size", [3_000, 60_000, 200_000])
+def test_a_full_disk_leaves_the_earlier_export(tiny: Tiny, folder: Path, size: int) -> None:
+    """Whichever file it is that does not fit; Paddle says nothing of those that it writes."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before[exporting.PROGRAM]) > 60_000 and len(before[exporting.WEIGHTS]) > 200_000
+    with full_disk(size):
+        code, _, err = export_model(tiny, folder)
+    assert (code, err) == (2, f"error: {folder}: File too large\n")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.glob(".*")) == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

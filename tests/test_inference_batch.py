@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from family_cases import placed_logits
+from full_disk import full_disk
 from saved import save_lora, save_prefix
 from tiny_models import write_tiny_llama
 
@@ -386,14 +386,10 @@ def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     journal = Journal(output, "key", {"seed": 1}, resume=True)
     journal.record(0, {"output": "zero"})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
+    with full_disk(200):
         with pytest.raises(OSError) as full:
             journal.record(1, {"output": "x" * 1000})
         journal.close(remove=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (full.value.errno, full.value.filename) == (errno.EFBIG, str(journal.path))
     again = Journal(output, "key", {"seed": 2}, resume=True)
     assert again.answers == {0: {"output": "zero"}}

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import full_disk
+from tiny_runs import run_main
 
 from utils.checkpoints import Checkpoint, fingerprint, locate
 from utils.checkpoints.convert_peft import from_peft, to_peft
@@ -207,6 +209,21 @@ def test_only_an_earlier_merge_is_replaced(tmp_path: Path, base: Checkpoint) -> 
     with pytest.raises(UserError, match=refused):
         merge_lora(base, adapter, tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("export_format", ["paddle", "hf"])
+def test_a_full_disk_leaves_the_earlier_merge(tmp_path: Path, base: Checkpoint, export_format: str) -> None:
+    adapter, target = make_adapter(tmp_path / "lora", base), tmp_path / "merged"
+    words = ["--model_name_or_path", str(base.folder), "--lora_path", str(adapter), "--merge_model_path", str(target)]
+    words += ["--export_format", export_format, "--device", "cpu"]
+    run_main("merge_lora_params", words, {}, target, 0)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    for size in (100, 1_000, 20_000):
+        with full_disk(size):
+            full = run_main("merge_lora_params", words, {}, target, 2)
+        assert full.err == f"error: {target}: File too large\n"
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "merged"]
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Checkpoint) -> None:

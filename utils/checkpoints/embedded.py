@@ -210,7 +210,7 @@ def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     named = {
         "bos_token": tokens[facts["tokenizer.ggml.bos_token_id"]],
         "eos_token": tokens[facts["tokenizer.ggml.eos_token_id"]],

@@ -43,12 +43,13 @@ def _refuse(path: Path, code: int) -> NoReturn:
 
 
 @contextmanager
-def _named(path: Path, staging: Path | None = None) -> Iterator[None]:
-    """Names the file in an error of the system that names none, or only the place where it was made."""
+def _named(path: Path, target: Path) -> Iterator[None]:
+    """Names `path` in an error of the system that names no file, or only the place where `target` is made."""
     try:
         yield
     except OSError as error:
-        made = staging is not None and str(error.filename).startswith(str(staging))
+        names = (str(error.filename), str(error.filename2))  # of a copy the second one is written
+        made = any(name.startswith(_beginning(target)) for name in names)
         if error.errno is None or (error.filename is not None and not made):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
@@ -57,8 +58,13 @@ def _named(path: Path, staging: Path | None = None) -> Iterator[None]:
 # --- what is being made ----------------------------------------------------------------------------
 
 
+def _beginning(target: Path) -> str:
+    """How the names of the places begin where `target` is made."""
+    return str(target.with_name(f".{target.name}.tmp-"))
+
+
 def _sibling(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    return Path(f"{_beginning(target)}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
@@ -70,7 +76,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     left = re.compile(rf"\.({'.+' if name is None else re.escape(name)})\.tmp-\d+-[0-9a-f]{{8}}", re.DOTALL)
     with suppress(OSError):
         for path in folder.iterdir():
-            if (match := left.fullmatch(path.name)) is None or path.is_symlink():
+            if (match := left.fullmatch(path.name)) is None or path.is_symlink() or is_stream(path):
                 continue
             whole = path.is_dir() and is_complete(path) and not (folder / match[1]).exists()
             if not whole:  # else its process died while it put the new folder in the place of the old one
@@ -120,7 +126,7 @@ def _new_folder(target: Path) -> tuple[Path, BinaryIO]:
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` for what is to be moved from there; it is removed in the end."""
-    with _staging(target) as (folder, _):
+    with _named(target, target), _staging(target) as (folder, _):
         yield folder
 
 
@@ -170,22 +176,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     if is_stream(path):
-        with _named(path), _opened_stream(path) as file:
+        with _named(path, path), _opened_stream(path) as file:
             yield file
             _sync(file)
         return
     target = Path(os.path.realpath(path))
     if is_read_only(target):
         _refuse(path, errno.EACCES)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(target.parent, target.name)
-    staging, file = _new_file(target)
-    with unfinished(staging), _named(path, staging), file:
-        yield file
-        _sync(file)
-        _keep_mode(target, staging)
-        os.replace(staging, target)
-        _sync_folder(target.parent)
+    with _named(path, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, target.name)
+        staging, file = _new_file(target)
+        with unfinished(staging), file:
+            yield file
+            _sync(file)
+            _keep_mode(target, staging)
+            os.replace(staging, target)
+            _sync_folder(target.parent)
 
 
 def _opened_stream(path: Path) -> BinaryIO:
@@ -242,7 +249,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _refuse(named, errno.ENOTDIR)
     if is_read_only(target):
         _refuse(named, errno.EACCES)
-    with _staging(target) as (staging, complete), _named(named, staging):
+    with _named(named, target), _staging(target) as (staging, complete):
         yield staging
         sizes = {}
         for file in sorted(path for path in staging.rglob("*") if path.is_file() and path != staging / COMPLETE):

@@ -32,6 +32,7 @@ STEM = "model"
 PROGRAM, WEIGHTS = f"{STEM}.json", f"{STEM}.pdiparams"
 PREFIX_CACHE = "prefix_cache.safetensors"
 FORMAT = 2
+_PROBED = 1 << 16  # bytes, see `_check_room`
 _HASHED_BELOW = 64 * 2**20  # bytes; larger files are compared by size when a model is loaded
 
 
@@ -244,6 +245,8 @@ def save_program(layer: Any, folder: Path, prepared: Prepared) -> None:
     traced = paddle.jit.to_static(layer.forward, input_spec=[inputs, cache], full_graph=True)
     with _views_are_copies():
         paddle.jit.save(traced, str(folder / STEM))
+    for name in (PROGRAM, WEIGHTS):
+        _check_room(folder / name)
 
 
 @contextmanager
@@ -260,6 +263,17 @@ def _views_are_copies() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _check_room(path: Path) -> None:
+    """Raises `OSError` if a file cannot grow: Paddle writes it without asking whether all of it found room."""
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(size)
+        file.write(os.urandom(_PROBED))
+        file.flush()
+        os.fsync(file.fileno())
+        file.truncate(size)
 
 
 def check_target(output: Path) -> None:

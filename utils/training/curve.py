@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.files import atomic_file, atomic_write
+from utils.errors import notice
 
 COLUMNS = (
     "step",
@@ -22,34 +25,53 @@ COLUMNS = (
 
 
 class LossCurve:
-    """Points of one run, kept in `loss_curve.csv`; `draw` makes `loss_curve.png` from them."""
+    """Points of one run, kept in `loss_curve.csv`; `draw` makes `loss_curve.png` from them.
+
+    Neither is worth a training: where they cannot be written, a notice says so once, and the next point tries again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.table, self.picture = folder / "loss_curve.csv", folder / "loss_curve.png"
         self.points: list[dict[str, Any]] = []
+        self._whole = False  # whether the table has all points
+        self._said = False
 
     def start(self, step: int) -> None:
         """Begins the table; of an interrupted run, takes up the points up to `step`."""
-        if step and self.table.is_file():
-            with open(self.table, newline="", encoding="utf-8") as file:
-                # a killed run may leave half a line
-                whole = [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
-            self.points = [row for row in whole if int(row["step"]) <= step]
-        self._write(self.points)
+        with self._trying():
+            if step and self.table.is_file():
+                self.points = [point for point in _read(self.table) if int(point["step"]) <= step]
+            self._write()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Adds what one log event measured and writes it to the table."""
         point = {"step": step, **{key: values[key] for key in COLUMNS if key in values}}
         if self.points and int(self.points[-1]["step"]) == step:
             self.points[-1] = {**self.points[-1], **point}
-            self._write(self.points)
+            self._whole = False
         else:
             self.points.append(point)
-            with open(self.table, "a", encoding="utf-8") as file:
-                file.write(_lines([point]))
+        with self._trying():
+            if self._whole and self.table.is_file():
+                with open(self.table, "a", encoding="utf-8") as file:
+                    file.write(_lines([point]))
+            else:
+                self._write()
 
-    def _write(self, points: list[dict[str, Any]]) -> None:
-        atomic_write(self.table, ",".join(COLUMNS) + "\n" + _lines(points))
+    def _write(self) -> None:
+        atomic_write(self.table, ",".join(COLUMNS) + "\n" + _lines(self.points))
+        self._whole = True
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._whole = False  # half a line may have been written
+            if not self._said:
+                said = error.strerror or str(error)
+                notice(f"the loss curve in {self.table.parent} cannot be kept ({said}); training goes on")
+            self._said = True
 
     def series(self, column: str) -> tuple[list[int], list[float]]:
         """Steps and values of the points that have this column."""
@@ -76,8 +98,25 @@ class LossCurve:
         axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
-        with atomic_file(self.picture) as file:
+        with self._trying(), atomic_file(self.picture) as file:
             figure.savefig(file, format="png", dpi=120)
+
+
+def _read(table: Path) -> list[dict[str, Any]]:
+    """The points of a table; a killed run may leave half a line."""
+    with open(table, newline="", encoding="utf-8", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if _is_point(row)]
+
+
+def _is_point(row: dict[Any, Any]) -> bool:
+    """Whether a row of a table has a step, and numbers in all of its columns, which are known."""
+    try:
+        for text in row.values():
+            if text != "":
+                float(text)  # None where the row is too short, a list where it is too long
+    except (TypeError, ValueError):
+        return False
+    return all(key in COLUMNS for key in row) and str(row.get("step")).isdigit()
 
 
 def _lines(points: list[dict[str, Any]]) -> str:
