@@ -8,6 +8,7 @@ paddle.distributed.launch`) export a part of every layer each, for as many proce
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from utils import runtime, signals
@@ -51,7 +52,11 @@ def main() -> None:
     kind = " --inference_model" if run.inference_model else ""
     launcher = f" -u -m paddle.distributed.launch --nproc_per_node {layout.world}" if peers.several else ""
     print(f"exported to {output} ({size:,.1f} MB)")
-    print(f"run it: python{launcher} predictor.py --model_name_or_path {output} --mode static{kind}")
+    folder = shlex.quote(str(output))
+    print(
+        f"run it: python{launcher} predictor.py --model_name_or_path {folder} --mode static{kind} "
+        "--data_file ./data/dev.json"
+    )
 
 
 if __name__ == "__main__":

@@ -215,6 +215,17 @@ def test_an_unreadable_value_says_nothing_about_others(tmp_path: Path, base: dic
     assert len(faults([path])) == 1
 
 
+@pytest.mark.parametrize("text", [None, "{", '{"model_name_or_path": "m",}'])
+def test_an_unreadable_file_says_nothing_about_what_is_missing(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "broken.json"
+    if text is not None:
+        path.write_text(text)
+    assert [str(path) in fault for fault in faults([str(path)])] == [True]
+    # what the command line says is known
+    found = faults([str(path), "--fp16", "--bf16", "--lora_rank", "0"])
+    assert len(found) == 3 and any("fp16 true (--fp16)" in fault for fault in found)
+
+
 def test_duplicate_keys_also_under_an_old_name(tmp_path: Path, base: dict[str, Any]) -> None:
     text = json.dumps(base, indent=0).removesuffix("\n}")
     path = write(tmp_path, text + ',\n"seed": 1,\n"zero_padding": true,\n"seed": 2,\n"intokens": false\n}')

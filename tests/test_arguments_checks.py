@@ -217,12 +217,16 @@ def test_degrees_divide_the_processes(
 
 
 def test_a_single_process_is_shown_the_launch_line(root: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("utils.arguments.checks.gpu_present", lambda: False)
     monkeypatch.chdir(root)
     monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
     found = [fault for fault in faults(["./llama/sft_argument.json"]) if "parallel" in fault]
     assert len(found) == 1 and found[0].startswith("tensor_parallel_degree 4 (llama/sft_argument.json line ")
-    launch = 'python -u -m paddle.distributed.launch --gpus "0,1,2,3" script.py ./llama/sft_argument.json'
-    assert launch in found[0]
+    launch = "python -u -m paddle.distributed.launch {} script.py ./llama/sft_argument.json"
+    assert launch.format("--nproc_per_node 4") in found[0] and "--gpus" not in found[0]
+    monkeypatch.setattr("utils.arguments.checks.gpu_present", lambda: True)
+    found = [fault for fault in faults(["./llama/sft_argument.json"]) if "parallel" in fault]
+    assert launch.format('--gpus "0,1,2,3"') in found[0] and "--nproc_per_node" not in found[0]
 
 
 # --- prediction and merging ------------------------------------------------------------------------
@@ -325,7 +329,11 @@ def test_static_programs_have_their_adapter_inside(predict: list[str], tmp_path:
         (tmp_path / name).touch()
     found = faults([*predict, "--mode", "static", f"--{kind}_path", str(tmp_path)], PredictArguments)
     assert len(found) == 2
-    assert any("no such folder; --mode static runs an exported model: python export_model.py" in one for one in found)
+    assert any(
+        "no such folder; --mode static runs an exported model: python export_model.py --model_name_or_path m "
+        "--output_path ./inference" in one
+        for one in found
+    )
     assert any(
         f"an exported model has its adapter inside: python export_model.py --{kind}_path" in one for one in found
     )

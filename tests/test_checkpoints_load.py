@@ -242,7 +242,7 @@ def test_unknown_models_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "config.json").unlink()
     assert "no config.json" in faults(folder)
     (folder / "lora_config.json").write_text("{}")
-    assert "--lora_path" in faults(folder)
+    assert "scripts take as lora_path" in faults(folder)
     (tmp_path / "empty").mkdir()
     shutil.copy(FIXTURES / "llama_tiny" / "config.json", tmp_path / "empty")
     assert "holds no weights; expected model.safetensors" in faults(tmp_path / "empty")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def exported(tiny: Tiny) -> Path:
     """A plain export, which tests copy before they change it."""
     code, out, err = export_model(tiny, tiny.home / "exported")
     assert code == 0, err + out
-    assert "--mode static\n" in out
+    (tiny.home / "said").write_text(out)
     return tiny.home / "exported"
 
 
@@ -280,11 +281,26 @@ def test_a_damaged_export_is_refused_before_anything_loads(tiny: Tiny, folder: P
 def test_the_mode_that_a_folder_needs_is_named(tiny: Tiny, exported: Path) -> None:
     with mock.patch("predictor.load") as load:
         assert "with --mode static" in refused(predict(tiny, exported))
-        assert "holds no exported model" in refused(predict(tiny, tiny.model, "--mode", "static"))
+        said = refused(predict(tiny, tiny.model, "--mode", "static"))
+        assert "holds no exported model" in said
+        assert said.endswith(f"export_model.py --model_name_or_path {tiny.model} --output_path {tiny.model}_static")
         assert "no such folder" in refused(predict(tiny, tiny.home / "nowhere", "--mode", "static"))
         said = refused(predict(tiny, exported, "--mode", "static", "--inference_model"))
         assert "leave --inference_model out" in said
     load.assert_not_called()
+
+
+def test_the_command_that_is_printed_works(
+    tiny: Tiny, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the repository's data lies, as it is."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(tiny.home / "questions.json", tmp_path / "data" / "dev.json")
+    monkeypatch.chdir(tmp_path)
+    [command] = re.findall("^run it: python predictor.py (.*)$", (tiny.home / "said").read_text(), re.MULTILINE)
+    code, out, err = run_main("predictor", *shlex.split(command), environment=tiny.environment)
+    assert code == 0, err + out
+    assert len((tmp_path / "output.json").read_text("utf-8").splitlines()) == len(QUESTIONS)
 
 
 def test_an_exported_inference_model_asks_for_its_flag(tiny: Tiny, tmp_path: Path) -> None:

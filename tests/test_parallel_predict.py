@@ -185,7 +185,10 @@ def test_an_interrupted_run_goes_on(home: Home, shared: Together) -> None:
 
 def test_a_model_whose_heads_do_not_divide(home: Home, shared: Together) -> None:
     (message,) = shared.errors.values()
-    assert message == "tensor_parallel_degree 2 does not divide the model's 3 attention heads"
+    assert message == (
+        "tensor_parallel_degree 2 (in prediction and export, the number of processes) does not divide both the model's "
+        "3 attention heads and the 48 columns of its MLP; 3 would"
+    )
 
 
 def test_a_program_for_each_process(home: Home, shared: Together) -> None:

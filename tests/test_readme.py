@@ -36,7 +36,9 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository, with a tiny model, few rows and few steps."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "model").mkdir()
-    write_tiny_llama(folder / "model", max_position_embeddings=2048)
+    # as many heads as the embedded model, so that it takes as many processes
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+    write_tiny_llama(folder / "model", max_position_embeddings=2048, **heads)
     (folder / "data" / "text").mkdir(parents=True)
     for name in LINKED:
         (folder / name).symlink_to(root / name)
@@ -56,15 +58,15 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_shards(model: Path, folder: Path) -> None:
-    """A checkpoint as a run of two tensor-parallel processes leaves it."""
+    """A checkpoint as a run of three tensor-parallel processes leaves it."""
     checkpoint = locate(model)
     shape = checkpoint.family.shape(checkpoint.config)
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("model.safetensors"))
-    (folder / "config.json").write_text(json.dumps({**checkpoint.config, "tensor_parallel_degree": 2}))
+    (folder / "config.json").write_text(json.dumps({**checkpoint.config, "tensor_parallel_degree": 3}))
     whole = {name: tensor.read() for name, (tensor, _) in match(checkpoint).items()}
-    for rank in range(2):
+    for rank in range(3):
         parts = [
-            (weight.parameter, shards.split(whole[weight.parameter], weight.split, shape, 2, rank))
+            (weight.parameter, shards.split(whole[weight.parameter], weight.split, shape, 3, rank))
             for weight in checkpoint.family.weights(checkpoint.config)
         ]
         write_safetensors(folder / f"model.tp{rank:02d}.safetensors", parts, {"format": "np"})

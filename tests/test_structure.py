@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from utils.arguments import (
+    CreatePretrainingDataArguments,
+    ExportArguments,
+    FinetuneArguments,
+    MergeLoraArguments,
+    MergeTpArguments,
+    PredictArguments,
+    PretrainArguments,
+    TransToJsonArguments,
+)
+from utils.arguments.fields import options_of
 
 SCRIPTS = ("finetune_generation", "run_pretrain", "predictor", "merge_lora_params", "merge_tp_params", "export_model")
 # package -> packages that it must never import
@@ -79,6 +92,70 @@ def test_nothing_imports_a_script(root: Path) -> None:
 def test_what_checks_arguments_and_files_loads_no_paddle(root: Path, modules: str) -> None:
     code = f"import sys, {modules}; sys.exit('paddle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+# --- messages ---------------------------------------------------------------------------------------
+
+PARSED = {
+    "finetune_generation.py": FinetuneArguments,
+    "run_pretrain.py": PretrainArguments,
+    "predictor.py": PredictArguments,
+    "export_model.py": ExportArguments,
+    "merge_lora_params.py": MergeLoraArguments,
+    "merge_tp_params.py": MergeTpArguments,
+    "data/tools/trans_to_json.py": TransToJsonArguments,
+    "data/tools/create_pretraining_data.py": CreatePretrainingDataArguments,
+}
+OF_OTHERS = {"nproc_per_node", "gpus", "no-deps"}  # options of Paddle's launcher and of pip
+# Messages that other scripts, which import these modules for something else, cannot come to.
+REACHED_BY_THEIR_OWN = {
+    ("utils/checkpoints/merge_tp.py", "merge_model_path"),
+    ("utils/data/pretrain_build.py", "json_key"),
+    ("utils/data/pretrain_work.py", "workers"),
+    ("utils/data/template.py", "chat_template"),
+}
+
+
+def reached(root: Path, script: str) -> set[Path]:
+    """The modules that a script imports, directly or through others, beside those of `utils.arguments`."""
+    found, waiting = set(), [root / script]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in imported(path):
+            place = root / name.replace(".", "/")
+            if name.startswith("utils.") and not name.startswith("utils.arguments"):
+                waiting += [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    return found
+
+
+def texts_of(path: Path) -> list[str]:
+    """Texts in the code of a module, docstrings aside; those with values in them as they are written."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    parts -= {id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)}
+    parts |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if id(node) not in parts and isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("script", PARSED)
+def test_messages_name_options_that_the_script_has(root: Path, script: str) -> None:
+    """Or commands of another script, which are named with it."""
+    known, faults = {*options_of(PARSED[script]), *OF_OTHERS}, []
+    for path in sorted(reached(root, script)):
+        place = path.relative_to(root).as_posix()
+        for text in texts_of(path):
+            wrong = {name for name in re.findall(r"--([a-z][a-z_-]+)", text) if name not in known}
+            wrong -= {name for module, name in REACHED_BY_THEIR_OWN if module == place}
+            if wrong and ".py" not in text:
+                faults.append(f"{place}: {', '.join(sorted(wrong))} in {text[:120]}")
+    assert not faults
 
 
 def test_no_file_asks_to_be_split(root: Path) -> None:

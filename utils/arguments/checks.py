@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.parallel.topology import world_size
 from utils.places import PARTIAL, is_read_only, is_stream
+from utils.runtime import gpu_present
 from utils.splits import looks_like_path, split_files
 
 ANSWER_METRICS = ("bleu4", "rouge1", "rouge2", "rougel")
@@ -158,11 +159,12 @@ def parallel_degrees(run: Any) -> Iterator[str]:
         product = " times ".join(run.where(name) for name in named)
         alone = " ".join(f"--{name} 1" for name in named)
         cards = ",".join(map(str, range(wanted)))
+        # on a machine without GPUs the launcher answers --gpus with a traceback, "substring not found"
+        number = f'--gpus "{cards}"' if gpu_present() else f"--nproc_per_node {wanted}"
         yield (
             f"{product} needs {wanted} processes or a multiple of it, and {running} "
             f"{'is' if running == 1 else 'are'} running; either start {wanted}: python -u -m "
-            f'paddle.distributed.launch --gpus "{cards}" {run.command} (without GPUs --nproc_per_node '
-            f"{wanted} instead of --gpus), or add {alone}"
+            f"paddle.distributed.launch {number} {run.command}, or add {alone}"
         )
 
 
@@ -364,10 +366,12 @@ def prediction_files(run: Any) -> Iterator[str]:
 
 def static_folder(run: Any) -> Iterator[str]:
     """A static program comes from a folder."""
-    if run.mode == "static" and run.model_name_or_path is not None and not os.path.isdir(run.model_name_or_path):
+    name = run.model_name_or_path
+    if run.mode == "static" and name is not None and not os.path.isdir(name):
+        model, output = ("MODEL", name) if looks_like_path(name) else (name, "./inference")
         yield (
             f"{run.where('model_name_or_path')}: no such folder; --mode static runs an exported model: python "
-            f"export_model.py --model_name_or_path MODEL --output_path {run.model_name_or_path}"
+            f"export_model.py --model_name_or_path {model} --output_path {output}"
         )
 
 

@@ -135,7 +135,7 @@ class GenerateArguments(Arguments):
 class QuantArguments(Arguments):
     """Quantization after training."""
 
-    group: ClassVar[str] = "Quantization"
+    group: ClassVar[str] = "Quantization (not part of this version yet)"
 
     quant_type: str = arg(
         "A8W8",

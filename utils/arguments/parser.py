@@ -64,6 +64,7 @@ def parse(cls: type[Run], argv: Sequence[str] | None = None, script: str = "") -
     faults: list[str] = []
     file, line_given = _read_words(words, options, cls, faults)
     file_given: list[Given] = []
+    broken: set[str] = set()
     if file is not None:
         try:
             origin = jsonfile.display(file) + " line {}"
@@ -73,10 +74,10 @@ def parse(cls: type[Run], argv: Sequence[str] | None = None, script: str = "") -
             ]
         except UserError as error:
             faults.extend(error.faults)
+            broken.update(options)  # what the file says of them is not known
 
     run = cls()
     run.command = shlex.join([script, *words])
-    broken: set[str] = set()
     for source in (file_given, line_given):
         _take(run, source, options, script, faults, broken)
     notices = run.settle() + list(_without_effect(run, options))

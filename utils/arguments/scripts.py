@@ -42,7 +42,7 @@ class FinetuneArguments(
     AdapterArguments,
     ModelArguments,
 ):
-    """Finetunes a model: all weights (SFT), LoRA or prefix tuning; evaluates and quantizes it."""
+    """Finetunes a model: all weights (SFT), LoRA or prefix tuning; evaluates it."""
 
     renamed: ClassVar[dict[str, str]] = {
         **RENAMED_LENGTHS,

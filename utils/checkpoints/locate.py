@@ -1,4 +1,4 @@
-"""From what the user wrote after --model_name_or_path to a checkpoint that is known to be whole.
+"""From the name of a model to a checkpoint that is known to be whole.
 
 Everything here happens before any weight is read, and without Paddle.
 """
@@ -89,12 +89,11 @@ def locate(name_or_path: str | Path, *, allow_network: bool = True, weights: boo
     if name == embedded.NAME:
         return _inspect(name, embedded.embedded_folder(), weights)
     if folder.exists():
-        raise UserError(f"--model_name_or_path {name}: is a file; expected the folder of a model")
+        raise UserError(f"{name}: is a file; expected the folder of a model")
     is_path = name.startswith((".", "/", "~")) or Path(name.split("/")[0]).exists()
     if is_path or not _HUB_ID.fullmatch(name):
         raise UserError(
-            f"--model_name_or_path {name}: no such folder; expected a model folder, {embedded.NAME}, "
-            "or a hub id such as org/name"
+            f"{name}: no such folder; expected a model folder, {embedded.NAME}, or a hub id such as org/name"
         )
     return _inspect(name, _hub_folder(name, allow_network, weights), weights)
 
@@ -118,7 +117,7 @@ def _hub_folder(name: str, allow_network: bool, weights: bool) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--model_name_or_path {name}: is no folder here, and the hub could not give it ({reason}); "
+            f"{name}: is no folder here, and the hub could not give it ({reason}); "
             "check the name and the connection, or download the folder and name its path; "
             f"{embedded.NAME} needs no hub"
         ) from error
@@ -144,8 +143,8 @@ def read_config(file: Path) -> tuple[dict[str, Any], FamilySpec]:
 def _inspect(name: str, folder: Path, weights: bool) -> Checkpoint:
     if not (folder / "config.json").is_file():
         adapter = next((file for file in ADAPTER_FILES if (folder / file).is_file()), None)
-        option = "--prefix_path" if adapter == "prefix_config.json" else "--lora_path"
-        is_adapter = f"it holds an adapter: name it with {option} and its base model here"
+        option = "prefix_path" if adapter == "prefix_config.json" else "lora_path"
+        is_adapter = f"it holds an adapter, which scripts take as {option}; name its base model here"
         hint = is_adapter if adapter else "expected a model folder"
         raise UserError(f"{folder}: has no config.json; {hint}")
     config, family = read_config(folder / "config.json")

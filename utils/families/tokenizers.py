@@ -308,7 +308,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         expected = (*(family.tokenizer_files if family else ()), *names)
         raise UserError(
             f"{folder}: no tokenizer found; expected one of {', '.join(expected)}. Copy the tokenizer files of "
-            "the original model there, or name its folder with --tokenizer_name_or_path"
+            "the original model there; in training, tokenizer_name_or_path may name its folder instead"
         )
     kept = (*names, *SETTINGS_FILES, *VOCABULARY_FILES)
     files = [folder / name for name in kept if (folder / name).is_file()]

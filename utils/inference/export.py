@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -99,7 +100,9 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
     if not folder.is_dir():
         raise UserError(f"--model_name_or_path {name}: no such folder; export the model first: {_command(name)}")
     if not is_export(folder):
-        raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {_command(name)}")
+        plain = (folder / "config.json").is_file() and not (folder / PROGRAM).is_file()
+        command = _command(f"{name.rstrip('/')}_static", name if plain else "MODEL")
+        raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {command}")
     _check_name(folder)
     known = read_json(folder / MANIFEST)
     again = f"export it again: {_command(name)}"
@@ -307,8 +310,8 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def _command(name: str) -> str:
-    return f"python export_model.py --model_name_or_path MODEL --output_path {name}"
+def _command(output: str, model: str = "MODEL") -> str:
+    return f"python export_model.py --model_name_or_path {shlex.quote(model)} --output_path {shlex.quote(output)}"
 
 
 def _sha256(path: Path) -> str:

@@ -137,8 +137,15 @@ class Layout:
         raise_if(list(self._unfit(shape)))
 
     def _unfit(self, shape: ModelShape) -> Iterator[str]:
-        if shape.heads % self.tensor:
-            yield f"tensor_parallel_degree {self.tensor} does not divide the model's {shape.heads} attention heads"
+        if shape.heads % self.tensor or shape.intermediate % self.tensor:
+            sizes = (shape.heads, shape.intermediate)
+            fit = [str(n) for n in range(2, shape.heads + 1) if not any(size % n for size in sizes)]
+            advice = f"{' or '.join(fit)} would" if fit else "none above 1 does"
+            yield (
+                f"tensor_parallel_degree {self.tensor} (in prediction and export, the number of processes) does not "
+                f"divide both the model's {shape.heads} attention heads and the {shape.intermediate} columns of its "
+                f"MLP; {advice}"
+            )
         if self.pipeline * self.virtual > shape.layers:
             times = f" times virtual_pp_degree {self.virtual}" if self.virtual > 1 else ""
             yield f"pipeline_parallel_degree {self.pipeline}{times} is more than the model's {shape.layers} layers"
