@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from tiny_models import write_tiny_llama
 from tiny_runs import Tiny, make_tiny
 from tiny_runs import run_main as run_script_main
 
+from utils.errors import UserError
 from utils.inference import export as exporting
 from utils.inference.loading import prepare
 from utils.inference.verify import verify_export
+from utils.parallel.topology import Layout
 
 TRAINING: list[object] = ["--do_train", "--max_steps", 12, "--lr_scheduler_type", "constant"]
 METHODS: dict[str, list[object]] = {
@@ -333,6 +336,29 @@ def test_the_program_of_the_guide_decodes_an_export(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [int(token) for token in done.stdout.splitlines()[-1].split(",")] == wanted
+
+
+def test_a_manifest_of_other_types_is_an_error_that_names_the_key(folder: Path) -> None:
+    file = folder / exporting.MANIFEST
+    known = json.loads(file.read_text(encoding="utf-8"))
+    wrong: list[Any] = [None, -1, "x", [], {}, [1], [None], {"a": 1}, {"a": {}}, {"model.json": {"size": 1}}, 10**30]
+    first = next(iter(known["files"]))
+    for key in known:
+        for value in wrong:
+            file.write_text(json.dumps({**known, key: value}), encoding="utf-8")
+            with contextlib.suppress(UserError):
+                exporting.read_export(str(folder), Layout())
+    for changed, said in (
+        (
+            {"files": {**known["files"], first: {"size": "many", "sha256": ""}}},
+            f'files.{first}.size is "many"; expected',
+        ),
+        ({"files": {first: {}}}, f"files.{first} has no size or no sha256"),
+        ({"cache": [1, "x"]}, "cache is a list of 2; expected a list of whole numbers"),
+    ):
+        file.write_text(json.dumps({**known, **changed}), encoding="utf-8")
+        with pytest.raises(UserError, match=re.escape(said)):
+            exporting.read_export(str(folder), Layout())
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:

@@ -92,10 +92,13 @@ class Chat:
 
 def _read() -> str | None:
     """A message, "" where it is none; None at the end of input."""
+    signal.siginterrupt(signal.SIGINT, True)  # or else the reading would go on, see `signals.handle`
     try:
         text = input("> ")
     except (EOFError, KeyboardInterrupt):
         return None
+    finally:
+        signal.siginterrupt(signal.SIGINT, False)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:  # a byte that stands for no character, see `chat_in_terminal`
