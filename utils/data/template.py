@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from utils.data.marks import Marks, Rendered
+from utils.data.turns import end_turn, own_text_end
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +27,26 @@ if TYPE_CHECKING:
 JINJA_FILE = "chat_template.jinja"
 PADDLENLP_FILE = "chat_template.json"
 SETTINGS_FILE = "tokenizer_config.json"
+OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")  # what some templates ask with
+Tools = list[Any]  # descriptions of functions, as OpenAI's rows have them
 
 
 class Message(TypedDict):
-    """One turn; `role` is "system", "user" or "assistant"."""
+    """One turn.
+
+    Keys:
+        role: "system", "user" or "assistant".
+        content: the text.
+        train: whether an answer is learned; it is, if nothing else is said.
+        reasoning_content: what an answer's author thought before.
+        tool_calls: the functions that an answer calls.
+    """
 
     role: str
     content: str
+    train: NotRequired[bool]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[Any]]
 
 
 class Round(NamedTuple):
@@ -47,12 +63,25 @@ class Round(NamedTuple):
 
 
 class ChatTemplate(ABC):
-    """How a conversation becomes text and ids. Get one from `ChatTemplate.load`."""
+    """How a conversation becomes text and ids. Get one from `ChatTemplate.load`.
+
+    Attributes:
+        special_tokens_in_text: whether special tokens that a message holds are special tokens. By default they are
+            text like any other; those of the template itself are always special.
+    """
 
     source: Literal["jinja", "plain", "paddlenlp"]
+    special_tokens_in_text = False
 
     @classmethod
-    def load(cls, folder: Path | None, *, default: str | None, override: Path | None = None) -> ChatTemplate:
+    def load(
+        cls,
+        folder: Path | None,
+        *,
+        default: str | None,
+        override: Path | None = None,
+        special_tokens_in_text: bool = False,
+    ) -> ChatTemplate:
         """The template of a checkpoint.
 
         Looked for in this order: `override`, chat_template.jinja, `chat_template` in
@@ -63,10 +92,17 @@ class ChatTemplate(ABC):
             folder: the checkpoint, or None.
             default: Jinja text of the model's family, or None.
             override: a .jinja or .json file of the user's.
+            special_tokens_in_text: see the class.
 
         Raises:
             UserError: a template that cannot be read.
         """
+        template = cls._find(folder, default, override)
+        template.special_tokens_in_text = special_tokens_in_text
+        return template
+
+    @staticmethod
+    def _find(folder: Path | None, default: str | None, override: Path | None) -> ChatTemplate:
         if override is not None:
             return _read_template(Path(override))
         if folder is not None:
@@ -80,16 +116,27 @@ class ChatTemplate(ABC):
                 return _read_template(folder / PADDLENLP_FILE)
         return PlainTemplate() if default is None else JinjaTemplate(default, "the family's chat template")
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) of all that decides the ids, the tokenizer aside."""
+        option = "\0special tokens in text" if self.special_tokens_in_text else ""
+        return hashlib.sha256(f"{self._identity()}{option}".encode()).hexdigest()
+
+    @abstractmethod
+    def _identity(self) -> str:
+        """The kind of template and all of its text."""
+
+    def known_keys(self, tokenizer: Tokenizer) -> frozenset[str]:
+        """Which of the keys "tools", "tool_calls" and "reasoning_content" reach the model."""
+        return frozenset()
 
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes the template into a checkpoint folder, so that `load` finds this very one."""
 
     @abstractmethod
-    def rounds(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Round], list[int]]:
+    def rounds(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
+    ) -> tuple[list[Round], list[int]]:
         """The ids of a conversation.
 
         Returns:
@@ -102,11 +149,11 @@ class ChatTemplate(ABC):
             UserError: the template refuses the conversation.
         """
 
-    def encode_prompt(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """The ids that a model is asked with; `messages` ends with a turn of the user."""
         if not messages or messages[-1]["role"] == "assistant":
             raise ValueError("a prompt must end with a turn of the user")
-        rounds, rest = self.rounds(tokenizer, messages)
+        rounds, rest = self.rounds(tokenizer, messages, tools)
         return [i for one in rounds for part in one for i in part] + rest
 
     def encode_conversation(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -124,21 +171,15 @@ class ChatTemplate(ABC):
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Every id that ends an answer: the tokenizer's, and the one that this template writes."""
-        example: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        end = self.rounds(tokenizer, example)[0][0].answer[-1]
-        return tuple(dict.fromkeys([*tokenizer.eos_ids, end]))
+        return tuple(dict.fromkeys([*tokenizer.eos_ids, self._example_end(tokenizer)]))
 
-
-def end_turn(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int]]:
-    """Splits the ids of an answer behind the special token that ends the turn.
-
-    A template that writes none gives a model no way to stop: then the tokenizer's end token is added.
-    """
-    special = tokenizer.special_ids
-    for place in range(len(ids), 0, -1):
-        if ids[place - 1] in special:
-            return ids[:place], ids[place:]
-    return [*ids, tokenizer.eos_id], []
+    def _example_end(self, tokenizer: Tokenizer) -> int:
+        """The id that ends an answer without anything special in it."""
+        example: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "a", "reasoning_content": "a"},
+        ]
+        return self.rounds(tokenizer, example)[0][0].answer[-1]
 
 
 class PlainTemplate(ChatTemplate):
@@ -146,24 +187,27 @@ class PlainTemplate(ChatTemplate):
 
     source = "plain"
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"plain").hexdigest()
+    def _identity(self) -> str:
+        return "plain"
 
     def save(self, folder: Path) -> None:
         """Nothing to write: no template is this template."""
 
-    def rounds(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Round], list[int]]:
+    def rounds(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
+    ) -> tuple[list[Round], list[int]]:
+        encode = tokenizer.encode if self.special_tokens_in_text else tokenizer.encode_text
         begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         rounds: list[Round] = []
         asked: list[str] = []
         for message in messages:
             if message["role"] == "assistant":
-                prompt = begin + tokenizer.encode("\n".join(asked))
-                rounds.append(Round(prompt, [*tokenizer.encode(message["content"]), tokenizer.eos_id]))
+                prompt = begin + encode("\n".join(asked))
+                rounds.append(Round(prompt, [*encode(message["content"]), tokenizer.eos_id]))
                 asked = []
             else:
                 asked.append(message["content"])
-        return rounds, begin + tokenizer.encode("\n".join(asked)) if asked else []
+        return rounds, begin + encode("\n".join(asked)) if asked else []
 
 
 class JinjaTemplate(ChatTemplate):
@@ -176,8 +220,8 @@ class JinjaTemplate(ChatTemplate):
         self.origin = origin
         _ = self._compiled  # a broken template must be reported now
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"jinja\0{self.text}".encode()).hexdigest()
+    def _identity(self) -> str:
+        return f"jinja\0{self.text}"
 
     def save(self, folder: Path) -> None:
         (folder / JINJA_FILE).write_text(self.text, encoding="utf-8")
@@ -190,56 +234,135 @@ class JinjaTemplate(ChatTemplate):
 
     @cached_property
     def _compiled(self) -> Any:
+        from utils.data.jinja import compile_jinja
+
         return compile_jinja(self.text, self.origin)
 
-    def _render(self, tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool) -> str:
+    @cached_property
+    def _written_keys(self) -> frozenset[str]:
+        """Those of `known_keys` that the template looks for."""
+        from utils.data.jinja import names_in
+
+        return names_in(self.text) & {"tools", "tool_calls", "reasoning_content"}
+
+    def known_keys(self, tokenizer: Tokenizer) -> frozenset[str]:
+        question = _Talk(self, tokenizer, [{"role": "user", "content": "a"}], None).render(1, ask=True)
+        return self._written_keys | ({"reasoning_content"} if OPENED.search(question.text) else set())
+
+    def rounds(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
+    ) -> tuple[list[Round], list[int]]:
+        talk = _Talk(self, tokenizer, messages, tools)
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        # what is asked before each answer, and that with the answer
+        texts = [(talk.render(place, ask=True), talk.render(place + 1)) for place in answers]
+        last = talk.render(len(messages), ask=True) if messages and messages[-1]["role"] != "assistant" else None
+        asked = [question for question, _ in texts[1:]] + ([] if last is None else [last])
+        history = texts if last is not None else texts[:-1]
+        if not (
+            all(answered.text.startswith(question.text) for question, answered in history)
+            and all(question.text.startswith(done.text) for question, (_, done) in zip(asked, texts, strict=False))
+        ):
+            # the template writes history in another way than the turn at hand, so only the last answer
+            # can be learned as it will be asked for
+            texts = [] if last is not None else texts[-1:]
+        done, rounds, before = Rendered(""), list[Round](), list[int]()
+        for place, (question, answered) in zip(answers[len(answers) - len(texts) :], texts, strict=True):
+            prompt = before + question.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
+            answer, before = self._answer(talk, place, question, answered)
+            rounds.append(Round(prompt, answer))
+            done = answered
+        if last is not None:
+            before = before + last.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
+        return rounds, before
+
+    def _answer(self, talk: _Talk, place: int, question: Rendered, answered: Rendered) -> tuple[list[int], list[int]]:
+        """The ids of an answer, and of what the template writes behind it.
+
+        Raises:
+            UserError: what is asked is no beginning of what is answered.
+        """
+        message = talk.messages[place]
+        if answered.text.startswith(question.text):
+            added = answered.cut(len(question.text))
+            end = own_text_end(added.text, message["content"])
+            if end is None and (found := talk.end_of(place, answered)) is not None:
+                end = found - len(question.text)
+        else:
+            thought, opened, found = "", OPENED.search(question.text), talk.end_of(place, answered)
+            if opened is None or found is None:
+                raise UserError(
+                    f"{self.origin}: this template rewrites earlier turns, so what a model is trained on would "
+                    "differ from what it is asked with; give a template that only appends with --chat_template"
+                )
+            thought = self._thought(message, opened)
+            own = Rendered(thought) if self.special_tokens_in_text else Rendered.of_user(thought, talk.tokenizer)
+            added, end = own + answered.cut(found), len(thought)
+        only = self._example_end(talk.tokenizer) if "tool_calls" in message else None
+        return end_turn(talk.tokenizer, added, end, continuation=bool(question.text), end=only)
+
+    def _thought(self, message: Message, opened: re.Match[str]) -> str:
+        """What a model has to say to a prompt that ends in an opened tag: the reasoning, then the answer.
+
+        Raises:
+            UserError: the answer brings no reasoning.
+        """
+        tag, content = opened[1], message["content"].strip()
+        if f"</{tag}>" in content:
+            begins = content.startswith(f"<{tag}>")
+            content = content.removeprefix(f"<{tag}>")
+            return content.lstrip("\n") if begins and opened[0].endswith("\n") else content
+        if not message.get("reasoning_content"):
+            raise UserError(
+                f"{self.origin}: this template asks with an opened <{tag}>, so an answer must begin with its "
+                f'reasoning; write "<{tag}>...</{tag}>" before the answer, or the reasoning under '
+                f'"reasoning_content", or give a template that does not open <{tag}> with --chat_template'
+            )
+        reasoning = message["reasoning_content"].strip("\n")
+        return f"{reasoning}\n</{tag}>\n\n{content}"
+
+
+class _Talk:
+    """A conversation and a template: what it writes of the leading messages."""
+
+    def __init__(
+        self, template: JinjaTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None
+    ) -> None:
+        self.tokenizer, self.messages = tokenizer, messages
+        self._template = template
+        names = ["role", "content", *template._written_keys]
+        shown = [{name: message[name] for name in names if name in message} for message in messages]  # type: ignore[literal-required]
+        shown_tools = tools if tools and "tools" in template._written_keys else None
+        special = template.special_tokens_in_text
+        self._marks = Marks(tokenizer, [shown, shown_tools], special_in_text=special)
+
+    def _write(self, messages: list[Any], *, ask: bool) -> str:
+        from utils.data.jinja import render_jinja
+
+        tokenizer = self.tokenizer
         return render_jinja(
-            self._compiled,
-            self.origin,
-            messages=list(messages),
+            self._template._compiled,
+            self._template.origin,
+            messages=messages,
             add_generation_prompt=ask,
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token,
             pad_token=tokenizer.token(tokenizer.pad_id) or "",
-            tools=None,
+            tools=self._marks.ready[1],
             documents=None,
         )
 
-    def rounds(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Round], list[int]]:
-        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        # what is asked before each answer, and that with the answer
-        texts = [
-            (
-                self._render(tokenizer, messages[:place], ask=True),
-                self._render(tokenizer, messages[: place + 1], ask=False),
-            )
-            for place in answers
-        ]
-        open_end = bool(messages) and messages[-1]["role"] != "assistant"
-        last = self._render(tokenizer, messages, ask=True) if open_end else None
-        asked = [text for text, _ in texts[1:]] + ([] if last is None else [last])
-        if not all(text.startswith(done) for text, (_, done) in zip(asked, texts, strict=False)):
-            # the template writes history in another way than the turn at hand, so only the last answer
-            # can be learned as it will be asked for
-            texts = [] if open_end else texts[-1:]
-        done, rounds, before = "", list[Round](), list[int]()
-        for question, answered in texts:
-            prompt = before + self._encode(tokenizer, done, question)
-            answer, before = end_turn(tokenizer, self._encode(tokenizer, question, answered))
-            rounds.append(Round(prompt, answer))
-            done = answered
-        if last is not None:
-            before = before + self._encode(tokenizer, done, last)
-        return rounds, before
+    def render(self, count: int, *, ask: bool = False) -> Rendered:
+        """The text of the first `count` messages; `ask` for the next answer."""
+        return self._marks.take(self._write(self._marks.ready[0][:count], ask=ask))
 
-    def _encode(self, tokenizer: Tokenizer, before: str, text: str) -> list[int]:
-        """The ids of what `text` adds to `before`."""
-        if not text.startswith(before):
-            raise UserError(
-                f"{self.origin}: this template rewrites earlier turns, so what a model is trained on would "
-                "differ from what it is asked with; give a template that only appends with --chat_template"
-            )
-        return tokenizer.encode(text[len(before) :], continuation=bool(before))
+    def end_of(self, place: int, answered: Rendered) -> int | None:
+        """Where the text of the message at `place` ends in `answered`, which ends with that message."""
+        *before, message = self._marks.ready[0][: place + 1]
+        if not message["content"].strip():
+            return None
+        written = self._write([*before, {**message, "content": self._marks.ended(message["content"])}], ask=False)
+        return self._marks.end(written) if self._marks.take(written) == answered else None
 
 
 class PaddleNLPTemplate(ChatTemplate):
@@ -263,45 +386,55 @@ class PaddleNLPTemplate(ChatTemplate):
         if parts is None and not isinstance(query, str):
             raise UserError(f'{origin}: expected "conversation" (a list of strings) or "query" (a string)')
         written: list[str] = parts if parts else [str(query), "{{bot}}"]
+        from utils.data.jinja import compile_jinja
+
         *asking, answering = written
         self._ask = [compile_jinja(text, origin, keep_trailing_newline=True) for text in asking]
         self._answer = compile_jinja(answering, origin, keep_trailing_newline=True)
         self._system = compile_jinja(system, origin, keep_trailing_newline=True) if system else None
 
-    def fingerprint(self) -> str:
-        content = json.dumps(self.content, ensure_ascii=False, sort_keys=True)
-        return hashlib.sha256(f"paddlenlp\0{content}".encode()).hexdigest()
+    def _identity(self) -> str:
+        return f"paddlenlp\0{json.dumps(self.content, ensure_ascii=False, sort_keys=True)}"
 
     def save(self, folder: Path) -> None:
         text = json.dumps(self.content, ensure_ascii=False, indent=2)
         (folder / PADDLENLP_FILE).write_text(text + "\n", encoding="utf-8")
 
-    def rounds(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[Round], list[int]]:
-        system = "\n".join(message["content"] for message in messages if message["role"] == "system")
-        before = tokenizer.encode(self._system_text(system))
+    def rounds(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
+    ) -> tuple[list[Round], list[int]]:
+        contents = [message["content"] for message in messages]
+        marks = Marks(tokenizer, contents, special_in_text=self.special_tokens_in_text)
+        roles = [message["role"] for message in messages]
+        system = "\n".join(text for text, role in zip(marks.ready, roles, strict=True) if role == "system")
+        before = marks.take(self._system_text(system)).encode(tokenizer)
         rounds: list[Round] = []
         prompt = list[int]()
         asked = False
-        for message in messages:
+        for text, content, role in zip(marks.ready, contents, roles, strict=True):
             index = len(rounds)
-            if message["role"] == "user":
+            if role == "user":
                 for part in self._ask:
-                    prompt += tokenizer.encode(self._part(part, tokenizer, message["content"], "", index))
+                    prompt += marks.take(self._part(part, tokenizer, text, "", index)).encode(tokenizer)
                 asked = True
-            elif message["role"] == "assistant":
-                text = self._part(self._answer, tokenizer, "", message["content"], index)
-                answer, rest = end_turn(tokenizer, tokenizer.encode(text))
+            elif role == "assistant":
+                added = marks.take(self._part(self._answer, tokenizer, "", text, index))
+                answer, rest = end_turn(tokenizer, added, own_text_end(added.text, content))
                 rounds.append(Round(before + prompt, answer))
                 before, prompt, asked = rest, [], False
         return rounds, before + prompt if asked else before
 
     def _system_text(self, content: str) -> str:
+        from utils.data.jinja import render_jinja
+
         if self._system is None:
             return content + "\n" if content else ""
         text = render_jinja(self._system, self.origin, system=content, is_training=False)
         return text if content in text else content + "\n"
 
     def _part(self, part: Any, tokenizer: Tokenizer, user: str, bot: str, index: int) -> str:
+        from utils.data.jinja import render_jinja
+
         return render_jinja(
             part,
             self.origin,
@@ -314,38 +447,6 @@ class PaddleNLPTemplate(ChatTemplate):
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token,
         )
-
-
-def compile_jinja(text: str, origin: str, *, keep_trailing_newline: bool = False) -> Any:
-    """Compiles a template for the sandbox, with the functions that published chat templates use.
-
-    A newline that ends the text of a Hugging Face template is not part of it; in PaddleNLP's it is.
-
-    Raises:
-        UserError: a syntax error, with the template's line.
-    """
-    import jinja2
-
-    from utils.data.jinja import environment
-
-    try:
-        return environment(keep_trailing_newline).from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{origin}: chat template, line {error.lineno}: {error.message}") from None
-
-
-def render_jinja(template: Any, origin: str, **values: Any) -> str:
-    """The text of a compiled template.
-
-    Raises:
-        UserError: what the template itself says is wrong, or a fault in it.
-    """
-    import jinja2
-
-    try:
-        return template.render(**values)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{origin}: the chat template refuses this conversation: {error}") from None
 
 
 def _read_template(file: Path) -> ChatTemplate:

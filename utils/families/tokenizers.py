@@ -10,17 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.families.tokenizer_settings import Settings
+from utils.families.tokenizers_plain import PlainTwin
 from utils.settings import read_bytes, read_text
 
 TOKENIZER_JSON = "tokenizer.json"
+THOUGHTS = frozenset({"<think>", "</think>"})
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
@@ -39,8 +44,12 @@ class Tokenizer(ABC):
         rows: number of ids that the model knows, where added tokens have higher ones; else None.
         adds_bos: whether the tokenizer's own convention begins a text with `bos_id`.
         special_tokens: the special tokens, text to id.
+        unknown_id: the id that stands for what the vocabulary lacks, if there is one.
+        text_tokens: those that stand in texts on purpose, so that they never count as mere text.
     """
 
+    text_tokens = THOUGHTS
+    unknown_id: int | None = None
     vocabulary: int
     rows: int | None = None
     bos_token: str | None
@@ -55,16 +64,59 @@ class Tokenizer(ABC):
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
         self._fingerprint: str | None = None
+        self._written: dict[str, int] = {}
+        self._split: re.Pattern[str] | None = None
 
     @abstractmethod
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         """The ids of `text`. Special tokens written in it are recognised; nothing is added.
 
         Args:
             text: any text.
             continuation: the text continues one that is already encoded: the blank that sentencepiece
                 tokenizers put before a text is left out.
+            plain: where special tokens are written (the beginnings of `special_spans`) that are mere text.
         """
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are mere text."""
+        return self.encode(text, plain={start for start, _ in self.special_spans(text)})
+
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Beginning and end of every special token written in `text`, but for `text_tokens`."""
+        found = self._split.finditer(text) if self._split else ()
+        return [match.span() for match in found if match[0] in self.written_special]
+
+    @cached_property
+    def written_special(self) -> dict[str, int]:
+        """The special tokens that `encode` recognises in a text, but for `text_tokens`; text to id."""
+        special = self.special_ids
+        return {
+            token: token_id
+            for token, token_id in self._written.items()
+            if token_id in special and token not in self.text_tokens
+        }
+
+    def _recognise(self, tokens: Mapping[str, int], pattern: str | None = None) -> None:
+        """Sets what `encode` recognises in a text; by `pattern` if not all of the tokens everywhere, longest first."""
+        self._written = {token: token_id for token, token_id in tokens.items() if token}
+        if self._written:
+            longest_first = sorted(self._written, key=len, reverse=True)
+            self._split = re.compile(pattern or "|".join(map(re.escape, longest_first)))
+
+    def _cut(self, text: str, plain: Collection[int]) -> list[str]:
+        """Text and recognised tokens in turn, text first and last; what begins at a place in `plain` is text."""
+        parts, done = [], 0
+        for match in self._split.finditer(text) if self._split else ():
+            if match.start() not in plain:
+                parts += [text[done : match.start()], match[0]]
+                done = match.end()
+        return [*parts, text[done:]]
+
+    def _broken(self, text: str) -> list[str]:
+        """The parts of a text, cut behind the first character of each special token written in it."""
+        places = [0, *(start + 1 for start, _ in self.special_spans(text)), len(text)]
+        return [text[first:last] for first, last in pairwise(places)]
 
     @abstractmethod
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -112,23 +164,24 @@ class JsonTokenizer(Tokenizer):
         super().__init__(files)
         text = self._description(settings)
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        description = json.loads(text)
         self._add(settings)
+        description = json.loads(self._tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._recognise({token.content: token_id for token_id, token in added.items()})
+        model = description["model"]
+        unknown = model.get("unk_token")
+        self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
         self._continuation = self._tokenizer
         if _drop_leading_blank(description):
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(description))
             self._continuation.no_truncation()
             self._continuation.no_padding()
         self.vocabulary = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.special_tokens = {
-            token.content: token_id
-            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
-        plain = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-        settings.apply(self, ordinary=plain)
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        ordinary = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        settings.apply(self, ordinary=ordinary)
         encoded = self._tokenizer.encode("a", add_special_tokens=True).ids
         follows = self.bos_id is not None and encoded[:1] == [self.bos_id]
         self.adds_bos = settings.flag("add_bos_token", default=follows) and self.bos_id is not None
@@ -160,9 +213,29 @@ class JsonTokenizer(Tokenizer):
                 continue  # registering it would give it another id
             self._tokenizer.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         tokenizer = self._continuation if continuation else self._tokenizer
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        if not plain:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        marked, done = "", 0
+        for start, _ in self.special_spans(text):
+            if start not in plain:
+                marked += text[done:start] + self._mark
+                done = start
+        return (self._plain_continuation if continuation else self._plain).encode(marked + text[done:])
+
+    @cached_property
+    def _mark(self) -> str:
+        """Stands before special tokens that are meant; nobody can know it, and write it in a text."""
+        return f"\ufdd0{secrets.token_hex(8)}"
+
+    @cached_property
+    def _plain(self) -> PlainTwin:
+        return PlainTwin(self._tokenizer.to_str(), self.written_special, self._mark)
+
+    @cached_property
+    def _plain_continuation(self) -> PlainTwin:
+        return PlainTwin(self._continuation.to_str(), self.written_special, self._mark)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocabulary]
@@ -216,7 +289,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(source))
         except RuntimeError as error:
             raise UserError(f"{source}: not a readable sentencepiece model ({error})") from None
-        self._continuation = _without_dummy_prefix(self._model)
+        self._continuation = without_dummy_prefix(self._model)
         size = self._model.vocab_size()
         control = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.special_tokens = {self._model.id_to_piece(i): i for i in control}
@@ -224,8 +297,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._added_by_id = {token_id: content for content, token_id in self._added.items()}
         self.special_tokens |= {content: token_id for content, (token_id, special) in settings.added.items() if special}
         self.vocabulary = 1 + max([size - 1, *self._added.values()])
-        written = sorted({*self.special_tokens, *self._added}, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, written)) + ")") if written else None
+        self._recognise({**self._added, **self.special_tokens})
+        self.unknown_id = self._model.unk_id()
+        self._known_special = frozenset(self.special_tokens.values()).difference(control)
         model = self._model
         for role, token_id in (("bos", model.bos_id()), ("eos", model.eos_id()), ("unk", model.unk_id())):
             if token_id >= 0:
@@ -233,20 +307,25 @@ class SentencePieceTokenizer(Tokenizer):
         settings.apply(self, ordinary=size)
         self.adds_bos = settings.flag("add_bos_token", default=True) and self.bos_id is not None
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         ids: list[int] = []
-        for number, part in enumerate(self._split.split(text) if self._split else [text]):
+        for number, part in enumerate(self._cut(text, plain)):
             if not part:
                 continue
-            if number % 2:  # re.split puts what the group matched at the odd places
-                ids.append(self._written_id(part))
+            if number % 2:
+                ids.append(self._written[part])
             else:
                 model = self._continuation if continuation and number == 0 else self._model
-                ids.extend(model.encode(part))
+                ids.extend(self._pieces(model, part) if plain else model.encode(part))
         return ids
 
-    def _written_id(self, token: str) -> int:
-        return self.special_tokens[token] if token in self.special_tokens else self._added[token]
+    def _pieces(self, model: Any, text: str) -> list[int]:
+        """The pieces of a text; the model itself may know special tokens as pieces."""
+        ids: list[int] = model.encode(text)
+        if self._known_special.isdisjoint(ids):
+            return ids
+        first, *rest = self._broken(text)
+        return model.encode(first) + [piece for part in rest for piece in self._continuation.encode(part)]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         special = self.special_ids
@@ -273,7 +352,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.vocab_size() else None
 
 
-def _without_dummy_prefix(model: Any) -> Any:
+def without_dummy_prefix(model: Any) -> Any:
     """The same sentencepiece model without the blank before a text."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2

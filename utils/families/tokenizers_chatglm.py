@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, raise_if
 from utils.families.tokenizer_settings import Settings
-from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer
+from utils.families.tokenizers import SETTINGS_FILES, SentencePieceTokenizer, Tokenizer, without_dummy_prefix
 from utils.settings import read_bytes
 
 ICE_TEXT = "ice_text.model"
@@ -77,8 +77,10 @@ class IceTokenizer(Tokenizer):
                 faults.append(f"{folder / ICE_TEXT}: has no piece {token}, and config.json no {key}")
         raise_if(faults)
         self._names = {token_id: token for token, token_id in self.special_tokens.items()}
-        written = sorted(self.special_tokens, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, written)) + ")")
+        self._recognise(self.special_tokens)
+        self.unknown_id = self._images + self._model.unk_id()
+        self._special_pieces = frozenset(token_id - self._images for token_id in self.special_tokens.values())
+        self._continuation = without_dummy_prefix(self._model)
         self.vocabulary = 1 + max(self._images + size - 1, *self.special_tokens.values())
         for role, token in (("bos", "<sop>"), ("eos", "<eop>"), ("pad", "<pad>"), ("unk", "<unk>")):
             settings.default_token(role, token)
@@ -100,14 +102,23 @@ class IceTokenizer(Tokenizer):
         piece = self._model.piece_to_id(token)
         return self._images + piece if self._model.id_to_piece(piece) == token else None
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         ids: list[int] = []
-        for number, part in enumerate(self._split.split(text)):
-            if number % 2:  # re.split puts what the group matched at the odd places
-                ids.append(self.special_tokens[part])
+        for number, part in enumerate(self._cut(text, plain)):
+            if number % 2:
+                ids.append(self._written[part])
             elif part:
-                ids += [self._images + piece for piece in self._model.encode(with_blanks(part))]
+                ids += [self._images + piece for piece in self._pieces(part)]
         return ids
+
+    def _pieces(self, text: str) -> list[int]:
+        """The pieces of a text; the model itself knows special tokens as pieces."""
+        pieces: list[int] = self._model.encode(with_blanks(text))
+        if self._special_pieces.isdisjoint(pieces):
+            return pieces
+        first, *rest = self._broken(text)
+        pieces = self._model.encode(with_blanks(first))
+        return pieces + [piece for part in rest for piece in self._continuation.encode(with_blanks(part))]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         size, special = self._model.vocab_size(), self.special_ids
@@ -170,9 +181,8 @@ class Glm2Tokenizer(SentencePieceTokenizer):
         settings.added |= {token: (size + place, True) for place, token in enumerate(GLM2_SPECIAL)}
         super().__init__(_files(folder, PIECES), settings)
         self.adds_bos = False  # what begins a text is the chat template's [gMASK]sop
-        plain = [token for token in self.special_tokens if token not in ("sop", "eop")]
-        written = "|".join(map(re.escape, sorted(plain, key=len, reverse=True)))
-        self._split = re.compile(rf"({written}|(?<=MASK\])sop)")
+        anywhere = sorted(self.special_tokens.keys() - {"sop", "eop"}, key=len, reverse=True)
+        self._recognise(self.special_tokens, "|".join([*map(re.escape, anywhere), r"(?<=MASK\])sop"]))
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        return super().encode(text)
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
+        return super().encode(text, plain=plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.families.tokenizer_settings import Settings
 from utils.families.tokenizers import (
     SETTINGS_FILES,
+    THOUGHTS,
     VOCABULARY_FILES,
     SentencePieceTokenizer,
     Tokenizer,
@@ -49,6 +50,8 @@ def _end_of_span(tokenizer: Tokenizer) -> tuple[int, ...]:
 class ChineseTokenizer(SentencePieceTokenizer):
     """A `cog-pretrain.model`. Its own normalisation (NFKC, blanks merged, no line ends) is part of it."""
 
+    text_tokens = THOUGHTS.union(MASKS)
+
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         settings = _settings(folder, config)
         size = _pieces(folder / "cog-pretrain.model")
@@ -57,8 +60,14 @@ class ChineseTokenizer(SentencePieceTokenizer):
         super().__init__(_files(folder, ["cog-pretrain.model"]), settings)
         self.eos_ids = _end_of_span(self)
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation)
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
+        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation, plain=_moved(text, plain))
+
+
+def _moved(text: str, places: Collection[int]) -> set[int]:
+    """The places of a text where they are once it has no blanks before masks."""
+    blanks = [match.span() for match in BEFORE_MASK.finditer(text)] if places else []
+    return {place - sum(end - start for start, end in blanks if end <= place) for place in places}
 
 
 def _pieces(source: Path) -> int:
@@ -78,6 +87,8 @@ def _pieces(source: Path) -> int:
 class EnglishTokenizer(BpeTokenizer):
     """GPT-2's vocab.json and merges.txt."""
 
+    text_tokens = THOUGHTS.union(MASKS)
+
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         super().__init__(_files(folder, VOCABULARY_FILES), _settings(folder, config))
         self.eos_ids = _end_of_span(self)
@@ -89,5 +100,5 @@ class EnglishTokenizer(BpeTokenizer):
             settings.added.setdefault(token, (place, True))
         return text
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation)
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
+        return super().encode(BEFORE_MASK.sub("", text), continuation=continuation, plain=_moved(text, plain))

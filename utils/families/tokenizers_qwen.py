@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class QwenTokenizer(Tokenizer):
         special = [END, START_OF_TURN, END_OF_TURN, *(f"<|extra_{i}|>" for i in range(EXTRAS))]
         self.special_tokens = {token: place for place, token in enumerate(special, start=len(ranks))}
         self.vocabulary = len(ranks) + len(special)
+        self._recognise(self.special_tokens)
         self._ranks = ranks
         self._names = {token_id: token for token, token_id in self.special_tokens.items()}
         self._encoding = tiktoken.Encoding(
@@ -51,8 +52,17 @@ class QwenTokenizer(Tokenizer):
         settings.apply(self, ordinary=len(ranks))
         self.adds_bos = False
 
-    def encode(self, text: str, *, continuation: bool = False) -> list[int]:
-        return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=())
+    def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
+        if not plain:
+            normal = unicodedata.normalize("NFC", text)
+            return self._encoding.encode(normal, allowed_special="all", disallowed_special=())
+        ids: list[int] = []
+        for number, part in enumerate(self._cut(text, plain)):
+            if number % 2:
+                ids.append(self._written[part])
+            else:
+                ids += self._encoding.encode_ordinary(unicodedata.normalize("NFC", part))
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         dropped = self.special_ids if skip_special else frozenset()

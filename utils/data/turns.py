@@ -1,0 +1,54 @@
+"""Where the answer of a rendered turn ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from utils.data.marks import Rendered
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
+
+
+def end_turn(
+    tokenizer: Tokenizer,
+    added: Rendered,
+    content_end: int | None,
+    *,
+    continuation: bool = False,
+    end: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """The ids of an answer up to the one that ends the turn, and the ids behind.
+
+    That is the first special token that the template writes behind the answer's own text. A template that writes
+    none gives a model no way to stop: then the tokenizer's end token is added.
+
+    Args:
+        added: what the template writes for the answer.
+        content_end: where the answer's own text ends in it. If nobody knows, the last special token ends the turn.
+        continuation: see `Tokenizer.encode`.
+        end: the only id that ends the turn, if there is one.
+    """
+    ids = added.encode(tokenizer, continuation=continuation)
+    special = tokenizer.special_ids - {tokenizer.unknown_id}
+    if content_end is None:
+        found = [place for place, token in enumerate(ids) if token in special][-1:]
+    else:
+        tokens = {token for token, token_id in tokenizer.written_special.items() if token_id in special}
+        written = frozenset(tokenizer.written_special[token] for token in tokens)
+        spans = tokenizer.special_spans(added.text)
+        meant = [start for start, end in spans if start not in added.plain and added.text[start:end] in tokens]
+        within = sum(start < content_end for start in meant)
+        found = [place for place, token in enumerate(ids) if token in written][within:]
+        if not found and (unwritten := special - written):  # an end token that no text can hold
+            first = len(added.cut(0, content_end).encode(tokenizer, continuation=continuation))
+            found = [place for place, token in enumerate(ids) if place >= first and token in unwritten]
+    if end is not None:
+        found = [place for place in found if ids[place] == end] or found
+    return (ids[: found[0] + 1], ids[found[0] + 1 :]) if found else ([*ids, tokenizer.eos_id], [])
+
+
+def own_text_end(added: str, content: str) -> int | None:
+    """Where the text of an answer ends in what a template writes for it, if it stands at its beginning."""
+    inner, begins = content.strip(), added.lstrip()
+    return len(added) - len(begins) + len(inner) if inner and begins.startswith(inner) else None
