@@ -77,7 +77,12 @@ def main() -> None:
     check_dropout(args, checkpoint)
     tokenizer = load_tokenizer(source.folder, checkpoint.config)
     override = Path(args.chat_template) if args.chat_template else None
-    template = ChatTemplate.load(source.folder, default=checkpoint.family.chat_template, override=override)
+    template = ChatTemplate.load(
+        source.folder,
+        default=checkpoint.family.chat_template,
+        override=override,
+        special_tokens_in_text=args.special_tokens_in_text,
+    )
 
     # ----- data ----------------------------------------------------------------------------------------
     from utils.data.collate import Collator

@@ -43,6 +43,7 @@ def main() -> None:
         device=run.device,
         dtype=run.dtype,
         chat_template=run.chat_template,
+        special_tokens_in_text=run.special_tokens_in_text,
         lora_path=run.lora_path,
         prefix_path=run.prefix_path,
         mode=run.mode,

@@ -214,3 +214,30 @@ def test_functions_that_published_templates_call(tokenizers: dict[str, Tokenizer
     ids, _ = JinjaTemplate(text, "test").encode_conversation(tokenizers["bpe"], talk("<a>", "two"))
     decoded = tokenizers["bpe"].decode(ids, skip_special=False)
     assert decoded == '{"role": "user", "content": "<a>"}two<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 300,000 steps"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "calls itself again and again"),
+        ("{% for i in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "calls itself again and again"),
+        ("{{ 'a' * 10**10 }}", "more than 20,000,000 characters"),
+        ("{{ 'a'.center(10**10) ~ 'a' | center(10**10) }}", "more than 20,000,000 characters"),
+        ("{{ '%9999999999d' % 3 }}", "more than 20,000,000 characters"),
+        ("{{ '{:>9999999999}'.format(3) }}", "more than 20,000,000 characters"),
+        ("{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}", "more than 20,000,000 characters"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "20,000,000"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "20,000,000"),
+        ("{% set x %}{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}", "500,000,000 characters"),
+        ("{{ range(99999) | map('center', 10**7) | list | length }}", "500,000,000 characters"),
+        ("{{ 9 ** (9 ** 9) }}", "thousands of digits"),
+        ("{{ range(10**9) }}", "Range too big"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+        ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "nested too deeply"),
+    ],
+)
+def test_a_template_without_end_is_a_user_error(text: str, said: str, tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        JinjaTemplate(text, "mine.jinja").encode_prompt(tokenizers["bpe"], talk("one"))
+    assert str(caught.value).startswith("mine.jinja: the chat template ")

@@ -9,6 +9,10 @@ from utils.arguments.fields import Arguments, arg
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICE_HELP = "cpu, gpu or gpu:N; without a GPU the default is cpu"
+SPECIAL_HELP = (
+    "take special tokens written in texts for what they are, for texts that were rendered beforehand; by default "
+    "they are text"
+)
 GENERATING = ["eval_with_do_generation"]
 
 
@@ -86,6 +90,7 @@ class DataArguments(Arguments):
     max_length: int = arg(2048, "longest prompt and answer together", minimum=2, unit="tokens")
     max_train_samples: int | None = arg(None, "use only that many rows for training", minimum=1, unit="rows")
     max_eval_samples: int | None = arg(None, "use only that many rows for evaluation", minimum=1, unit="rows")
+    special_tokens_in_text: bool = arg(False, SPECIAL_HELP)
 
 
 @dataclass
@@ -315,6 +320,7 @@ class PredictorArguments(Arguments):
     dtype: str | None = arg(None, "type of the weights; the checkpoint's own by default", choices=DTYPES)
     device: str = arg("gpu", DEVICE_HELP)
     data_file: str | None = arg(None, "JSON Lines with src, and tgt if known", path=True)
+    special_tokens_in_text: bool = arg(False, SPECIAL_HELP)
     output_file: str = arg("output.json", "JSON Lines with src, tgt and output, in the order of data_file", path=True)
     batch_size: int = arg(8, "prompts at a time; does not change greedy answers", minimum=1, unit="prompts")
     src_length: int = arg(1024, "longest prompt; longer ones are cut", minimum=1, unit="tokens")
@@ -470,4 +476,5 @@ class TokenFileArguments(WorkArguments):
     json_key: str = arg("text", "key of the document in a line")
     split_sentences: bool = arg(False, "index the sentences of a document one by one")
     append_eos: bool = arg(False, "end every document with the end token")
+    special_tokens_in_text: bool = arg(False, SPECIAL_HELP)
     data_impl: str = arg("mmap", "format of the output", choices=("mmap",))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
     from utils.parallel.peers import Alone
 
-FORMAT_VERSION = 1  # of the cached arrays and of how rows become ids; a change makes old entries unused
+FORMAT_VERSION = 2  # of the cached arrays and of how rows become ids; a change makes old entries unused
 BAR_DELAY = 2.0  # seconds before a progress bar appears
 
 

@@ -35,6 +35,7 @@ class BuildOptions:
     json_key: str = "text"
     split_sentences: bool = False
     append_eos: bool = False
+    special_tokens_in_text: bool = False
     workers: int = 1
     log_interval: int = 10_000
 
@@ -123,13 +124,14 @@ def _prepare(folder: Path, config: dict[str, Any], options: BuildOptions) -> Non
 def encode_block(block: Block) -> Encoded:
     """The ids of a block's documents."""
     tokenizer, options = _Worker.tokenizer, _Worker.options
+    encode = tokenizer.encode if options.special_tokens_in_text else tokenizer.encode_text
     ids: list[int] = []
     sizes, sequences = array("i"), array("i")
     empty = 0
     for place, text in documents(block, options.json_key):
         parts = sentences(text) if options.split_sentences else [text]
         with naming(place):
-            encoded = [tokenizer.encode(part, continuation=number > 0) for number, part in enumerate(parts)]
+            encoded = [encode(part, continuation=number > 0) for number, part in enumerate(parts)]
         encoded = [part for part in encoded if part]
         if not encoded:
             empty += 1
@@ -207,6 +209,7 @@ def build(
             "vocabulary": tokenizer.vocabulary,
             "probe": tokenizer.encode(PROBE),
             "append_eos": options.append_eos,
+            "special_tokens_in_text": options.special_tokens_in_text,
             "documents": count,
             "tokens": tokens,
         }

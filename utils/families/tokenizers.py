@@ -78,9 +78,9 @@ class Tokenizer(ABC):
             plain: where special tokens are written (the beginnings of `special_spans`) that are mere text.
         """
 
-    def encode_text(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are mere text."""
-        return self.encode(text, plain={start for start, _ in self.special_spans(text)})
+    def encode_text(self, text: str, *, continuation: bool = False) -> list[int]:
+        """The ids of a text in which special tokens are mere text; see `encode`."""
+        return self.encode(text, continuation=continuation, plain={start for start, _ in self.special_spans(text)})
 
     def special_spans(self, text: str) -> list[tuple[int, int]]:
         """Beginning and end of every special token written in `text`, but for `text_tokens`."""

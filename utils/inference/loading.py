@@ -84,6 +84,7 @@ def prepare(
     device: str,
     dtype: str | None = None,
     chat_template: str | None = None,
+    special_tokens_in_text: bool = False,
     lora_path: str | None = None,
     prefix_path: str | None = None,
     mode: str = "dynamic",
@@ -99,6 +100,7 @@ def prepare(
         device: "cpu" or "gpu", already checked.
         dtype: None takes the checkpoint's own.
         chat_template: a template file of the user's.
+        special_tokens_in_text: see `ChatTemplate`.
         mode: "static" expects the folder of an exported model as `name`.
         inference_model: whether the generic decoder computes instead of the library's model.
         peers: the processes that share the model, if there are several.
@@ -124,11 +126,14 @@ def prepare(
         read_prefix_settings(Path(prefix_path), checkpoint)
     default = checkpoint.family.chat_template
     template = ChatTemplate.load(
-        checkpoint.folder, default=default, override=Path(chat_template) if chat_template else None
+        checkpoint.folder,
+        default=default,
+        override=Path(chat_template) if chat_template else None,
+        special_tokens_in_text=special_tokens_in_text,
     )
     adapter = lora_path or prefix_path
     if adapter is not None and chat_template is None:
-        trained_with = ChatTemplate.load(Path(adapter), default=None)
+        trained_with = ChatTemplate.load(Path(adapter), default=None, special_tokens_in_text=special_tokens_in_text)
         template = template if trained_with.source == "plain" else trained_with
     stored = checkpoint.dtype if manifest is None else manifest.dtype
     computed = runtime.resolve_dtype(dtype or stored, device)
