@@ -260,9 +260,9 @@ def render_jinja(template: jinja2.Template, origin: str, **values: Any) -> str:
         return template.render(**values)
     except (Endless, RecursionError, MemoryError, OverflowError) as error:
         what = "it calls itself again and again" if isinstance(error, RecursionError) else str(error)
+        what = what or "no memory is left"
         raise UserError(
-            f"{origin}: the chat template does not come to an end: {what or 'no memory is left'}; "
-            "mend it, or give another with --chat_template"
+            f"{origin}: the chat template does not come to an end: {what}; mend it or give another"
         ) from None
     except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"{origin}: the chat template refuses this conversation: {error}") from None
