@@ -8,7 +8,6 @@ paddle.distributed.launch`) export a part of every layer each, for as many proce
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from utils import runtime, signals
@@ -18,7 +17,7 @@ if __name__ == "__main__":
 
 from utils.arguments import ExportArguments, parse
 from utils.errors import run_script
-from utils.inference.export import check_target, export
+from utils.inference.export import check_target, export, run_command
 from utils.inference.loading import check_model_type, prepare
 from utils.inference.verify import verify_export
 from utils.parallel.peers import start
@@ -49,14 +48,8 @@ def main() -> None:
     if not peers.first:
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
-    kind = " --inference_model" if run.inference_model else ""
-    launcher = f" -u -m paddle.distributed.launch --nproc_per_node {layout.world}" if peers.several else ""
     print(f"exported to {output} ({size:,.1f} MB)")
-    folder = shlex.quote(str(output))
-    print(
-        f"run it: python{launcher} predictor.py --model_name_or_path {folder} --mode static{kind} "
-        "--data_file ./data/dev.json"
-    )
+    print(f"run it: {run_command(output, layout, run.inference_model)}")
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def test_an_export_for_another_number_of_processes(home: Home, shared: Together,
     run = "1 process runs" if processes == 1 else "3 processes run"
     assert f"was exported for 2 processes, but {run}" in str(fault.value)
     assert "--nproc_per_node 2 predictor.py" in str(fault.value)
+    start = "-m paddle.distributed.launch --nproc_per_node 3 " if processes == 3 else "export it again: python "
+    assert f"{start}export_model.py" in str(fault.value)
 
 
 def test_the_first_process_chats(home: Home, shared: Together) -> None:

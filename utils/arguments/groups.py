@@ -209,7 +209,7 @@ class TrainingArguments(Arguments):
     )
     warmup_steps: int = arg(0, "updates of warm-up; overrides warmup_ratio when positive", minimum=0, unit="updates")
     warmup_ratio: float = arg(0.0, "share of all updates that warm up", minimum=0, maximum=1)
-    weight_decay: float = arg(0.0, "AdamW's weight decay", minimum=0)
+    weight_decay: float = arg(0.0, "AdamW's decay of matrices; vectors (norms, biases) do not decay", minimum=0)
     adam_beta1: float = arg(0.9, "AdamW's first moment", minimum=0, below=1)
     adam_beta2: float = arg(0.999, "AdamW's second moment", minimum=0, below=1)
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon", above=0)

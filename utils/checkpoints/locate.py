@@ -6,6 +6,7 @@ Everything here happens before any weight is read, and without Paddle.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -180,7 +181,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if shard_files(folder) or any(folder.glob("model_state.tp*.pdparams")):
         raise UserError(
             f"{folder}: holds the shards of a tensor-parallel run; merge them first: "
-            f"python merge_tp_params.py --model_name_or_path {folder}"
+            f"python merge_tp_params.py --model_name_or_path {shlex.quote(str(folder))}"
         )
     expected = " or ".join(single for single, _ in _KINDS)
     raise UserError(f"{folder}: holds no weights; expected {expected} (or shards with their index)")

@@ -98,14 +98,16 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--model_name_or_path {name}: no such folder; export the model first: {_command(name)}")
+        raise UserError(
+            f"--model_name_or_path {name}: no such folder; export the model first: {_command(name, layout.tensor)}"
+        )
     if not is_export(folder):
         plain = (folder / "config.json").is_file() and not (folder / PROGRAM).is_file()
-        command = _command(f"{name.rstrip('/')}_static", name if plain else "MODEL")
+        command = _command(f"{name.rstrip('/')}_static", layout.tensor, name if plain else "MODEL")
         raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {command}")
     _check_name(folder)
     known = read_json(folder / MANIFEST)
-    again = f"export it again: {_command(name)}"
+    again = f"export it again: {_command(name, layout.tensor)}{_flag(bool(known.get('inference_model')))}"
     if known.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST}: format {known.get('format')!r} is not known here; {again}")
     try:
@@ -120,10 +122,10 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
         )
     own = own_folder(folder, layout)
     if manifest.degree != layout.tensor:
-        start = f"-m paddle.distributed.launch --nproc_per_node {manifest.degree} " if manifest.degree > 1 else ""
         raise UserError(
             f"{folder}: was exported for {_processes(manifest.degree)}, but {_processes(layout.tensor)} "
-            f"{'run' if layout.tensor > 1 else 'runs'}; start it with python {start}predictor.py ..., or {again}"
+            f"{'run' if layout.tensor > 1 else 'runs'}; start it with {python(manifest.degree)} predictor.py ..., or "
+            f"{again}"
         )
     for file, facts in manifest.files.items():
         if (folder / file).parent not in (folder, own):
@@ -310,8 +312,26 @@ def _processes(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
 
 
-def _command(output: str, model: str = "MODEL") -> str:
-    return f"python export_model.py --model_name_or_path {shlex.quote(model)} --output_path {shlex.quote(output)}"
+def _command(output: str, processes: int, model: str = "MODEL") -> str:
+    model, output = shlex.quote(model), shlex.quote(output)
+    return f"{python(processes)} export_model.py --model_name_or_path {model} --output_path {output}"
+
+
+def _flag(inference_model: bool) -> str:
+    return " --inference_model" if inference_model else ""
+
+
+def python(processes: int) -> str:
+    """How as many processes are started, for messages."""
+    return "python" + (f" -u -m paddle.distributed.launch --nproc_per_node {processes}" if processes > 1 else "")
+
+
+def run_command(output: Path, layout: Layout, inference_model: bool) -> str:
+    """The command that answers with an export, for messages."""
+    return (
+        f"{python(layout.tensor)} predictor.py --model_name_or_path {shlex.quote(str(output))} --mode static"
+        f"{_flag(inference_model)} --data_file ./data/dev.json"
+    )
 
 
 def _sha256(path: Path) -> str:
