@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -83,6 +84,49 @@ def test_a_continuation_in_tokenizer_json_has_no_blank_of_its_own(tmp_path: Path
     assert tokenizer.decode([0, 1, 2, 0, 3]) == "ab c"
 
 
+def written(tokenizer: Tokenizer, text: str, *, continuation: bool = False) -> str:
+    """The pieces of a text, one behind the other."""
+    return "".join(str(tokenizer.token(i)) for i in tokenizer.encode(text, continuation=continuation))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "whole"),
+    [
+        ({}, "▁the</s>▁river", "▁the"),  # as the field's library without the key: as with "legacy": true
+        ({"legacy": True}, "▁the</s>▁river", "▁the"),
+        ({"legacy": True, "add_prefix_space": False}, "▁the</s>▁river", "▁the"),
+        ({"legacy": False}, "▁the</s>river", "▁the"),
+        ({"legacy": "false"}, "▁the</s>river", "▁the"),
+        ({"legacy": False, "add_prefix_space": False}, "the</s>river", "the"),
+    ],
+)
+def test_the_blank_of_sentencepiece_behind_a_special_token(
+    settings: dict[str, object], parts: str, whole: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tmp_path, write_sentencepiece(tmp_path, **settings))
+    assert written(tokenizer, "the</s>river") == parts
+    assert written(tokenizer, "the") == whole
+    assert written(tokenizer, "<s>the</s>river") == "<s>" + (
+        "the</s>river" if settings.get("legacy") in (False, "false") else parts
+    )
+    assert written(tokenizer, "the</s>river", continuation=True) == parts.removeprefix("▁")
+    assert written(tokenizer, "the</s> river").endswith("</s>▁river" if "</s>r" in parts else "</s>▁▁river")
+
+
+def test_a_tokenizer_json_says_itself_where_blanks_stand(tmp_path: Path) -> None:
+    """ "first" is what "legacy": false becomes there, "always" the default."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    for scheme, expected in (("first", [0, 1, 5, 2]), ("always", [0, 1, 5, 0, 2]), ("never", [1, 5, 2])):
+        library = Library(models.BPE(vocab={letter: i for i, letter in enumerate("▁abcd")}, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        library.add_special_tokens(["</s>"])
+        library.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "legacy": false}')
+        assert load_tokenizer(tmp_path, {"vocab_size": 6}).encode("a</s>b") == expected
+
+
 def test_every_named_end_token_ends_generation(tmp_path: Path) -> None:
     config = write_bpe(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
@@ -104,6 +148,45 @@ def test_tokens_that_only_the_settings_name(tmp_path: Path) -> None:
     ids = tokenizer.encode("one<pad><go>")
     assert ids[-2:] == [400, 401]
     assert tokenizer.decode(ids) == "one<go>"
+
+
+def added_beyond(folder: Path, kind: str) -> dict[str, Any]:
+    """A tokenizer as CodeLlama's and WizardLM's: its last tokens were added and have no row in the model."""
+    config = {"bpe": write_bpe, "pieces": write_sentencepiece}[kind](folder)
+    rows = config["vocab_size"]
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": rows, "<more>": rows + 1}))
+    said = json.loads((folder / "tokenizer_config.json").read_text()) if kind == "bpe" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "pad_token": "<pad>"}))
+    return config
+
+
+@pytest.mark.parametrize("kind", ["bpe", "pieces"])
+def test_added_tokens_beyond_the_model_are_accepted_until_a_text_holds_one(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = added_beyond(tmp_path, kind)
+    rows = config["vocab_size"]
+    tokenizer = load_tokenizer(tmp_path, config)
+    assert load_tokenizer(tmp_path, config).vocabulary == tokenizer.vocabulary == rows + 2
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: 2 added tokens, the last one <more>, have ids beyond the model's vocab_size of {rows}; "
+        "a text that holds such a token is refused\n"
+    )
+    assert 0 <= tokenizer.pad_id < rows and max(tokenizer.eos_ids) < rows
+    assert max(tokenizer.encode("one two")) < rows
+    for continuation in (False, True):
+        with pytest.raises(UserError, match=f"token <pad>, whose id {rows} is beyond the model's vocab_size of {rows}"):
+            tokenizer.encode("one<pad>two", continuation=continuation)
+    assert max(tokenizer.encode_text("one<pad>two")) < rows  # there it is text
+    assert load_tokenizer(tmp_path, {**config, "vocab_size": rows + 2}).encode("<pad>") == [rows]
+
+
+@pytest.mark.parametrize("role", ["bos", "eos"])
+def test_what_begins_or_ends_texts_must_be_known_to_the_model(role: str, tmp_path: Path) -> None:
+    config = added_beyond(tmp_path, "pieces")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({f"{role}_token": "<pad>"}))
+    with pytest.raises(UserError, match=f"{role}_token <pad> has the id {config['vocab_size']}"):
+        load_tokenizer(tmp_path, config)
 
 
 def test_ids_beyond_the_tokenizer_decode_to_nothing(bpe: Tokenizer, pieces: Tokenizer) -> None:

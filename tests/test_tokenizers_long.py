@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from family_cases import FIXTURES, WITH_TOKENIZER, case
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import write_bpe, write_sentencepiece
 
+from utils.families import tokenizers_qwen
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.families.tokenizers_glm import BEFORE_MASK, MASKS
 
@@ -48,6 +50,39 @@ def test_a_million_blanks_before_a_mask_of_glm() -> None:
     blanks = " \n\t" * 333_333
     wanted = tokenizer.encode("我[MASK]你")
     assert tokenizer.encode(f"我{blanks}[MASK]你") == wanted
+
+
+def test_a_million_blanks_of_qwen() -> None:
+    """The library gives up behind so many, and takes the process with it where no token is special."""
+    tokenizer = of_case("qwen_tiny")
+    for blank in " ", "\t", "\u3000":
+        for text, before, behind in (
+            ("a{}x", "a", " x"),
+            ("{}", "", ""),
+            ("a{}\nx", "a", "x"),
+            ("!\n{}<|im_end|>", "!", ""),
+        ):
+            blanks = blank * 1_000_001
+            for encode in (tokenizer.encode, tokenizer.encode_text):
+                ids = encode(text.format(blanks))
+                assert tokenizer.decode(ids, skip_special=False) == text.format(blanks)
+                assert ids[: len(before)] == tokenizer.encode(before)[: len(before)]
+                if behind and blank == " ":
+                    assert ids[-len(tokenizer.encode(behind)) :] == tokenizer.encode(behind)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.sampled_from(["  ", "\n", "\u3000", "\x1c", "a", "1", ".", "'s", "\r", "<|im_end|>"]), max_size=24).map(
+        "".join
+    )
+)
+def test_runs_of_blanks_are_cut_as_the_pattern_of_qwen_cuts_them(text: str) -> None:
+    tokenizer = of_case("qwen_tiny")
+    wanted = tokenizer.encode(text)
+    shorter = re.compile(tokenizers_qwen.MANY_BLANKS.pattern.replace(str(tokenizers_qwen.MANY), "2"))
+    with mock.patch.multiple(tokenizers_qwen, MANY_BLANKS=shorter, MANY=0):
+        assert tokenizer.encode(text) == wanted
 
 
 @settings(deadline=None, max_examples=200)

@@ -119,9 +119,9 @@ class Settings:
         """
         rows = self.config.get("vocab_size")
         rows = tokenizer.vocabulary if rows is None else int(rows)
-        if tokenizer.vocabulary > rows:
+        if ordinary > rows:
             raise UserError(
-                f"{self.folder}: the tokenizer has {tokenizer.vocabulary} tokens but the model's vocab_size "
+                f"{self.folder}: the tokenizer has {ordinary} tokens but the model's vocab_size "
                 f"in config.json is {rows}; use the tokenizer that was published with this model"
             )
         limit = min(rows, tokenizer.vocabulary)

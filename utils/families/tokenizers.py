@@ -118,6 +118,19 @@ class Tokenizer(ABC):
         places = [0, *(start + 1 for start, _ in self.special_spans(text)), len(text)]
         return [text[first:last] for first, last in pairwise(places)]
 
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids of a text, all of which the model knows.
+
+        Raises:
+            UserError: an added token beyond the model's vocabulary.
+        """
+        if self.rows is not None and ids and (highest := max(ids)) >= self.rows:
+            raise UserError(
+                f"the text holds the token {self.token(highest)}, whose id {highest} is beyond the model's vocab_size "
+                f"of {self.rows}; leave it out of the text or the chat template"
+            )
+        return ids
+
     @abstractmethod
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; ids that the tokenizer does not know (padded vocabularies) give nothing."""
@@ -216,13 +229,13 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         tokenizer = self._continuation if continuation else self._tokenizer
         if not plain:
-            return tokenizer.encode(text, add_special_tokens=False).ids
+            return self._known(tokenizer.encode(text, add_special_tokens=False).ids)
         marked, done = "", 0
         for start, _ in self.special_spans(text):
             if start not in plain:
                 marked += text[done:start] + self._mark
                 done = start
-        return (self._plain_continuation if continuation else self._plain).encode(marked + text[done:])
+        return self._known((self._plain_continuation if continuation else self._plain).encode(marked + text[done:]))
 
     @cached_property
     def _mark(self) -> str:
@@ -278,7 +291,11 @@ def _drop_leading_blank(description: dict[str, Any]) -> bool:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, as LLaMA 1 and 2 publish it."""
+    """A sentencepiece model, as LLaMA 1 and 2 publish it.
+
+    By default the model puts a blank before each part of a text that stands between special tokens. With
+    "legacy": false in the settings only a text itself begins with one, and none with "add_prefix_space": false too.
+    """
 
     def __init__(self, files: Sequence[Path], settings: Settings) -> None:
         import sentencepiece
@@ -306,6 +323,9 @@ class SentencePieceTokenizer(Tokenizer):
                 settings.default_token(role, model.id_to_piece(token_id))
         settings.apply(self, ordinary=size)
         self.adds_bos = settings.flag("add_bos_token", default=True) and self.bos_id is not None
+        self._part = self._model if settings.flag("legacy", default=True) else self._continuation
+        blank = self._part is self._model or settings.flag("add_prefix_space", default=True)
+        self._first = self._model if blank else self._continuation
 
     def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         ids: list[int] = []
@@ -315,9 +335,9 @@ class SentencePieceTokenizer(Tokenizer):
             if number % 2:
                 ids.append(self._written[part])
             else:
-                model = self._continuation if continuation and number == 0 else self._model
+                model = self._part if number else self._continuation if continuation else self._first
                 ids.extend(self._pieces(model, part) if plain else model.encode(part))
-        return ids
+        return self._known(ids)
 
     def _pieces(self, model: Any, text: str) -> list[int]:
         """The pieces of a text; the model itself may know special tokens as pieces."""

@@ -109,7 +109,7 @@ class IceTokenizer(Tokenizer):
                 ids.append(self._written[part])
             elif part:
                 ids += [self._images + piece for piece in self._pieces(part)]
-        return ids
+        return self._known(ids)
 
     def _pieces(self, text: str) -> list[int]:
         """The pieces of a text; the model itself knows special tokens as pieces."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The library remembers each step of a run of blanks, and crashes behind a million of them.
+_BLANK = r"\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+MANY = 100_000
+MANY_BLANKS = re.compile(f"(?<![{_BLANK}])[{_BLANK}]{{{MANY},}}+(?![\r\n])")
 END, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EXTRAS = 205  # unused places that fill the published vocabulary up to 151,851
 
@@ -53,16 +58,27 @@ class QwenTokenizer(Tokenizer):
         self.adds_bos = False
 
     def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
-        if not plain:
-            normal = unicodedata.normalize("NFC", text)
-            return self._encoding.encode(normal, allowed_special="all", disallowed_special=())
+        whole = text if plain else unicodedata.normalize("NFC", text)
         ids: list[int] = []
-        for number, part in enumerate(self._cut(text, plain)):
+        for number, part in enumerate(self._cut(whole, plain)):
             if number % 2:
                 ids.append(self._written[part])
             else:
-                ids += self._encoding.encode_ordinary(unicodedata.normalize("NFC", part))
-        return ids
+                ids += self._pieces(unicodedata.normalize("NFC", part))
+        return self._known(ids)
+
+    def _pieces(self, text: str) -> list[int]:
+        """The ids of a text without special tokens. Long runs of blanks are cut as the pattern cuts them: the last
+        one belongs to what follows.
+        """
+        ids: list[int] = []
+        done = 0
+        for blanks in MANY_BLANKS.finditer(text) if len(text) >= MANY else ():
+            end = blanks.end() if blanks.end() == len(text) else blanks.end() - 1
+            ids += self._encoding.encode_ordinary(text[done : blanks.start()])
+            ids += self._encoding._encode_single_piece(text[blanks.start() : end])
+            done = end
+        return ids + self._encoding.encode_ordinary(text[done:])
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         dropped = self.special_ids if skip_special else frozenset()
