@@ -189,7 +189,7 @@ def test_damaged_vocabulary(checkpoint: Checkpoint, tmp_path: Path, damage: Any,
 
 def test_a_vocabulary_of_another_model(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match="vocab_size"):
-        load_tokenizer(FIXTURE, {**checkpoint.config, "vocab_size": 400})
+        load_tokenizer(FIXTURE, {**checkpoint.config, "vocab_size": 200})
 
 
 def test_the_published_vocabulary() -> None:

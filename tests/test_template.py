@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,24 @@ def test_a_template_without_end_is_a_user_error(text: str, said: str, tokenizers
     with pytest.raises(UserError, match=said) as caught:
         JinjaTemplate(text, "mine.jinja").encode_prompt(tokenizers["bpe"], talk("one"))
     assert str(caught.value).startswith("mine.jinja: the chat template ")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "chat_template.json"])
+def test_files_of_templates_with_a_byte_order_mark_or_that_cannot_be_read(name: str, tmp_path: Path) -> None:
+    text = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    content = text if name.endswith(".jinja") else json.dumps({"chat_template": text})
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    template = ChatTemplate.load(tmp_path, default=None)
+    assert isinstance(template, JinjaTemplate) and template.text == text
+    template.save(tmp_path)  # beside a settings file with such a mark, too
+    for written in (None, b"\xff", b"[" * 100_000):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        if written is None:
+            (tmp_path / name).symlink_to("/proc/self/mem")  # is there, and gives an error even to root
+        else:
+            (tmp_path / name).write_bytes(written)
+        if written == b"[" * 100_000 and name.endswith(".jinja"):
+            continue  # is a template, of brackets
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: ")):
+            ChatTemplate.load(tmp_path, default=None)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 from utils.data.marks import Marks, Rendered
 from utils.data.turns import end_turn, own_text_end
 from utils.errors import UserError
+from utils.settings import read_json, read_text
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -227,7 +228,7 @@ class JinjaTemplate(ChatTemplate):
         (folder / JINJA_FILE).write_text(self.text, encoding="utf-8")
         settings_file = folder / SETTINGS_FILE
         if settings_file.is_file():  # libraries that do not know the separate file read it there
-            settings = json.loads(settings_file.read_text(encoding="utf-8"))
+            settings = read_json(settings_file)
             if settings.get("chat_template") != self.text:
                 settings["chat_template"] = self.text
                 settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
@@ -450,15 +451,9 @@ class PaddleNLPTemplate(ChatTemplate):
 
 
 def _read_template(file: Path) -> ChatTemplate:
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix != ".json":
-            return JinjaTemplate(text, str(file))
-        content = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: the chat template cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
+    if file.suffix != ".json":
+        return JinjaTemplate(read_text(file), str(file))
+    content = read_json(file)
     if isinstance(content.get("chat_template"), str):  # processors' files hold Jinja text in JSON
         return JinjaTemplate(content["chat_template"], str(file))
     return PaddleNLPTemplate(content, str(file))
@@ -468,10 +463,7 @@ def _template_in_settings(file: Path) -> str | None:
     """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not readable as a JSON object ({error})") from None
+    found = read_json(file).get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
