@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +118,27 @@ def test_chat_in_the_terminal(root: Path, model: Path) -> None:
     first, second, third = re.fullmatch(r"> (.*)> > > (.*)> (.*)> ", done.stdout, re.DOTALL).groups()  # type: ignore[union-attr]
     assert first == second and len(first) > 1
     assert third != first
+
+
+def test_chat_on_a_terminal(root: Path, model: Path) -> None:
+    """Bytes that are no text, more of a line than a terminal takes, and Ctrl-C at the prompt, which leaves."""
+    mine, theirs = pty.openpty()
+    words = ["--model_name_or_path", model, "--interactive", "--max_new_tokens", 2, "--device", "cpu"]
+    running = subprocess.Popen(
+        command(root, *words), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY),
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    typed = iter([b"caf\xe9\n", b"x" * 5000 + b"\n", b"hello\n", b"\x03"])
+    with open(mine, "rb+", buffering=0) as terminal, suppress(OSError):  # it ends with an error on Linux
+        while piece := terminal.read(4096):
+            for _ in range((shown + piece).count(b"> ") - shown.count(b"> ")):
+                terminal.write(next(typed))
+            shown += piece
+    assert running.wait(timeout=60) == 0, shown
+    assert b"this message is no utf-8 text; type it again" in shown
+    assert b"the terminal takes no more than 4095 bytes of a line" in shown and b"Traceback" not in shown
 
 
 @pytest.mark.parametrize(
