@@ -22,7 +22,7 @@ from utils.checkpoints.tensors import open_tensors, write_safetensors
 from utils.errors import UserError, raise_if
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
-from utils.settings import read_json
+from utils.settings import FLAG, TEXT, TEXTS, Table, list_of, read_json, typed, whole
 
 if TYPE_CHECKING:
     from utils.inference.engine import Engine
@@ -70,6 +70,40 @@ class Manifest:
     ring: int = 0
 
 
+_COUNT = whole(0, 1 << 62)
+_FACTS: Table = {"size": _COUNT, "sha256": TEXT}
+_KINDS: Table = {
+    **dict.fromkeys(("paddle", "dtype", "source"), TEXT),
+    "inference_model": FLAG,
+    "inputs": TEXTS,
+    "cache": list_of(_COUNT.read, "a list of whole numbers"),
+    **dict.fromkeys(("position_parts", "prefix", "degree", "ring"), _COUNT),
+    "files": {},
+}
+
+
+def _manifest(file: Path, known: dict[str, Any], again: str) -> Manifest:
+    """What the file of an exported folder says.
+
+    Raises:
+        UserError: it is of another format, or damaged.
+    """
+    if known.get("format") != FORMAT:
+        raise UserError(f"{file}: format {known.get('format')!r} is not known here; {again}")
+    known, faults = typed(_KINDS, known, str(file))
+    for name, facts in dict(known.get("files", {})).items():
+        found, wrong = typed({name: _FACTS}, {name: facts}, str(file), "files.")
+        faults += wrong
+        if not wrong and not found.get(name, {}).keys() >= _FACTS.keys():
+            faults.append(f"{file}: files.{name} has no size or no sha256")
+        known["files"].update(found)
+    raise_if([f"{fault}; {again}" for fault in faults])
+    try:
+        return Manifest(**{**known, "inputs": tuple(known["inputs"]), "cache": tuple(known["cache"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{file}: is damaged ({error}); {again}") from error
+
+
 def paddle_version() -> str:
     """The installed version of Paddle; asks no Paddle."""
     for name in ("paddlepaddle", "paddlepaddle-gpu"):
@@ -107,13 +141,8 @@ def read_export(name: str, layout: Layout) -> tuple[Checkpoint, Manifest]:
         raise UserError(f"{folder}: holds no exported model (no {MANIFEST}); export one first: {command}")
     _check_name(folder)
     known = read_json(folder / MANIFEST)
-    again = f"export it again: {_command(name, layout.tensor)}{_flag(bool(known.get('inference_model')))}"
-    if known.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: format {known.get('format')!r} is not known here; {again}")
-    try:
-        manifest = Manifest(**{**known, "inputs": tuple(known["inputs"]), "cache": tuple(known["cache"])})
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / MANIFEST}: is damaged ({error}); {again}") from error
+    again = f"export it again: {_command(name, layout.tensor)}{_flag(known.get('inference_model') is True)}"
+    manifest = _manifest(folder / MANIFEST, known, again)
     faults = []
     if manifest.paddle != paddle_version():
         faults.append(
