@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.data.lines import naming
 from utils.data.rows import Row
-from utils.data.template import ChatTemplate, Message
+from utils.data.template import ChatTemplate, Message, Tools
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DataReport:
 
     Attributes:
         kept, tokens, supervised: examples, their input tokens, and those with a label.
-        counts: how many rows were cut or dropped, by what happened to them.
+        counts: how many rows were cut, dropped or not read whole, by what happened to them.
         places: file and line of the first rows of each kind.
     """
 
@@ -87,12 +87,18 @@ class DataReport:
     def summary(self) -> str:
         """One line with the totals, and one for each kind of cut or dropped rows."""
         share = self.supervised / max(self.tokens, 1)
-        lines = [f"{self.kept:,} examples, {self.tokens:,} tokens, {share:.0%} of them supervised"]
+        return "\n".join(
+            [f"{self.kept:,} examples, {self.tokens:,} tokens, {share:.0%} of them supervised", *self.remarks()]
+        )
+
+    def remarks(self) -> list[str]:
+        """One line for each kind of cut or dropped rows."""
+        lines = []
         for what, count in sorted(self.counts.items()):
             places = "; ".join(self.places[what])
             more = "; ..." if count > len(self.places[what]) else ""
             lines.append(f"{count:,} rows: {what} ({places}{more})")
-        return "\n".join(lines)
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "counts": dict(self.counts)}
@@ -102,8 +108,22 @@ class DataReport:
         return cls(**{**content, "counts": Counter(content["counts"])})
 
 
+def note_ignored(row: Row, tokenizer: Tokenizer, template: ChatTemplate, report: DataReport) -> None:
+    """Counts what a row says and neither its reader nor the template uses."""
+    for what in row.ignored:
+        report.note(what, row.place)
+    said = {"tools"} if row.tools else set[str]()
+    said |= {key for message in row.messages for key in ("tool_calls", "reasoning_content") if key in message}
+    for key in sorted(said - template.known_keys(tokenizer)) if said else ():
+        report.note(f'"{key}" ignored: the chat template does not write it', row.place)
+
+
 def encode_source(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, src_length: int
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    src_length: int,
+    tools: Tools | None = None,
 ) -> tuple[list[int], bool]:
     """The ids that a model is asked with, at most `src_length` of them.
 
@@ -115,6 +135,7 @@ def encode_source(
         messages: end with a turn of the user.
         tokenizer, template: of the checkpoint.
         src_length: the limit, in tokens.
+        tools: of the row, see `Row`.
 
     Returns:
         The ids, and whether anything was cut.
@@ -122,31 +143,36 @@ def encode_source(
     Raises:
         UserError: `src_length` has no room for what the template itself writes.
     """
-    ids = template.encode_prompt(tokenizer, messages)
+    ids = template.encode_prompt(tokenizer, messages, tools)
     if len(ids) <= src_length:
         return ids, False
     kept = list(messages)
     while True:
-        ids, fits = _cut_content(kept, len(kept) - 1, tokenizer, template, src_length)
+        ids, fits = _cut_content(kept, len(kept) - 1, tokenizer, template, src_length, tools)
         if fits:
             return ids, True
         first = 1 if kept[0]["role"] == "system" else 0
         if len(kept) - first <= 1:
             break
         del kept[first : first + 2]  # the oldest question and its answer
-        ids = template.encode_prompt(tokenizer, kept)
+        ids = template.encode_prompt(tokenizer, kept, tools)
         if len(ids) <= src_length:
             return ids, True
     if kept[0]["role"] == "system":
         kept[-1] = {**kept[-1], "content": ""}
-        ids, fits = _cut_content(kept, 0, tokenizer, template, src_length)
+        ids, fits = _cut_content(kept, 0, tokenizer, template, src_length, tools)
         if fits:
             return ids, True
     raise UserError(f"src_length {src_length} is too short: the chat template alone takes {len(ids)} tokens")
 
 
 def _cut_content(
-    messages: Sequence[Message], place: int, tokenizer: Tokenizer, template: ChatTemplate, limit: int
+    messages: Sequence[Message],
+    place: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    limit: int,
+    tools: Tools | None,
 ) -> tuple[list[int], bool]:
     """The prompt with the longest head of one message's content that fits into `limit` tokens.
 
@@ -157,7 +183,7 @@ def _cut_content(
     def prompt(content: str) -> list[int]:
         changed = list(messages)
         changed[place] = {**messages[place], "content": content}
-        return template.encode_prompt(tokenizer, changed)
+        return template.encode_prompt(tokenizer, changed, tools)
 
     content = messages[place]["content"]
     best = prompt("")
@@ -203,7 +229,8 @@ def encode_row(
     """
     report = DataReport() if report is None else report
     with naming(row.place):
-        rounds, _ = template.rounds(tokenizer, row.messages)
+        rounds, _ = template.rounds(tokenizer, row.messages, row.tools)
+    note_ignored(row, tokenizer, template, report)
     answers = [place for place, message in enumerate(row.messages) if message["role"] == "assistant"]
     if len(rounds) < len(answers):
         report.note("only the last answer learned, the chat template rewrites earlier ones", row.place)
@@ -216,7 +243,7 @@ def encode_row(
             if len(prompt) > limit:
                 first_answer = answers[-len(rounds)]
                 with naming(row.place):
-                    prompt, _ = encode_source(row.messages[:first_answer], tokenizer, template, limit)
+                    prompt, _ = encode_source(row.messages[:first_answer], tokenizer, template, limit, row.tools)
                 report.note(f"question cut to {limit} tokens", row.place)
         room = max_length - len(ids) - len(prompt)
         if number and room < min(len(answer), CUT_ANSWER_TOKENS):
@@ -226,14 +253,16 @@ def encode_row(
             answer = [*answer[: room - 1], answer[-1]]
             report.note(f"answer cut, over {max_length} tokens", row.place)
         ids += prompt + answer
-        supervised += [False] * len(prompt) + [True] * len(answer)
+        learned = row.messages[answers[number - len(rounds)]].get("train", True)
+        supervised += [False] * len(prompt) + [learned] * len(answer)
         if len(ids) >= max_length and number + 1 < len(rounds):
             report.note(f"later rounds left out, over {max_length} tokens", row.place)
             break
     sequence = np.array(ids, dtype=np.int32)
     labels = np.where(np.array(supervised[1:], dtype=bool), sequence[1:], np.int32(IGNORED))
     if len(sequence) < 2 or not np.any(labels != IGNORED):
-        reason = "nothing to learn (the answer has no tokens)"
+        unwanted = any(not message.get("train", True) for message in row.messages)
+        reason = f"nothing to learn ({'its train, weight or loss says so' if unwanted else 'the answer has no tokens'})"
         report.note(f"dropped, {reason}", row.place)
         return Dropped(reason)
     example = Example(sequence[:-1], labels.astype(np.int32))

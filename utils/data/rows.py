@@ -3,8 +3,9 @@
 A row is recognised by its keys:
 - `src`, `tgt`: strings, or lists of strings that are the rounds of a conversation;
 - `messages`: OpenAI chat messages (`role`, `content`);
-- `instruction`, `input`, `output`: Alpaca (also `system`, `history`);
-- `conversations`: ShareGPT (`from`, `value`; also `system`).
+- `instruction`, `input`, `output`: Alpaca (also `history`);
+- `conversations`: ShareGPT (`from`, `value`).
+What else they may say, and what is told of keys that nobody reads, is in `utils.data.keys`.
 A file that holds one JSON array of such rows is read too.
 """
 
@@ -17,8 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.builtin import resolve_built_in
-from utils.data.lines import DEEP, Line, RowFault, half_of_pair, is_array, naming, read_lines
-from utils.data.template import Message
+from utils.data.keys import (
+    checked,
+    flags_of,
+    ignored_of,
+    is_learned,
+    kind,
+    row_is_learned,
+    system_of,
+    text,
+    tools_of,
+)
+from utils.data.lines import DEEP, Line, RowFault, is_array, naming, read_lines
+from utils.data.template import Message, Tools
 from utils.errors import UserError, raise_if
 from utils.splits import looks_like_path, split_files
 
@@ -46,12 +58,16 @@ class Row:
         messages: an optional system message, then user and assistant in turn.
         file, line: where it stands (the line, counted from 1, where the row begins).
         raw: the row as written.
+        tools: the functions that it offers, or None.
+        ignored: what else it says, in words for the report.
     """
 
     messages: tuple[Message, ...]
     file: Path
     line: int
     raw: dict[str, Any]
+    tools: Tools | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -82,7 +98,7 @@ def parse_row(raw: Any, *, require_answer: bool = True) -> tuple[Message, ...]:
         RowFault: what is wrong with it.
     """
     if not isinstance(raw, dict):
-        raise RowFault(f'expected a JSON object such as {{"src": ..., "tgt": ...}}, found {_kind(raw)}')
+        raise RowFault(f'expected a JSON object such as {{"src": ..., "tgt": ...}}, found {kind(raw)}')
     if "src" in raw:
         messages = _from_pairs(raw, require_answer)
     elif "messages" in raw:
@@ -94,29 +110,23 @@ def parse_row(raw: Any, *, require_answer: bool = True) -> tuple[Message, ...]:
     else:
         keys = ", ".join(map(str, raw)) or "none"
         raise RowFault(f'no "src", "messages", "conversations" or "instruction" among its keys ({keys})')
+    system = system_of(raw)
+    if system is not None and messages[0] != {"role": "system", "content": system}:
+        messages.insert(0, {"role": "system", "content": system})
+    if not row_is_learned(raw):
+        for message in messages:
+            if message["role"] == "assistant":
+                message["train"] = False
     _check_turns(messages, require_answer)
     return tuple(messages)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise RowFault(f'"{name}" must be a string, found {_kind(value)}')
-    if (half := half_of_pair(value)) is not None:
-        raise RowFault(f'"{name}" holds half of a surrogate pair at character {half}')
-    return value
-
-
 def _texts(value: Any, name: str) -> list[str]:
     if isinstance(value, list):
-        return [_text(part, f"{name}[{number}]") for number, part in enumerate(value)]
+        return [text(part, f"{name}[{number}]") for number, part in enumerate(value)]
     if not isinstance(value, str):
-        raise RowFault(f'"{name}" must be a string or a list of strings, found {_kind(value)}')
-    return [_text(value, name)]
+        raise RowFault(f'"{name}" must be a string or a list of strings, found {kind(value)}')
+    return [text(value, name)]
 
 
 def _from_pairs(raw: dict[str, Any], require_answer: bool) -> list[Message]:
@@ -135,53 +145,68 @@ def _from_pairs(raw: dict[str, Any], require_answer: bool) -> list[Message]:
     if not answers and len(asked) > 1:
         raise RowFault(f'"src" has {len(asked)} rounds but "tgt" has none: the earlier answers are needed')
     messages: list[Message] = []
+    flags = flags_of(raw, len(answers)) or [True] * len(answers)
     for number, question in enumerate(asked):
         messages.append({"role": "user", "content": question})
         if number < len(answers):
             messages.append({"role": "assistant", "content": answers[number]})
+            if not flags[number]:
+                messages[-1]["train"] = False
     return messages
 
 
 def _from_turns(raw: dict[str, Any], key: str, who: str, what: str) -> list[Message]:
     turns = raw[key]
     if not isinstance(turns, list) or not turns:
-        raise RowFault(f'"{key}" must be a list of turns, found {"an empty one" if turns == [] else _kind(turns)}')
+        raise RowFault(f'"{key}" must be a list of turns, found {"an empty one" if turns == [] else kind(turns)}')
     messages: list[Message] = []
-    if raw.get("system"):
-        messages.append({"role": "system", "content": _text(raw["system"], "system")})
     for number, turn in enumerate(turns):
         name = f"{key}[{number}]"
         if not isinstance(turn, dict):
-            raise RowFault(f'"{name}" must be an object with "{who}" and "{what}", found {_kind(turn)}')
+            raise RowFault(f'"{name}" must be an object with "{who}" and "{what}", found {kind(turn)}')
         role = turn.get(who)
         if not isinstance(role, str) or role not in ROLES:
             raise RowFault(f'"{name}.{who}" must be one of {", ".join(ROLES)}, found {json.dumps(role)}')
         content = turn.get(what)
         if isinstance(content, list):  # OpenAI's list of parts
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "".join(_text(part, f"{name}.{what}[{i}].text") for i, part in enumerate(parts))
-        messages.append({"role": ROLES[role], "content": _text(content, f"{name}.{what}")})
+            content = "".join(text(part, f"{name}.{what}[{i}].text") for i, part in enumerate(parts))
+        message: Message = {"role": ROLES[role], "content": text(content, f"{name}.{what}")}
+        if message["role"] == "assistant":
+            _add_to_answer(message, turn, name)
+        messages.append(message)
     return messages
+
+
+def _add_to_answer(message: Message, turn: dict[str, Any], name: str) -> None:
+    """What an answer's turn says beside its text."""
+    if not is_learned(turn, f"{name}."):
+        message["train"] = False
+    if turn.get("reasoning_content"):
+        message["reasoning_content"] = text(turn["reasoning_content"], f"{name}.reasoning_content")
+    calls = turn.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise RowFault(f'"{name}.tool_calls" must be a list of calls, found {kind(calls)}')
+        message["tool_calls"] = checked(calls, f"{name}.tool_calls")
 
 
 def _from_alpaca(raw: dict[str, Any]) -> list[Message]:
     messages: list[Message] = []
-    if raw.get("system"):
-        messages.append({"role": "system", "content": _text(raw["system"], "system")})
     history = raw.get("history") or []
     if not isinstance(history, list):
-        raise RowFault(f'"history" must be a list of [question, answer], found {_kind(history)}')
+        raise RowFault(f'"history" must be a list of [question, answer], found {kind(history)}')
     for number, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowFault(f'"history[{number}]" must be [question, answer]')
         for place, role in enumerate(("user", "assistant")):
-            messages.append({"role": role, "content": _text(pair[place], f"history[{number}][{place}]")})
-    question = _text(raw["instruction"], "instruction")
+            messages.append({"role": role, "content": text(pair[place], f"history[{number}][{place}]")})
+    question = text(raw["instruction"], "instruction")
     if raw.get("input"):
-        question += "\n" + _text(raw["input"], "input")
+        question += "\n" + text(raw["input"], "input")
     messages.append({"role": "user", "content": question})
     if raw.get("output") is not None:
-        messages.append({"role": "assistant", "content": _text(raw["output"], "output")})
+        messages.append({"role": "assistant", "content": text(raw["output"], "output")})
     return messages
 
 
@@ -217,9 +242,9 @@ def to_row(line: Line, file: Path, *, require_answer: bool = True) -> Row:
         raise RowFault(line.fault)
     try:
         messages = parse_row(line.value, require_answer=require_answer)
+        return Row(messages, file, line.number, line.value, tools_of(line.value), ignored_of(line.value))
     except RecursionError:  # a message that would show the value
         raise RowFault(DEEP) from None
-    return Row(messages, file, line.number, line.value)
 
 
 def read_rows(paths: Path | Sequence[Path], *, require_answer: bool = True) -> Iterator[Row]:

@@ -157,17 +157,21 @@ class ChatTemplate(ABC):
         rounds, rest = self.rounds(tokenizer, messages, tools)
         return [i for one in rounds for part in one for i in part] + rest
 
-    def encode_conversation(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def encode_conversation(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
+    ) -> tuple[list[int], list[bool]]:
         """The ids of a conversation that ends with an answer, and which of them are supervised.
 
-        Supervised are the assistant's texts of `rounds` and the token that ends each of them. What a template
-        writes after the last one is left out.
+        Supervised are the assistant's texts of `rounds`, if they are to be learned, and the token that ends each of
+        them. What a template writes after the last one is left out.
         """
         ids: list[int] = []
         supervised: list[bool] = []
-        for one in self.rounds(tokenizer, messages)[0]:
+        rounds = self.rounds(tokenizer, messages, tools)[0]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for one, message in zip(rounds, answers[len(answers) - len(rounds) :], strict=True):
             ids += one.prompt + one.answer
-            supervised += [False] * len(one.prompt) + [True] * len(one.answer)
+            supervised += [False] * len(one.prompt) + [message.get("train", True)] * len(one.answer)
         return ids, supervised
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints.files import atomic_file, json_bytes
+from utils.data.encode import DataReport, note_ignored
 from utils.data.lines import RowFault, naming, read_lines, writable
 from utils.data.rows import to_row
 from utils.errors import UserError, notice
@@ -53,7 +54,7 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
     Raises:
         UserError: the file cannot be read, or has no row that can be answered.
     """
-    questions = []
+    questions, report = [], DataReport()
     for line in read_lines(file):
         raw = line.value if isinstance(line.value, dict) else {}
         question = Question(writable(raw.get("src")), writable(raw.get("tgt")), f"{file} line {line.number}")
@@ -64,7 +65,8 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
                     asked = [message["content"] for message in row.question if message["role"] == "user"]
                     question.src = asked[0] if len(asked) == 1 else asked
                     question.tgt = row.answer
-                question.ids, question.was_cut = prepared.encode(row.question, src_length)
+                question.ids, question.was_cut = prepared.encode(row.question, src_length, row.tools)
+                note_ignored(replace(row, messages=row.question), prepared.tokenizer, prepared.template, report)
                 if not question.ids:
                     raise RowFault("the prompt is empty")
         except UserError as fault:
@@ -75,6 +77,8 @@ def read_questions(file: Path, prepared: Prepared, src_length: int) -> list[Ques
         if len(questions) > SHOWN_FAULTS:
             faults.append(f"{file}: none of its {len(questions)} rows can be answered")
         raise UserError(faults or f'{file}: empty; expected one JSON object per line, such as {{"src": "..."}}')
+    for remark in report.remarks():
+        notice(remark)
     return questions
 
 

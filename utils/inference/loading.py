@@ -19,7 +19,7 @@ from utils.adapters.lora_files import LoraAdapter, read_lora
 from utils.adapters.prefix_files import read_prefix_settings
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
-from utils.data.template import ChatTemplate, Message
+from utils.data.template import ChatTemplate, Message, Tools
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
@@ -73,9 +73,11 @@ class Prepared:
         """Most tokens of prompt and answer together; None without a limit."""
         return self.checkpoint.family.shape(self.checkpoint.config).positions
 
-    def encode(self, messages: Sequence[Message], src_length: int) -> tuple[list[int], bool]:
+    def encode(
+        self, messages: Sequence[Message], src_length: int, tools: Tools | None = None
+    ) -> tuple[list[int], bool]:
         """(prompt ids of a conversation that ends with a question, whether it was cut to src_length)."""
-        return encode_source(messages, self.tokenizer, self.template, src_length)
+        return encode_source(messages, self.tokenizer, self.template, src_length, tools)
 
 
 def prepare(

@@ -61,8 +61,9 @@ class GenerationEvaluation:
         self.numbers = range(len(rows))[rank::ranks]  # of the rows that this rank answers
         self.prompts = []
         for number in self.numbers:
-            with naming(rows[number].place):
-                self.prompts.append(encode_source(rows[number].question, tokenizer, template, src_length)[0])
+            row = rows[number]
+            with naming(row.place):
+                self.prompts.append(encode_source(row.question, tokenizer, template, src_length, row.tools)[0])
 
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
