@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_runs import Tiny, run_main, tiny  # noqa: F401
 from tiny_tokenizers import CHATML, write_bpe
 
@@ -14,6 +16,7 @@ from utils.data.encode import DataReport, Dropped, Example, encode_row, encode_s
 from utils.data.lines import Line, RowFault
 from utils.data.rows import Row, parse_row, to_row
 from utils.data.template import ChatTemplate, JinjaTemplate, PlainTemplate
+from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -216,3 +219,39 @@ def test_training_and_prediction_name_what_they_ignore(tiny: Tiny, tmp_path: Pat
     words += ["--output_file", tmp_path / "answers.json", "--max_length", 64, "--src_length", 60]
     answered = run_main("predictor", [str(word) for word in words], tiny.environment, tmp_path, 0)
     assert all(line in answered.err for line in said), answered.err
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | st.sampled_from(["", "a", "<|im_end|>", "a\ud800"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["system", "a"]), inner, max_size=2),
+    max_leaves=6,
+)
+BESIDE = (
+    *("system", "system_prompt", "context", "weight", "train", "loss", "label", "tools", "images", "id"),
+    *("tool_calls", "reasoning_content", "output", "history", "input"),
+)
+EXTRA = st.dictionaries(st.sampled_from(BESIDE), JSON, max_size=3)
+
+
+@pytest.mark.parametrize("form", ROWS)
+@settings(deadline=None, max_examples=150)
+@given(extra=EXTRA, of_turn=EXTRA)
+def test_whatever_a_row_says_is_read_or_refused(
+    form: str, extra: dict[str, Any], of_turn: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    raw = {**ROWS[form], **extra}
+    if form in ("openai", "sharegpt"):
+        (key, turns), *_ = ROWS[form].items()
+        raw[key] = [turns[0], {**turns[1], **of_turn}, {**turns[2], **of_turn}, turns[3]]
+    try:
+        read = row(raw)
+    except RowFault as fault:
+        assert str(fault)
+    else:
+        report = DataReport()
+        try:
+            found = encode_row(read, tokenizer, JinjaTemplate(KNOWING, "test"), 256, 512, report)
+        except UserError as error:  # a call without a name, say
+            assert str(error).startswith("train.json line 7: test: the chat template refuses this conversation")
+        else:
+            assert isinstance(found, Example) or report.counts

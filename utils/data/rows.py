@@ -186,8 +186,8 @@ def _add_to_answer(message: Message, turn: dict[str, Any], name: str) -> None:
         message["reasoning_content"] = text(turn["reasoning_content"], f"{name}.reasoning_content")
     calls = turn.get("tool_calls")
     if calls:
-        if not isinstance(calls, list):
-            raise RowFault(f'"{name}.tool_calls" must be a list of calls, found {kind(calls)}')
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise RowFault(f'"{name}.tool_calls" must be a list of objects')
         message["tool_calls"] = checked(calls, f"{name}.tool_calls")
 
 
