@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,9 @@ class ChineseTokenizer(SentencePieceTokenizer):
 def _moved(text: str, places: Collection[int]) -> set[int]:
     """The places of a text where they are once it has no blanks before masks."""
     blanks = [match.span() for match in BEFORE_MASK.finditer(text)] if places else []
-    return {place - sum(end - start for start, end in blanks if end <= place) for place in places}
+    ends = [end for _, end in blanks]
+    gone = list(accumulate((end - start for start, end in blanks), initial=0))
+    return {place - gone[bisect_right(ends, place)] for place in places}
 
 
 def _pieces(source: Path) -> int:
