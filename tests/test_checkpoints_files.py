@@ -21,6 +21,7 @@ from utils.checkpoints.files import (
     atomic_write,
     cache_root,
     is_complete,
+    remove,
     remove_leftovers,
     write_json,
 )
@@ -261,3 +262,14 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     content = (tmp_path / name).read_text("utf-8")
     assert json.loads(content) == {"file": name, "text": "né"} and "né" in content
     assert names(tmp_path) == [name]
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("link", "dangling"):
+        remove(tmp_path / name)
+    assert names(tmp_path) == ["disk"] and (tmp_path / "disk" / "deep").is_dir()
+    remove(tmp_path / "disk")
+    assert names(tmp_path) == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import Tiny, run_main, tiny  # noqa: F401
 
 from utils.arguments import ExportArguments, FinetuneArguments, MergeLoraArguments, PredictArguments, parse
 from utils.errors import UserError
@@ -94,3 +97,32 @@ def test_sampling_options_that_no_arithmetic_bears(words: list[str], option: str
     beams = [] if option == "num_beams" else ["--num_beams", "2"]
     [found] = faults([*words, *beams, f"--{option}", value])
     assert found.startswith(f"--{option}: expected a") and " and at most " in found
+
+
+def test_names_that_are_no_utf8_links_and_what_the_dead_have_left(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Training, merge and prediction in a folder of bytes, into a link; leftovers of other runs there are removed."""
+    home = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(tiny.model, home / "model")
+    shutil.copytree(tiny.data, home / "data")
+    (home / "disk").mkdir()
+    (home / "out").symlink_to("disk")
+    for name in (".checkpoint-9.tmp-1-0123abcd", ".final.tmp-7-0123abcd"):
+        (home / "disk" / name / "deep").mkdir(parents=True)
+    (home / "disk" / ".loss_curve.png.tmp-1-0123abcd").write_text("half")
+    options = ["--do_train", "--lora", "--max_steps", 2, "--save_steps", 1]
+    run = Tiny(home).run(home / "out", *options)
+    assert run.checkpoints() == ["checkpoint-1", "checkpoint-2"] and run.json("arguments.json")["output_dir"] == str(
+        home / "out"
+    )
+    assert not list((home / "disk").glob(".*.tmp-*")) and (home / "out").is_symlink()
+    (home / "merged").symlink_to("disk2")
+    (home / "disk2").mkdir()
+    words = ["--model_name_or_path", str(home / "model"), "--lora_path", str(home / "out")]
+    run_main("merge_lora_params", [*words, "--merge_model_path", str(home / "merged")], {}, home, 0)
+    assert (home / "merged").is_symlink() and (home / "disk2" / "config.json").is_file()
+    rows = home / os.fsdecode(b"\xff.json")
+    rows.write_text('{"src": "Say red"}\n{"tgt": 1}\n')
+    words = ["--model_name_or_path", str(home / "merged"), "--data_file", str(rows), "--max_length", "100"]
+    run_main("predictor", [*words, "--output_file", str(home / "o.json"), "--device", "cpu"], {}, home, 0)
+    answers = [json.loads(line) for line in (home / "o.json").read_text("utf-8").splitlines()]
+    assert answers[0]["output"] is not None and answers[1]["error"].startswith(f"{rows} line 2: ")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from full_disk import full_disk
-from tiny_runs import Tiny, tiny  # noqa: F401
+from tiny_runs import Tiny, tensors, tiny  # noqa: F401
 
 from utils.training.curve import COLUMNS, LossCurve
 
@@ -71,3 +73,30 @@ def test_training_goes_on_without_its_curve(tiny: Tiny, tmp_path: Path) -> None:
     assert run.checkpoints() == ["checkpoint-1", "checkpoint-2"] and "done" in run.out
     assert run.err.count("the loss curve in") == 1
     assert (tmp_path / "loss_curve.csv").read_text() == "mine" and not list(tmp_path.glob(".*.tmp-*"))
+
+
+def test_training_outlives_its_output_folder(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is removed after the second step, with the checkpoint that was the best."""
+    from utils.training.trainer import Trainer
+
+    step = Trainer.training_step
+
+    def removing(self: Trainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 2:
+            shutil.rmtree(tmp_path / "out")
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", removing)
+    options = ["--do_train", "--do_eval", "--lora", "--max_steps", 4, "--evaluation_strategy", "steps"]
+    options += ["--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end", "--greater_is_better", "true"]
+    run = tiny.run(tmp_path / "out", *options)
+    assert run.checkpoints() == ["checkpoint-3", "checkpoint-4"] and len(run.losses) == 4
+    assert "checkpoint-1, the best checkpoint, is not in" in run.err
+    last, result = (
+        tensors(folder / "lora_model_state.safetensors") for folder in (run.output / "checkpoint-4", run.output)
+    )
+    assert all(np.array_equal(result[name], values) for name, values in last.items()) and result

@@ -84,6 +84,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
                     _remove_unlocked(path)
 
 
+def remove(path: Path) -> None:
+    """Removes a file or a folder; of a link, not what it names."""
+    path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+
+
 def _remove_unlocked(path: Path) -> None:
     """Removes a file or folder, unless a process keeps it locked."""
     inside = path / COMPLETE if path.is_dir() else path

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.files import remove_leftovers, write_json
+from utils.checkpoints.files import remove, remove_leftovers, write_json
 from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
 from utils.errors import UserError, notice, raise_if
@@ -212,7 +211,7 @@ def clear_output(args: Any) -> None:
     remove_leftovers(output)
     for path in output.iterdir():
         if args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in RESULTS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     (output / FINISHED).unlink(missing_ok=True)
 
 

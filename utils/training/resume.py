@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.checkpoints.files import is_complete, write_json
+from utils.checkpoints.files import is_complete, remove, write_json
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
@@ -55,7 +54,7 @@ def delete_old(output_dir: Path, limit: int | None, best: str | None) -> None:
     if limit and limit > 0:
         for folder in checkpoints(output_dir)[:-limit]:
             if folder.name != best:
-                shutil.rmtree(folder)
+                remove(folder)
 
 
 def incomplete(output_dir: Path) -> list[Path]:

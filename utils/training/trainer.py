@@ -489,9 +489,12 @@ class Trainer(library.Trainer):
 
     def load_best(self) -> str | None:
         """Puts the best checkpoint's weights into the model; returns its name, or None without one."""
-        name = self.state.best_model_checkpoint
+        name, output = self.state.best_model_checkpoint, Path(self.args.output_dir)
+        if name is not None and not resume.is_good(output / name):
+            notice(f"{name}, the best checkpoint, is not in {output} any more; the last weights are the result")
+            return None
         if name is not None:
             with self.whole_weights():
-                self.trained.restore(Path(self.args.output_dir) / name)
+                self.trained.restore(output / name)
             self.loaded_step = int(name.rsplit("-", 1)[1])
         return name
