@@ -153,6 +153,13 @@ def test_shards_of_an_adapter_get_advice(adapter: Path, base: Checkpoint) -> Non
     assert "merge_tensor_parallel" in faults(lambda: read_lora(adapter, base))[0]
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tiny: Tiny, adapter: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    words = ["--to-peft", str(adapter), str(tmp_path / "file" / "peft"), "--base", str(tiny.model)]
+    said = run_main("utils.checkpoints.convert_peft", words, tiny.environment, tmp_path, expect=2).err
+    assert said.startswith("error: ") and said.count("\n") == 1 and str(tmp_path / "file") in said
+
+
 # --- PEFT -------------------------------------------------------------------------------------------
 
 

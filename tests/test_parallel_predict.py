@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 from family_cases import WITH_TOKENIZER, case, random_prefix
-from saved import save_lora, save_prefix
+from saved import save_prefix, write_lora
 from tiny_models import write_tiny_llama
 from tiny_runs import ROOT, run_main
 
@@ -72,21 +72,10 @@ class Home:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    import paddle
-
-    from utils.adapters.lora import add_lora
-    from utils.checkpoints.load import load_model
-
     path = tmp_path_factory.mktemp("shared")
     checkpoint = locate(write_tiny_llama(path / "llama"))
     write_tiny_llama(path / "odd", hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
-    model = load_model(checkpoint, "float32")
-    adapted = add_lora(model, checkpoint.family, rank=4, alpha=8.0)
-    paddle.seed(5)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.set_value(paddle.normal(0.0, 0.3, parameter.shape))
-    save_lora(path / "lora", adapted, checkpoint)
+    write_lora(path / "lora", checkpoint, spread=0.2)  # also of the head, whose rows the processes share
     save_prefix(path / "prefix", random_prefix(checkpoint), checkpoint)
     rows = [{"src": f"Say {'again ' * number}{number}"} for number in range(6)]
     (path / "questions.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
