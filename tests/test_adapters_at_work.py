@@ -114,11 +114,15 @@ def test_targets_that_match_more_than_linears(tiny: Tiny, tmp_path: Path, target
     assert not any(re.fullmatch(kept, left) for kept in done.json("lora_config.json")["target_modules"])
 
 
-def test_a_rank_beyond_all_layers_is_refused(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+def test_sizes_out_of_reach_are_refused(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
     options = ["--do_train", "--lora", "--lora_rank", 10**9]
     for more in ([], ["--dry_run"]):
         said = tiny.run(tmp_path / "out", *options, *more, expect=2).err
         assert "lora_rank 1000000000 (--lora_rank): no adapted layer" in said and "set it to 64 or less" in said
+    prefix = ["--do_train", "--prefix_tuning", "--num_prefix_tokens", 10**15]
+    for more in ([], ["--prefix_projection"]):
+        said = tiny.run(tmp_path / "out", *prefix, *more, expect=2).err
+        assert "num_prefix_tokens 1000000000000000 (--num_prefix_tokens)" in said and "of this machine" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -128,3 +132,5 @@ def test_an_adapter_of_the_head_is_merged_before_it_is_trained(tmp_path: Path, t
     options = ["--lora", "--do_train", "--model_name_or_path", untied.folder, "--lora_path", adapter]
     said = tiny.run(tmp_path / "out", *options, expect=2).err
     assert "adapts the head (lm_head)" in said and "merge_lora_params.py" in said
+    options += ["--lora_rank", 7, "--lora_target_modules", "q_proj"]
+    assert tiny.run(tmp_path / "out", *options, expect=2).err.count("error:") == 3

@@ -251,7 +251,10 @@ def pair_up(
         if tensor.dtype not in FLOATS:
             coded.append(f"{name} ({tensor.dtype})")
     if others:
-        faults.append(f"{path}: holds tensors that are no LoRA pair of a layer of the model: {some(others)}")
+        faults.append(
+            f"{path}: holds tensors that are no LoRA pair of a layer of the model: {some(others)}; merge such an "
+            "adapter into its base with the tool that trained it, and name the merged model"
+        )
     if coded:
         faults.append(f"{path}: holds tensors that are no floating-point numbers: {some(coded)}")
     odd = [layer for layer, pair in halves.items() if len(pair) != 2]

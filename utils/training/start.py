@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,55 +31,74 @@ def check_adapters(args: Any, checkpoint: Checkpoint) -> None:
     What the adapter's files fix is taken over into `args`, so that the rest of the run has one truth.
 
     Raises:
-        UserError: an adapter of another base, options that contradict it, or unknown layers.
+        UserError: an adapter that does not fit, options that contradict it, unknown layers, or sizes out of reach.
     """
     if args.lora_path:
-        adapter = read_lora(args.lora_path, checkpoint)
-        if adapter.head is not None:
-            raise UserError(
-                f"{args.where('lora_path')}: adapts the head ({adapter.head}), which is not trained on here; merge it "
-                f"into its base with merge_lora_params.py, and train the merged model"
-            )
-        found = adapter.settings
-        _take_over(args, "lora_path", {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora})
-        if "lora_target_modules" in args.provided:
-            raise UserError("lora_target_modules and lora_path exclude each other: the adapter has its layers already")
+        raise_if(_start_from_lora(args, checkpoint))
     elif args.lora:
-        shapes = adapted_shapes(checkpoint, args.lora_target_modules)
-        most = max(min(sizes) for sizes in shapes.values())
-        if args.lora_rank > most:
-            raise UserError(
-                f"{args.where('lora_rank')}: no adapted layer of {checkpoint.name} has more than {most} inputs and "
-                f"outputs, and a higher rank can express no more; set it to {most} or less"
-            )
-        others = left_out(checkpoint, args.lora_target_modules)
-        if others:
-            notice(
-                f"lora_target_modules: {', '.join(args.lora_target_modules)} match {some(others)} too, which LoRA does "
-                "not adapt; they are left out"
-            )
+        _check_targets(args, checkpoint)
     if args.prefix_path:
         prefix = read_prefix_settings(Path(args.prefix_path), checkpoint)
         taken = {"num_prefix_tokens": prefix.length, "prefix_projection": prefix.projection}
         if prefix.projection_hidden is not None:
             taken["prefix_projection_hidden_size"] = prefix.projection_hidden
-        _take_over(args, "prefix_path", taken)
+        raise_if(_take_over(args, "prefix_path", taken))
     elif args.prefix_tuning and not args.do_train:
         raise UserError("prefix_tuning without do_train evaluates a trained prefix: name its folder as prefix_path")
+    elif args.prefix_tuning:
+        _, weights = trained_parameters(args, checkpoint)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * weights > memory:
+            names = ["num_prefix_tokens"] + ["prefix_projection_hidden_size"] * args.prefix_projection
+            raise UserError(
+                f"{' and '.join(args.where(name) for name in names)}: a prefix of {weights:,} weights is larger than "
+                f"the {memory / 2**30:.0f} GiB of this machine; lower it"
+            )
 
 
-def _take_over(args: Any, path: str, settings: Mapping[str, Any]) -> None:
-    """Sets arguments to what an adapter's file says.
+def _start_from_lora(args: Any, checkpoint: Checkpoint) -> list[str]:
+    """Takes over what the adapter of lora_path fixes; returns what contradicts it."""
+    adapter = read_lora(args.lora_path, checkpoint)
+    found, faults = adapter.settings, []
+    if adapter.head is not None:
+        faults.append(
+            f"{args.where('lora_path')}: adapts the head ({adapter.head}), which is not trained on here; merge it into "
+            "its base with merge_lora_params.py, and train the merged model"
+        )
+    if "lora_target_modules" in args.provided:
+        faults.append("lora_target_modules and lora_path exclude each other: the adapter has its layers already")
+    taken = {"lora_rank": found.rank, "lora_alpha": found.alpha, "rslora": found.rslora}
+    return faults + _take_over(args, "lora_path", taken)
 
-    Raises:
-        UserError: the user gave another value.
+
+def _check_targets(args: Any, checkpoint: Checkpoint) -> None:
     """
+    Raises:
+        UserError: targets that match no Linear layer, or a rank that no layer can use.
+    """
+    shapes = adapted_shapes(checkpoint, args.lora_target_modules)
+    most = max(min(sizes) for sizes in shapes.values())
+    if args.lora_rank > most:
+        raise UserError(
+            f"{args.where('lora_rank')}: no adapted layer of {checkpoint.name} has more than {most} inputs and "
+            f"outputs, and a higher rank can express no more; set it to {most} or less"
+        )
+    others = left_out(checkpoint, args.lora_target_modules)
+    if others:
+        notice(
+            f"lora_target_modules: {', '.join(args.lora_target_modules)} match {some(others)} too, which LoRA does not "
+            "adapt; they are left out"
+        )
+
+
+def _take_over(args: Any, path: str, settings: Mapping[str, Any]) -> list[str]:
+    """Sets arguments to what an adapter's file says; returns a fault for each that the user gave otherwise."""
     faults = []
     for name, value in settings.items():
         if name in args.provided and getattr(args, name) != value:
             faults.append(f"{args.where(name)}: the adapter of {path} has {value}; leave {name} out")
         setattr(args, name, value)
-    raise_if(faults)
+    return faults
 
 
 def model_overrides(args: Any, checkpoint: Checkpoint) -> dict[str, Any]:
