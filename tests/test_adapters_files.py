@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from family_cases import FIXTURES, case
-from saved import save_lora, save_prefix
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from saved import save_lora, save_prefix, write_lora
 from tiny_runs import Tiny, run_main, tensors, tiny  # noqa: F401
 
 from utils.adapters.lora import add_lora
@@ -118,6 +120,39 @@ def test_values_that_mean_nothing_are_named(adapter: Path, base: Checkpoint, nam
         change(file, **{name: value})
         found = faults(lambda: read_lora(adapter, base))
         assert len(found) == 1 and found[0].startswith(f"{file}: {name}"), (value, found)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("layout", ["ours", "peft"])
+def test_any_value_is_taken_or_named(
+    tmp_path_factory: pytest.TempPathFactory, layout: str, data: st.DataObject
+) -> None:
+    """Whatever JSON a configuration holds: a scale that is a number, or errors that name the file."""
+    home, llama = tmp_path_factory.getbasetemp() / "any", locate(FIXTURES / "llama_tiny")
+    if not home.exists():
+        write_lora(home / "ours", llama)
+        shutil.copytree(FIXTURES / "peft_tiny", home / "peft")
+        for folder in home.iterdir():
+            next(folder.glob("*config.json")).rename(folder / "original.json")
+    folder = home / layout
+    config = json.loads((folder / "original.json").read_text())
+    names = st.sampled_from(sorted(config)) | st.text()
+    config |= data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=3))
+    file = folder / ("lora_config.json" if layout == "ours" else "adapter_config.json")
+    file.write_text(json.dumps(config))
+    try:
+        found = read_lora(folder, llama)
+    except UserError as error:
+        assert all(str(folder) in fault for fault in error.faults)
+    else:
+        assert all(0 < found.settings.scale_of(layer) < 1e39 for layer in found.pairs)
 
 
 def test_all_faults_of_an_adapter_are_told_at_once(adapter: Path, base: Checkpoint) -> None:

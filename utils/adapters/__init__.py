@@ -1,4 +1,4 @@
 """Small trainable parts on a frozen model: LoRA and prefix tuning.
 
-`check` loads no Paddle, so that a wrong adapter is reported before anything slow starts.
+`check`, `targets` and `*_files` load no Paddle, so that a wrong adapter is reported before anything slow starts.
 """

@@ -66,9 +66,10 @@ _TABLE: Table = {
         _start,
     ),
 }
-# Keys that choose the layers, which the weights name, or say how the adapter was trained, and options of methods that
-# are off. fan_in_fan_out follows from the base.
+# Keys of PEFT and of tools around it that choose the layers, which the weights name, or say how the adapter was
+# trained, and options of methods that are off. fan_in_fan_out follows from the base.
 _HARMLESS = {
+    "_name_or_path",
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -79,8 +80,12 @@ _HARMLESS = {
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
+    "lora_dtype",
     "lora_ga_config",
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
     "megatron_core",
+    "merge_weights",
     "peft_version",
     "qalora_group_size",
     "revision",
