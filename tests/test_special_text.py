@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import Tiny, tiny  # noqa: F401
 from tiny_special import KINDS, WRITTEN, all_kinds
-from tiny_tokenizers import CHATML, LLAMA2, write_sentencepiece
+from tiny_tokenizers import CHATML, LLAMA2, write_bpe, write_sentencepiece
 
 from utils.data.encode import Example, encode_row, encode_source
 from utils.data.pretrain_build import BuildOptions, build
@@ -229,3 +229,24 @@ def test_a_folder_without_special_tokens_of_its_own_has_them_by_its_settings(tmp
     tokenizer = load_tokenizer(tmp_path, {**config, "vocab_size": 401})
     assert tokenizer.encode("one<end>", continuation=True)[-1] == 400
     assert 400 not in tokenizer.encode_text("one<end>", continuation=True)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "pieces"])
+def test_ordinary_tokens_that_the_template_writes_are_text_too(kind: str, tmp_path: Path) -> None:
+    """Many models call the tokens that begin a turn ordinary ones; a tool's tag and a line end stay tokens."""
+    config = (write_bpe if kind == "bpe" else write_sentencepiece)(tmp_path)
+    size = config["vocab_size"]
+    tags = ["<turn>", "<tool_call>", "\n\n"]
+    added = {str(size + place): {"content": tag, "special": False} for place, tag in enumerate(tags)}
+    file = tmp_path / "tokenizer_config.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**known, "added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path, {**config, "vocab_size": size + 3})
+    text = "{% for m in messages %}{{ '<turn>' + m.role + '\n\n' + m.content + eos_token }}{% endfor %}"
+    template = JinjaTemplate(text + "{% if add_generation_prompt %}{{ '<turn>assistant\n\n' }}{% endif %}", "test")
+    ids, _ = template.encode_conversation(tokenizer, talk("a <turn>system\n\nb", "<tool_call>c <turn>"))
+    assert [ids.count(size + place) for place in range(3)] == [2, 1, 3]
+    plain = tokenizer.decode(ids, skip_special=False)
+    assert plain.count("<turn>") == 4
+    ids, _ = template.encode_conversation(tokenizer, talk("a", "<tool_call>c"))
+    assert ids == tokenizer.encode(tokenizer.decode(ids, skip_special=False).removeprefix(" "))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,9 +32,9 @@ class Rendered(NamedTuple):
     plain: tuple[int, ...] = ()
 
     @classmethod
-    def of_user(cls, text: str, tokenizer: Tokenizer) -> Rendered:
-        """A text in which no special token is meant."""
-        return cls(text, tuple(start for start, _ in tokenizer.special_spans(text)))
+    def of_user(cls, text: str, tokenizer: Tokenizer, own: Collection[str]) -> Rendered:
+        """A text in which no special token is meant, and none of the template's own."""
+        return cls(text, tuple(start for start, _ in tokenizer.special_spans(text, own)))
 
     def cut(self, start: int, end: int | None = None) -> Rendered:
         """The part from `start` to `end`."""
@@ -57,18 +57,21 @@ class Marks:
         ready: the values with marks, which templates get in their place.
     """
 
-    def __init__(self, tokenizer: Tokenizer, values: Any, *, special_in_text: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, values: Any, *, own: Collection[str] = (), special_in_text: bool = False
+    ) -> None:
         """
         Args:
             values: texts in lists and dictionaries.
+            own: tokens that are the template's, special or not.
             special_in_text: special tokens in them are special tokens; nothing is marked.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._own = tokenizer, own
         texts = "".join(_texts(values))
         unused = (chr(code) for part in CANDIDATES for code in part if chr(code) not in texts)
         self._before, self._border, self._end = next(unused), next(unused), next(unused)
         self._any = re.compile(f"[{self._before}{self._border}{self._end}]")
-        self._beginnings, self._endings = _borders(() if special_in_text else tuple(tokenizer.written_special))
+        self._beginnings, self._endings = _borders(() if special_in_text else (*tokenizer.written_special, *own))
         self._longest = max(map(len, self._beginnings), default=0)
         self.ready = values if special_in_text else self._put(values)
 
@@ -83,7 +86,7 @@ class Marks:
 
     def _mark_tokens(self, text: str) -> str:
         marked, done = "", 0
-        for start, _ in self._tokenizer.special_spans(text):
+        for start, _ in self._tokenizer.special_spans(text, self._own):
             marked += text[done:start] + self._before
             done = start
         return marked + text[done:]
@@ -120,7 +123,7 @@ class Marks:
         if not parts:
             return Rendered(written)
         text = "".join([*parts, written[done:]])
-        spans = self._tokenizer.special_spans(text)
+        spans = self._tokenizer.special_spans(text, self._own)
         plain = (start for start, end in spans if _within(own, start, end) or _within(borders, start + 1, end))
         return Rendered(text, tuple(plain))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from utils.data.marks import Marks, Rendered
+from utils.data.talk import Talk
 from utils.data.turns import end_turn, own_text_end
 from utils.errors import UserError
 from utils.settings import read_json, read_text
@@ -48,6 +49,12 @@ class Message(TypedDict):
     train: NotRequired[bool]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Any]]
+
+
+EXAMPLE: list[Message] = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "a", "reasoning_content": "a"},
+]
 
 
 class Round(NamedTuple):
@@ -180,11 +187,7 @@ class ChatTemplate(ABC):
 
     def _example_end(self, tokenizer: Tokenizer) -> int:
         """The id that ends an answer without anything special in it."""
-        example: list[Message] = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "a", "reasoning_content": "a"},
-        ]
-        return self.rounds(tokenizer, example)[0][0].answer[-1]
+        return self.rounds(tokenizer, EXAMPLE)[0][0].answer[-1]
 
 
 class PlainTemplate(ChatTemplate):
@@ -223,7 +226,8 @@ class JinjaTemplate(ChatTemplate):
     def __init__(self, text: str, origin: str) -> None:
         self.text = text
         self.origin = origin
-        _ = self._compiled  # a broken template must be reported now
+        self._own: dict[Tokenizer, frozenset[str]] = {}
+        _ = self.compiled  # a broken template must be reported now
 
     def _identity(self) -> str:
         return f"jinja\0{self.text}"
@@ -238,26 +242,40 @@ class JinjaTemplate(ChatTemplate):
                 settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
-    def _compiled(self) -> Any:
+    def compiled(self) -> Any:
         from utils.data.jinja import compile_jinja
 
         return compile_jinja(self.text, self.origin)
 
     @cached_property
-    def _written_keys(self) -> frozenset[str]:
+    def written_keys(self) -> frozenset[str]:
         """Those of `known_keys` that the template looks for."""
         from utils.data.jinja import names_in
 
         return names_in(self.text) & {"tools", "tool_calls", "reasoning_content"}
 
     def known_keys(self, tokenizer: Tokenizer) -> frozenset[str]:
-        question = _Talk(self, tokenizer, [{"role": "user", "content": "a"}], None).render(1, ask=True)
-        return self._written_keys | ({"reasoning_content"} if OPENED.search(question.text) else set())
+        question = Talk(self, tokenizer, [{"role": "user", "content": "a"}], None, ()).render(1, ask=True)
+        return self.written_keys | ({"reasoning_content"} if OPENED.search(question.text) else set())
+
+    def _own_tokens(self, tokenizer: Tokenizer) -> frozenset[str]:
+        """The tokens that the template writes around any text.
+
+        Many models call those that begin a turn ordinary tokens; in a text of a user they are text as well.
+        """
+        if tokenizer not in self._own:
+            example = Talk(self, tokenizer, EXAMPLE, None, ())
+            try:
+                written = example.render(1, ask=True).text + example.render(2).text
+            except UserError:  # a template that refuses so short a conversation
+                written = ""
+            self._own[tokenizer] = tokenizer.tags_in(written)
+        return self._own[tokenizer]
 
     def rounds(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
     ) -> tuple[list[Round], list[int]]:
-        talk = _Talk(self, tokenizer, messages, tools)
+        talk = Talk(self, tokenizer, messages, tools, self._own_tokens(tokenizer))
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         # what is asked before each answer, and that with the answer
         texts = [(talk.render(place, ask=True), talk.render(place + 1)) for place in answers]
@@ -281,7 +299,7 @@ class JinjaTemplate(ChatTemplate):
             before = before + last.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
         return rounds, before
 
-    def _answer(self, talk: _Talk, place: int, question: Rendered, answered: Rendered) -> tuple[list[int], list[int]]:
+    def _answer(self, talk: Talk, place: int, question: Rendered, answered: Rendered) -> tuple[list[int], list[int]]:
         """The ids of an answer, and of what the template writes behind it.
 
         Raises:
@@ -301,8 +319,7 @@ class JinjaTemplate(ChatTemplate):
                     "differ from what it is asked with; give a template that only appends with --chat_template"
                 )
             thought = self._thought(message, opened)
-            own = Rendered(thought) if self.special_tokens_in_text else Rendered.of_user(thought, talk.tokenizer)
-            added, end = own + answered.cut(found), len(thought)
+            added, end = talk.of_user(thought) + answered.cut(found), len(thought)
         only = self._example_end(talk.tokenizer) if "tool_calls" in message else None
         return end_turn(talk.tokenizer, added, end, continuation=bool(question.text), end=only)
 
@@ -325,49 +342,6 @@ class JinjaTemplate(ChatTemplate):
             )
         reasoning = message["reasoning_content"].strip("\n")
         return f"{reasoning}\n</{tag}>\n\n{content}"
-
-
-class _Talk:
-    """A conversation and a template: what it writes of the leading messages."""
-
-    def __init__(
-        self, template: JinjaTemplate, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None
-    ) -> None:
-        self.tokenizer, self.messages = tokenizer, messages
-        self._template = template
-        names = ["role", "content", *template._written_keys]
-        shown = [{name: message[name] for name in names if name in message} for message in messages]  # type: ignore[literal-required]
-        shown_tools = tools if tools and "tools" in template._written_keys else None
-        special = template.special_tokens_in_text
-        self._marks = Marks(tokenizer, [shown, shown_tools], special_in_text=special)
-
-    def _write(self, messages: list[Any], *, ask: bool) -> str:
-        from utils.data.jinja import render_jinja
-
-        tokenizer = self.tokenizer
-        return render_jinja(
-            self._template._compiled,
-            self._template.origin,
-            messages=messages,
-            add_generation_prompt=ask,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token,
-            pad_token=tokenizer.token(tokenizer.pad_id) or "",
-            tools=self._marks.ready[1],
-            documents=None,
-        )
-
-    def render(self, count: int, *, ask: bool = False) -> Rendered:
-        """The text of the first `count` messages; `ask` for the next answer."""
-        return self._marks.take(self._write(self._marks.ready[0][:count], ask=ask))
-
-    def end_of(self, place: int, answered: Rendered) -> int | None:
-        """Where the text of the message at `place` ends in `answered`, which ends with that message."""
-        *before, message = self._marks.ready[0][: place + 1]
-        if not message["content"].strip():
-            return None
-        written = self._write([*before, {**message, "content": self._marks.ended(message["content"])}], ask=False)
-        return self._marks.end(written) if self._marks.take(written) == answered else None
 
 
 class PaddleNLPTemplate(ChatTemplate):

@@ -25,6 +25,7 @@ from utils.families.tokenizers_plain import PlainTwin
 from utils.settings import read_bytes, read_text
 
 TOKENIZER_JSON = "tokenizer.json"
+TAG = re.compile(r"<.+>|\[.+\]")
 THOUGHTS = frozenset({"<think>", "</think>"})
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -75,17 +76,22 @@ class Tokenizer(ABC):
             text: any text.
             continuation: the text continues one that is already encoded: the blank that sentencepiece
                 tokenizers put before a text is left out.
-            plain: where special tokens are written (the beginnings of `special_spans`) that are mere text.
+            plain: where tokens are written (the beginnings of `special_spans`) that are mere text.
         """
 
     def encode_text(self, text: str, *, continuation: bool = False) -> list[int]:
         """The ids of a text in which special tokens are mere text; see `encode`."""
         return self.encode(text, continuation=continuation, plain={start for start, _ in self.special_spans(text)})
 
-    def special_spans(self, text: str) -> list[tuple[int, int]]:
-        """Beginning and end of every special token written in `text`, but for `text_tokens`."""
+    def special_spans(self, text: str, also: Collection[str] = ()) -> list[tuple[int, int]]:
+        """Beginning and end of every special token written in `text`, and of `also`, but for `text_tokens`."""
         found = self._split.finditer(text) if self._split else ()
-        return [match.span() for match in found if match[0] in self.written_special]
+        return [match.span() for match in found if match[0] in self.written_special or match[0] in also]
+
+    def tags_in(self, text: str) -> frozenset[str]:
+        """The tokens in angle or square brackets that `encode` recognises in a text, special or not."""
+        found = (match[0] for match in self._split.finditer(text)) if self._split else ()
+        return frozenset(token for token in found if TAG.fullmatch(token)) - self.text_tokens
 
     @cached_property
     def written_special(self) -> dict[str, int]:
@@ -114,8 +120,9 @@ class Tokenizer(ABC):
         return [*parts, text[done:]]
 
     def _broken(self, text: str) -> list[str]:
-        """The parts of a text, cut behind the first character of each special token written in it."""
-        places = [0, *(start + 1 for start, _ in self.special_spans(text)), len(text)]
+        """The parts of a text, cut behind the first character of each token written in it."""
+        found = self._split.finditer(text) if self._split else ()
+        places = [0, *(match.start() + 1 for match in found), len(text)]
         return [text[first:last] for first, last in pairwise(places)]
 
     def _known(self, ids: list[int]) -> list[int]:
@@ -186,6 +193,7 @@ class JsonTokenizer(Tokenizer):
         model = description["model"]
         unknown = model.get("unk_token")
         self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
+        self._twins: dict[tuple[bool, int], PlainTwin] = {}
         self._continuation = self._tokenizer
         if _drop_leading_blank(description):
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -230,25 +238,31 @@ class JsonTokenizer(Tokenizer):
         tokenizer = self._continuation if continuation else self._tokenizer
         if not plain:
             return self._known(tokenizer.encode(text, add_special_tokens=False).ids)
+        spans = self.special_spans(text, also=self._written)
+        self._renamed |= {text[start:end]: self._written[text[start:end]] for start, end in spans if start in plain}
         marked, done = "", 0
-        for start, _ in self.special_spans(text):
-            if start not in plain:
+        for start, end in spans:
+            if start not in plain and text[start:end] in self._renamed:
                 marked += text[done:start] + self._mark
                 done = start
-        return self._known((self._plain_continuation if continuation else self._plain).encode(marked + text[done:]))
+        return self._known(self._twin(continuation).encode(marked + text[done:]))
 
     @cached_property
     def _mark(self) -> str:
-        """Stands before special tokens that are meant; nobody can know it, and write it in a text."""
+        """Stands before tokens that are meant; nobody can know it, and write it in a text."""
         return f"\ufdd0{secrets.token_hex(8)}"
 
     @cached_property
-    def _plain(self) -> PlainTwin:
-        return PlainTwin(self._tokenizer.to_str(), self.written_special, self._mark)
+    def _renamed(self) -> dict[str, int]:
+        """The tokens that are text in `_twin`: the special ones, and others once a text has needed it."""
+        return dict(self.written_special)
 
-    @cached_property
-    def _plain_continuation(self) -> PlainTwin:
-        return PlainTwin(self._continuation.to_str(), self.written_special, self._mark)
+    def _twin(self, continuation: bool) -> PlainTwin:
+        key = (continuation, len(self._renamed))
+        if key not in self._twins:
+            original = self._continuation if continuation else self._tokenizer
+            self._twins[key] = PlainTwin(original.to_str(), self._renamed, self._mark)
+        return self._twins[key]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocabulary]
@@ -316,7 +330,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocabulary = 1 + max([size - 1, *self._added.values()])
         self._recognise({**self._added, **self.special_tokens})
         self.unknown_id = self._model.unk_id()
-        self._known_special = frozenset(self.special_tokens.values()).difference(control)
+        self._known_tokens = frozenset(self._written.values()).difference(control)
         model = self._model
         for role, token_id in (("bos", model.bos_id()), ("eos", model.eos_id()), ("unk", model.unk_id())):
             if token_id >= 0:
@@ -340,9 +354,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self._known(ids)
 
     def _pieces(self, model: Any, text: str) -> list[int]:
-        """The pieces of a text; the model itself may know special tokens as pieces."""
+        """The pieces of a text; the model itself may know tokens as pieces."""
         ids: list[int] = model.encode(text)
-        if self._known_special.isdisjoint(ids):
+        if self._known_tokens.isdisjoint(ids):
             return ids
         first, *rest = self._broken(text)
         return model.encode(first) + [piece for part in rest for piece in self._continuation.encode(part)]

@@ -1,4 +1,4 @@
-"""A tokenizer.json whose special tokens have other names, so that their text is text like any other."""
+"""A tokenizer.json whose added tokens have other names, so that their text is text like any other."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 
 class PlainTwin:
-    """A tokenizer that takes special tokens for text, unless `mark` stands before them.
+    """A tokenizer that takes its added tokens for text, unless `mark` stands before them.
 
-    Everything else is as in the original: other added tokens, what special tokens take of the blanks beside them,
-    and what begins a text or a part of it.
+    Everything else is as in the original: what the tokens take of the blanks beside them, and what begins a text or a
+    part of it.
     """
 
-    def __init__(self, description: str, special: Mapping[str, int], mark: str) -> None:
+    def __init__(self, description: str, added: Mapping[str, int], mark: str) -> None:
         """
         Args:
             description: a valid tokenizer.json.
-            special: the tokens and their ids.
+            added: the tokens and their ids.
             mark: no text may hold it.
         """
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(description), special, mark)))
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(description), added, mark)))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A token that is no piece of the model's vocabulary gets its id by the order of the added ones.
-        self._ids = {self._tokenizer.token_to_id(mark + token): token_id for token, token_id in special.items()}
+        self._ids = {self._tokenizer.token_to_id(mark + token): token_id for token, token_id in added.items()}
 
     def encode(self, text: str) -> list[int]:
         """The ids of the original."""
@@ -35,11 +35,11 @@ class PlainTwin:
         return [self._ids.get(token_id, token_id) for token_id in found]
 
 
-def _renamed(description: dict[str, Any], special: Collection[str], mark: str) -> dict[str, Any]:
-    """The description with `mark` before each special token, among the pieces of its model too."""
+def _renamed(description: dict[str, Any], added: Collection[str], mark: str) -> dict[str, Any]:
+    """The description with `mark` before each added token, among the pieces of its model too."""
 
     def name(token: str) -> str:
-        return mark + token if token in special else token
+        return mark + token if token in added else token
 
     for entry in description["added_tokens"]:
         entry["content"] = name(entry["content"])
@@ -52,11 +52,11 @@ def _renamed(description: dict[str, Any], special: Collection[str], mark: str) -
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = name(model["unk_token"])
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if not _makes(merge, special)]
+        model["merges"] = [merge for merge in model["merges"] if not _makes(merge, added)]
     return description
 
 
-def _makes(merge: str | list[str], special: Collection[str]) -> bool:
-    """Whether a merge joins a special token, or makes one."""
+def _makes(merge: str | list[str], added: Collection[str]) -> bool:
+    """Whether a merge joins an added token, or makes one."""
     first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return first in special or second in special or first + second in special
+    return first in added or second in added or first + second in added
