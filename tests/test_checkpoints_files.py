@@ -148,6 +148,20 @@ def test_what_is_no_ordinary_file_is_written_into(tmp_path: Path) -> None:
     assert names(tmp_path) == ["link", "pipe"] and (tmp_path / "pipe").is_fifo()
 
 
+def test_a_file_that_is_mounted_is_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container has single files; tests may mount nothing, so this is what the system says then."""
+    atomic_write(tmp_path / "a.txt", "a longer old text")
+    file = (tmp_path / "a.txt").stat().st_ino
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(source))
+
+    monkeypatch.setattr(os, "replace", busy)
+    atomic_write(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new" and (tmp_path / "a.txt").stat().st_ino == file
+    assert names(tmp_path) == ["a.txt"]
+
+
 def test_an_open_file_keeps_what_is_written_there(tmp_path: Path, root: Path) -> None:
     """A process writes to its own standard output, which is a file, under the name that the system has for it."""
     code = (

@@ -38,6 +38,14 @@ def test_an_error_of_the_file_system_is_one_line(main: str, output: str, error: 
     assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
 
 
+@pytest.mark.parametrize("error", ["OSError('an operator failed')", "ConnectionResetError(104, 'reset')"])
+def test_what_is_no_error_of_the_file_system_keeps_its_traceback(error: str, root: Path) -> None:
+    """Paddle makes an OSError of whatever goes wrong in a backward pass."""
+    code = CODE.format(main=f"raise {error}")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "error: " not in done.stderr
+
+
 def test_names_that_no_terminal_can_show(root: Path) -> None:
     code = CODE.format(main="print('written to', sys.argv[1])")
     command = [os.fsencode(sys.executable), b"-c", code.encode(), b"caf\xe9"]

@@ -381,6 +381,17 @@ def test_nothing_is_kept_beside_a_pipe(prepared: Prepared, generator: Generator,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "pipe"]
 
 
+@pytest.mark.parametrize("mine", ["my notes\n", '{"src": "a"}\n', "\0" * 50])
+def test_somebodys_file_in_the_place_of_the_journal_stays(
+    answer: Callable[..., Any], mine: str, tmp_path: Path
+) -> None:
+    (tmp_path / "output.json.partial").write_text(mine)
+    for resume in (True, False):
+        with pytest.raises(UserError, match="holds something else, where answers are kept"):
+            answer(ROWS, resume=resume)
+    assert (tmp_path / "output.json.partial").read_text() == mine and not (tmp_path / "output.json").exists()
+
+
 def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
     """The error names the file, and what was recorded before stays."""
     output = tmp_path / "out.json"

@@ -24,7 +24,8 @@ def faults(argv: list[str], cls: Any = PredictArguments) -> list[str]:
 
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
-    (tmp_path / "rows.json").write_text('{"src": "a"}\n')
+    (tmp_path / "rows.partial").write_text('{"src": "a"}\n')
+    (tmp_path / "rows.json").symlink_to("rows.partial")
     return ["--model_name_or_path", "m", "--data_file", str(tmp_path / "rows.json")]
 
 
@@ -38,6 +39,7 @@ def words(tmp_path: Path) -> list[str]:
         ("folder.json", "is no file; move it away"),
         ("mine.json", "is read-only; move it away"),
         ("to rows.json", "would overwrite data_file"),
+        ("rows", "would overwrite data_file"),
     ],
 )
 def test_output_files_that_are_refused(words: list[str], output: str, message: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeGuard
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -97,7 +97,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             ending.leave(error.code if isinstance(error.code, int) else EXIT_USER_ERROR)
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        if _is_of_files(error):
             _fail([reason(error)])
         if ending is not None:
             ending.crashed(error)
@@ -105,6 +105,15 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     if ending is not None:
         ending.leave(0)
     sys.exit(0)
+
+
+def _is_of_files(error: Exception) -> TypeGuard[OSError]:
+    """Whether the file system has refused something; Paddle makes an `OSError`, without a number, of any other."""
+    return (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, (ConnectionError, TimeoutError))
+    )
 
 
 def _drop_output() -> None:

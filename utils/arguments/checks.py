@@ -350,7 +350,7 @@ def prediction_files(run: Any) -> Iterator[str]:
             yield f"{named} cannot be written: no permission"
         return
     target = os.path.realpath(run.output_file)
-    if run.data_file is not None and os.path.realpath(run.data_file) == target:
+    if run.data_file is not None and os.path.realpath(run.data_file) in (target, target + PARTIAL):
         yield f"{named} would overwrite {run.where('data_file')}"
     folder, unfinished = os.path.dirname(target), target + PARTIAL
     if not os.path.isdir(folder):

@@ -174,7 +174,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears as `path`, complete and on disk, when the block ends well.
 
     An exception in the block leaves what was at `path` before. Links are followed. What is no ordinary file
-    (`is_stream`) is written into as it is.
+    (`is_stream`) is written into as it is, and so is, in the end, a file that is mounted.
 
     Raises:
         OSError: it cannot be written, or is read-only; names `path`.
@@ -196,8 +196,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             _sync(file)
             _keep_mode(target, staging)
-            os.replace(staging, target)
+            _replace_file(staging, target)
             _sync_folder(target.parent)
+
+
+def _replace_file(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        with open(source, "rb") as whole, open(target, "wb") as file:  # a mount of its own, as in containers
+            shutil.copyfileobj(whole, file)
+            _sync(file)
 
 
 def _opened_stream(path: Path) -> BinaryIO:

@@ -13,6 +13,8 @@ from utils.checkpoints.files import json_bytes
 from utils.errors import UserError
 from utils.places import PARTIAL
 
+_START = b'{"key": "'  # of the file; a killed process may have left less
+
 
 class Answers:
     """The answers of one run so far, of a process that does not write them.
@@ -55,7 +57,7 @@ class Journal(Answers):
             resume: False drops whatever is there.
 
         Raises:
-            UserError: another process is writing the same output.
+            UserError: another process is writing the same output, or the file is none of a run.
         """
         super().__init__(output, {}, facts)
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
@@ -66,6 +68,13 @@ class Journal(Answers):
             raise UserError(
                 f"{output}: another run is writing it right now; wait for it, or give another --output_file"
             ) from None
+        start = self._file.read(len(_START))
+        if not start.startswith(_START[: len(start)]):
+            self._file.close()
+            raise UserError(
+                f"{self.path}: holds something else, where answers are kept until all are there; move it away"
+            )
+        self._file.seek(0)
         lines = self._whole_lines()
         matches = bool(lines) and lines[0].get("key") == key
         self.other_run = bool(lines) and not matches
