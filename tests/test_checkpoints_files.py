@@ -25,6 +25,7 @@ from utils.checkpoints.files import (
     remove_leftovers,
     write_json,
 )
+from utils.errors import reason
 
 
 def names(folder: Path) -> list[str]:
@@ -188,7 +189,7 @@ def test_what_is_read_only_is_refused(tmp_path: Path) -> None:
                     pass
             else:
                 atomic_write(path, "new")
-        assert refused.value.filename == str(path)
+        assert reason(refused.value) == f"{path}: is read-only; chmod u+w allows to replace it"
     assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt", "model"]
     with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "a.txt"):
         pass

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from tiny_runs import Result, Tiny, tensors, tiny  # noqa: F401
 
+from utils.training.output import write_results
+
 LINE = re.compile(
     r"step (\d+)/(\d+)  epoch (\d+\.\d\d)  loss (\d+\.\d{4})  lr (\d\.\d\de[+-]\d\d)  (\d+) tokens/s  "
     r"effective (\d+\.\d)%  memory (\d+\.\d\d) GiB  ETA \d\d:\d\d"
@@ -189,3 +191,11 @@ def test_a_dry_run_shows_the_loss_mask_and_the_origin_of_values(tiny: Tiny, tmp_
     dry = tiny.run(tmp_path / "out", "--do_train", "--dry_run").out
     assert f"{first['src']}<|im_end|>\n<|im_start|>assistant\n⟦{first['tgt']}<|im_end|>⟧" in dry
     assert "  learning_rate = 0.01\n" in dry and "  weight_decay = 0.0  (default)\n" in dry
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "null"])
+def test_damaged_results_of_an_earlier_run_are_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "all_results.json").write_text(content)
+    for split in ("train", "eval"):
+        write_results(tmp_path, split, {f"{split}_loss": 1.0})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"train_loss": 1.0, "eval_loss": 1.0}

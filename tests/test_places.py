@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from tiny_runs import Tiny, run_main, tiny  # noqa: F401
 
-from utils.arguments import ExportArguments, FinetuneArguments, MergeLoraArguments, PredictArguments, parse
+from utils.arguments import CreatePretrainingDataArguments as TokenFiles
+from utils.arguments import (
+    ExportArguments,
+    FinetuneArguments,
+    MergeLoraArguments,
+    PredictArguments,
+    TransToJsonArguments,
+    parse,
+)
 from utils.errors import UserError
 from utils.places import is_stream
 
@@ -67,6 +75,22 @@ def test_data_files_that_are_no_files(words: list[str], tmp_path: Path) -> None:
     for name, message in ((tmp_path, "is a folder"), (tmp_path / "pipe", "a pipe or device cannot be")):
         [found] = faults([*words[:3], str(name)])
         assert found.startswith(f"data_file {name} (--data_file): ") and message in found
+
+
+def test_files_of_the_data_tools(tmp_path: Path) -> None:
+    """What cannot be read twice, and what would be refused once all the work is done."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.jsonl").mkdir()
+    for ending in ("bin", "idx"):
+        (tmp_path / f"text.{ending}").touch(0o444)
+    pipe, prefix = str(tmp_path / "pipe"), str(tmp_path / "text")
+    found = faults(["--input_path", pipe, "--output_path", prefix], TransToJsonArguments)
+    assert ["cannot be; put it into a file first" in found[0], found[1].endswith(f"{prefix}.jsonl is a folder")] == [
+        1,
+        1,
+    ]
+    words = ["--model_name", "m", "--input_path", str(tmp_path), "--output_prefix", prefix]
+    assert ["bin is read-only" in fault or "idx is read-only" in fault for fault in faults(words, TokenFiles)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 
 PARTIAL = ".partial"  # ending of the file in which answers are kept until all of them are there
+READ_ONLY = "is read-only; chmod u+w allows to replace it"
+NO_FILE = "is read more than once, and a pipe or device cannot be; put it into a file first"
 _MOST_LINKS = 40  # that the kernel follows
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.parallel.topology import world_size
-from utils.places import PARTIAL, is_read_only, is_stream
+from utils.places import NO_FILE, PARTIAL, READ_ONLY, is_read_only, is_stream
 from utils.runtime import gpu_present
 from utils.splits import looks_like_path, split_files
 
@@ -215,7 +215,7 @@ def named_files(run: Any) -> Iterator[str]:
         if os.path.isdir(value):
             yield f"{run.where(name)}: is a folder; expected a file"
         elif is_stream(value):
-            yield f"{run.where(name)}: is read more than once, and a pipe or device cannot be; put it into a file first"
+            yield f"{run.where(name)}: {NO_FILE}"
         else:
             yield f"{run.where(name)}: no such file"
     yield from adapter(run, "lora_path", "lora")
@@ -358,7 +358,7 @@ def prediction_files(run: Any) -> Iterator[str]:
     elif not _accepts_files(folder):
         yield f"{named} cannot be written: no permission to write in {folder}"
     elif is_read_only(target):
-        yield f"{named} is read-only; chmod u+w allows to replace it, or name another file"
+        yield f"{named} {READ_ONLY}, or name another file"
     elif os.path.lexists(unfinished) and (not os.path.isfile(unfinished) or is_read_only(unfinished)):
         kind = "read-only" if os.path.isfile(unfinished) else "no file"
         yield f"{named}: answers are kept in {unfinished} until all are there, but it is {kind}; move it away"

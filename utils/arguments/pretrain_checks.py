@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.arguments.checks import unwritable
+from utils.places import NO_FILE, READ_ONLY, is_read_only
 from utils.splits import looks_like_path
 
 TASKS = ("do_train", "do_eval", "do_predict")
@@ -157,6 +158,8 @@ def tool_files(run: Any) -> Iterator[str]:
         yield "input_path is missing; name a file or a folder"
     elif not os.path.exists(run.input_path):
         yield f"{run.where('input_path')}: no such file or folder"
+    elif not os.path.isdir(run.input_path) and not os.path.isfile(run.input_path):
+        yield f"{run.where('input_path')}: {NO_FILE}"
     elif os.path.isdir(run.input_path) and not glob.glob(os.path.join(glob.escape(run.input_path), "*")):
         yield f"{run.where('input_path')} is empty"
     output = "output_path" if hasattr(run, "output_path") else "output_prefix"
@@ -168,6 +171,12 @@ def tool_files(run: Any) -> Iterator[str]:
     elif not os.path.isdir(value) or output == "output_prefix":
         parent = _Parent(run, output, os.path.dirname(value) or ".")
         yield from unwritable(parent, output)
+    endings = (".bin", ".idx") if output == "output_prefix" else () if run.no_merge else (".jsonl",)
+    for file in [value + ending for ending in endings] if value else []:
+        if os.path.isdir(file):
+            yield f"{run.where(output)}: {file} is a folder"
+        elif is_read_only(file):
+            yield f"{run.where(output)}: {file} {READ_ONLY}"
 
 
 class _Parent:

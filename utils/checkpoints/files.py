@@ -19,9 +19,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
-from utils.places import descriptor, is_read_only, is_stream
+from utils.places import READ_ONLY, descriptor, is_read_only, is_stream
 from utils.signals import unfinished
 
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written
@@ -38,8 +38,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddle-llm-toolchain"
 
 
-def _refuse(path: Path, code: int) -> NoReturn:
-    raise OSError(code, os.strerror(code), str(path))
+def _check_target(path: Path, target: Path) -> None:
+    """Raises `OSError` for `path`, which names `target`, if that is closed to everybody."""
+    if is_read_only(target):
+        raise PermissionError(errno.EACCES, READ_ONLY, str(path))
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def _named(path: Path, target: Path) -> Iterator[None]:
         made = any(name.startswith(_beginning(target)) for name in names)
         if error.errno is None or (error.filename is not None and not made):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # --- what is being made ----------------------------------------------------------------------------
@@ -186,8 +188,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             _sync(file)
         return
     target = Path(os.path.realpath(path))
-    if is_read_only(target):
-        _refuse(path, errno.EACCES)
+    _check_target(path, target)
     with _named(path, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, target.name)
@@ -262,9 +263,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     named = Path(os.path.abspath(target))
     target = Path(os.path.realpath(named))
     if target.exists() and not target.is_dir():
-        _refuse(named, errno.ENOTDIR)
-    if is_read_only(target):
-        _refuse(named, errno.EACCES)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(named))
+    _check_target(named, target)
     with _named(named, target), _staging(target) as (staging, complete):
         yield staging
         sizes = {}

@@ -67,5 +67,8 @@ def write_results(folder: Path, split: str, values: Mapping[str, float], peers: 
         return
     write_json(folder / f"{split}_results.json", dict(values))
     everything = folder / "all_results.json"
-    before = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    try:
+        before = dict(json.loads(everything.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or a damaged file
+        before = {}
     write_json(everything, {**before, **values})
