@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_runs import Tiny, run_main, tiny  # noqa: F401
 from tiny_tokenizers import CHATML, write_bpe
 
+from utils.data.dataset import load_rows
 from utils.data.encode import DataReport, Dropped, Example, encode_row, encode_source
 from utils.data.lines import Line, RowFault
 from utils.data.rows import Row, parse_row, to_row
@@ -255,3 +257,15 @@ def test_whatever_a_row_says_is_read_or_refused(
             assert str(error).startswith("train.json line 7: test: the chat template refuses this conversation")
         else:
             assert isinstance(found, Example) or report.counts
+
+
+def test_answers_that_are_not_to_be_learned_are_no_references(tmp_path: Path) -> None:
+    args: Any = SimpleNamespace(
+        dataset_name_or_path=str(tmp_path), task_name=None, max_train_samples=None, max_eval_samples=None
+    )
+    rows = [{**PAIRS, "label": [1, 0]}, PAIRS]
+    (tmp_path / "dev.json").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert [one.line for one in load_rows(args, "dev")] == [2]
+    (tmp_path / "dev.json").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="no row's last answer is to be learned"):
+        load_rows(args, "dev")

@@ -250,3 +250,12 @@ def test_ordinary_tokens_that_the_template_writes_are_text_too(kind: str, tmp_pa
     assert plain.count("<turn>") == 4
     ids, _ = template.encode_conversation(tokenizer, talk("a", "<tool_call>c"))
     assert ids == tokenizer.encode(tokenizer.decode(ids, skip_special=False).removeprefix(" "))
+
+
+def test_an_end_token_that_is_an_ordinary_piece_ends_the_turn_of_the_template(tmp_path: Path) -> None:
+    config = write_bpe(tmp_path, eos_token="!", pad_token="!")
+    tokenizer = load_tokenizer(tmp_path, {"vocab_size": config["vocab_size"]})
+    text = "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ ('!\n' if m.role == 'assistant' else '\n') }}"
+    template = JinjaTemplate(text + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", "test")
+    rounds, _ = template.rounds(tokenizer, talk("one!", "a! b", "three", "four"))
+    assert [tokenizer.decode(one.answer, skip_special=False) for one in rounds] == ["a! b!", "four!"]

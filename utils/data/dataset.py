@@ -227,8 +227,19 @@ def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: 
 
 
 def load_rows(args: DataOptions, split: str) -> list[Row]:
-    """The rows of a split as they are, for evaluation by generation."""
-    return list(_source(args, split).rows())
+    """The rows of a split as they are, for evaluation by generation; those whose last answer counts.
+
+    Raises:
+        UserError: there are none.
+    """
+    source = _source(args, split)
+    rows = [row for row in source.rows() if row.messages[-1].get("train", True)]
+    if not rows:
+        raise UserError(
+            f"{source.name}: no row's last answer is to be learned (train, weight, loss), so generated ones have "
+            "nothing to be compared with"
+        )
+    return rows
 
 
 def _source(args: DataOptions, split: str) -> Source:
