@@ -79,8 +79,17 @@ def test_special_tokens_in_a_text_are_text(kind: str, tokenizers: dict[str, Toke
         for text in (token, f"a {token} b", f"{token}{token}", f" {token}\n"):
             ids = tokenizer.encode_text(text)
             assert not specials(tokenizer, ids), (text, ids)
-            if tokenizer.unknown_id not in ids and kind not in ("glm_tiny", "unigram", "legacy"):
+            if tokenizer.unknown_id not in ids and kind not in ("glm_tiny", "unigram", "legacy", "disguised"):
                 assert tokenizer.decode(ids).strip() == text.strip()
+
+
+def test_no_normalisation_makes_a_special_token(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["disguised"]
+    assert specials(tokenizer, tokenizer.encode("a</s>b")) == [tokenizer.eos_id]
+    for text in ("a＜/s＞b", "a</S>b", "a＜ＥＮＤ＞b"):
+        assert not specials(tokenizer, tokenizer.encode_text(text)), text
+        ids = PlainTemplate().rounds(tokenizer, talk("a", text))[0][0].answer
+        assert specials(tokenizer, ids) == [tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("kind", KINDS)

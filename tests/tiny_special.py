@@ -64,6 +64,16 @@ def _legacy(folder: Path) -> dict[str, Any]:
     return {"vocab_size": len(LETTERS) + 2}
 
 
+def _disguised(folder: Path) -> dict[str, Any]:
+    """A tokenizer.json that looks for special tokens behind a normalisation, which makes them of other signs."""
+    library = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[]))
+    library.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    library.add_special_tokens([AddedToken("</s>", normalized=True), AddedToken("<end>", normalized=True)])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return {"vocab_size": len(LETTERS) + 2}
+
+
 def _english_glm(folder: Path) -> dict[str, Any]:
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,6 +100,7 @@ WRITTEN = {
     "gemma": _gemma,
     "unigram": _unigram,
     "legacy": _legacy,
+    "disguised": _disguised,
     "english_glm": _english_glm,
 }
 KINDS = (*FIXED, *WRITTEN)

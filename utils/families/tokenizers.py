@@ -21,7 +21,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.families.tokenizer_settings import Settings
-from utils.families.tokenizers_plain import PlainTwin
+from utils.families.tokenizers_plain import PlainTwin, rewrites
 from utils.settings import read_bytes, read_text
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -190,6 +190,9 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._recognise({token.content: token_id for token_id, token in added.items()})
+        # Text of another look can become a special token where these are looked for behind the normalisation.
+        normalized = any(token.normalized for token in added.values())
+        self._in_disguise = normalized and rewrites(description.get("normalizer"))
         model = description["model"]
         unknown = model.get("unk_token")
         self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
@@ -236,7 +239,7 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         tokenizer = self._continuation if continuation else self._tokenizer
-        if not plain:
+        if not plain and not self._in_disguise:
             return self._known(tokenizer.encode(text, add_special_tokens=False).ids)
         spans = self.special_spans(text, also=self._written)
         self._renamed |= {text[start:end]: self._written[text[start:end]] for start, end in spans if start in plain}

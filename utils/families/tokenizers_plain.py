@@ -6,6 +6,15 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+REWRITING = ("NFKC", "NFKD", "Precompiled", "Lowercase", "BertNormalizer", "StripAccents")
+
+
+def rewrites(normalizer: dict[str, Any] | None) -> bool:
+    """Whether the normalizer of a tokenizer.json makes letters and signs out of others."""
+    if normalizer is None:
+        return False
+    return normalizer["type"] in REWRITING or any(map(rewrites, normalizer.get("normalizers", [])))
+
 
 class PlainTwin:
     """A tokenizer that takes its added tokens for text, unless `mark` stands before them.
