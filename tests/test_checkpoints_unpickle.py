@@ -69,6 +69,16 @@ def test_attacks_are_refused(tmp_path: Path, which: int, protocol: int, kind: st
         assert mark.exists()
 
 
+@pytest.mark.parametrize("name", ["_rebuild_qtensor", "_rebuild_tensor_v3", "_rebuild_sparse_tensor"])
+def test_other_kinds_of_tensors_are_told_from_attacks(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", f"\x80\x02ctorch._utils\n{name}\n)R.".encode("latin-1"))
+    with pytest.raises(UserError, match=rf"a kind that is not read here \({name}: quantized") as caught:
+        open_tensors(path)
+    assert "asks for" not in str(caught.value)
+
+
 def test_bin_of_pytorch() -> None:
     """Types and shapes of what torch.save wrote; the values are checked by the logits test."""
     tensors = open_tensors(FIXTURES / "llama_plain" / "pytorch_model.bin")

@@ -189,6 +189,11 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its handling of each 
         try:
             return _KNOWN[module.replace("__builtin__", "builtins"), name]  # its name in protocol 2
         except KeyError:
+            if module == "torch._utils" and name.startswith("_rebuild_"):
+                raise UserError(
+                    f"{self._path}: holds tensors of a kind that is not read here ({name}: quantized, sparse or of a "
+                    "newer type); save the model as safetensors in float32, float16 or bfloat16"
+                ) from None
             raise UserError(
                 f"{self._path}: refused: it asks for {module}.{name} to be run while loading, which files of "
                 "tensors never need; get the weights as safetensors from a source that you trust"
