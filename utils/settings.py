@@ -190,13 +190,13 @@ def _text(value: Any) -> str:
     return value
 
 
-def list_of(read: Callable[[Any], Any], expected: str) -> Kind:
+def list_of(read: Callable[[Any], Any], expected: str, *, null: bool = False) -> Kind:
     """A list of values of a kind, or one of them by itself, which stays so."""
 
     def read_all(value: Any) -> Any:
         return [read(one) for one in value] if isinstance(value, list) else read(value)
 
-    return Kind(expected, read_all)
+    return Kind(expected, read_all, null)
 
 
 FLAG = Kind("true or false", _flag)

@@ -32,7 +32,7 @@ def _id(value: Any) -> int:
     return found
 
 
-IDS = Kind("the id of a token, a list of ids or null", list_of(_id, "").read, null=True)  # -1 is how LLaMA 1 says none
+IDS = list_of(_id, "the id of a token, a list of ids or null", null=True)  # -1 is how LLaMA 1 says none
 
 # of families whose activation differs from model to model
 ACTIVATIONS: Table = dict.fromkeys(("activation", "activation_function", "hidden_activation", "hidden_act"), TEXT)
