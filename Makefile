@@ -1,5 +1,6 @@
 # make demo   tunes a real language model on this machine and shows that it answers better
 # make test   runs the whole test suite
+# make slow   runs the tests that take minutes: random rows and texts through everything that reads them
 # make matrix runs every cell of the support table and rewrites it in README.md, then every parallel layout (an hour)
 # All set up .venv first; what is done already is skipped.
 
@@ -9,10 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test matrix lint clean
+.PHONY: help install demo test slow matrix lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 install: $(INSTALLED)
 
@@ -32,6 +33,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "==> tests"
 	$(BIN)/python -m pytest
+
+slow: $(INSTALLED)
+	@echo "==> slow tests"
+	$(BIN)/python -m pytest -m slow
 
 matrix: $(INSTALLED)
 	@echo "==> matrix: every family and method with the real scripts on tiny models"

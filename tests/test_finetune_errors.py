@@ -17,6 +17,8 @@ import pytest
 from tiny_models import write_tiny_llama
 from tiny_runs import ROOT, Tiny, tensors, tiny, write_rows  # noqa: F401
 
+from utils.data import stream
+
 # --- numbers that are not finite ----------------------------------------------------------------------
 
 
@@ -213,8 +215,10 @@ def test_rows_of_a_stream_that_nobody_can_read_cost_only_themselves(tiny: Tiny, 
     file.write_text(file.read_text("utf-8") + "\n".join([*rows, '{"src": "Say red", "tgt": "red"}']), "utf-8")
     options = ["--do_train", "--lora", "--lazy", "--max_steps", 33, "--per_device_train_batch_size", 32]
     options += ["--dataset_name_or_path", tmp_path / "data", "--save_strategy", "no", "--max_length", 80]
-    run = tiny.run(tmp_path / "out", *options, "--dataloader_num_workers", 2)
+    with mock.patch.object(stream, "encode_row", wraps=stream.encode_row) as encoded:
+        run = tiny.run(tmp_path / "out", *options, "--dataloader_num_workers", 2)
     assert len(run.losses) == 33
+    assert encoded.call_count <= 2 * 1006  # two epochs; nothing is read for what only prefix tuning needs
     for line, said in ((1006, "holds a whole number"), (1007, "half of a surrogate"), (1008, "nested too deeply")):
         assert f"row left out: {file} line {line}: " in run.err and said in run.err
     assert f"3 rows: dropped, broken ({file} line 1006; {file} line 1007; " in run.err
