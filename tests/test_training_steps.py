@@ -19,7 +19,9 @@ from tiny_runs import Tiny, tiny  # noqa: F401
 from utils.arguments import FinetuneArguments
 from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import stored_tensors
+from utils.checkpoints.tensors import in_memory, write_lazy
 from utils.parallel.peers import Alone
+from utils.parallel.states import OptimizerStates
 from utils.training import resume
 from utils.training.gradients import Gradients
 from utils.training.model import TrainingModel
@@ -135,3 +137,39 @@ def test_the_norm_takes_the_memory_of_one_gradient(dtype: str) -> None:
     used = core.host_memory_stat_peak_value("Allocated", 0) - before
     assert norm == pytest.approx(wanted, rel=1e-3)
     assert used < 3 * size * 4
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
+    """Half precision with float32 copies, as O2 on a GPU, or float32, as O1 and on a CPU: the moments stay."""
+
+    def run(dtype: str, values: np.ndarray) -> tuple[Any, Any]:
+        parameter = paddle.create_parameter([3, 4], dtype, default_initializer=paddle.nn.initializer.Constant(0.0))
+        parameter.set_value(paddle.to_tensor(values).astype(dtype))
+        return parameter, paddle.optimizer.AdamW(0.1, parameters=[parameter], multi_precision=True)
+
+    def step(parameter: Any, optimizer: Any) -> np.ndarray:
+        parameter.grad = paddle.full([3, 4], 0.5)
+        optimizer.step()
+        return parameter.numpy()
+
+    whole = held(case("llama_tiny").checkpoint)
+    parameter, optimizer = run("float32", np.random.default_rng(0).normal(size=[3, 4]).astype("float32"))
+    exact = step(parameter, optimizer)
+    plain = resume.optimizer_tensors(optimizer, {"w": parameter}, whole)
+    plain = [in_memory(tensor.name, tensor.read().copy()) for tensor in plain]
+    halves = [in_memory(tensor.name.replace("|", "|fp32_master_0_"), tensor.read()) for tensor in plain]
+    halves.append(in_memory("w|master", exact))
+    wanted = step(parameter, optimizer)
+    write_lazy(tmp_path / "optimizer.safetensors", halves, {})
+    other, continued = run("float32", exact.astype("float16").astype("float32"))
+    resume.load_optimizer(tmp_path, continued, {"w": other}, whole)
+    np.testing.assert_array_equal(step(other, continued), wanted)
+
+    for stored in (plain, halves):
+        write_lazy(tmp_path / "optimizer.safetensors", stored, {})
+        other, continued = run("float16", exact)
+        resume.load_optimizer(tmp_path, continued, {"w": other}, whole)
+        states = OptimizerStates(continued)
+        for tensor in plain:
+            slot = f"fp32_master_0_{tensor.name.split('|')[1]}"
+            np.testing.assert_array_equal(states.get(other.name, other, slot).numpy(), tensor.read())

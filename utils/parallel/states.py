@@ -11,6 +11,7 @@ from paddle.base.framework import EagerParamBase
 
 HALF = (paddle.float16, paddle.bfloat16)
 MASTER = "master"  # the float32 copy of a parameter in half precision
+OF_MASTER = "fp32_master_0_"  # the names of other tensors begin with it where there is such a copy
 
 
 class OptimizerStates:
@@ -34,8 +35,13 @@ class OptimizerStates:
     def slots(self, dtype: Any) -> list[str]:
         """The names of a parameter's tensors in optimizer files."""
         if self.optimizer._multi_precision and dtype in HALF:
-            return [MASTER, *(f"fp32_master_0_{name}" for name in self.kinds)]
+            return [MASTER, *(f"{OF_MASTER}{name}" for name in self.kinds)]
         return list(self.kinds)
+
+    def own_slot(self, slot: str, dtype: Any) -> str | None:
+        """What a slot of a file, perhaps of a run in another precision, is called here; None if it has no place."""
+        plain = {name.removeprefix(OF_MASTER): name for name in self.slots(dtype)}
+        return plain.get(slot.removeprefix(OF_MASTER))
 
     @paddle.no_grad()
     def _tensor(self, name: str, share: Tensor, slot: str) -> Tensor:
@@ -50,7 +56,7 @@ class OptimizerStates:
         self.optimizer._create_accumulators(paddle.static.default_main_program().global_block(), [kept])
         if slot == MASTER:
             return self.optimizer._master_weights[name]
-        return self.optimizer._get_accumulator_master(self.kinds[slot.removeprefix("fp32_master_0_")], kept)
+        return self.optimizer._get_accumulator_master(self.kinds[slot.removeprefix(OF_MASTER)], kept)
 
     def get(self, name: str, share: Tensor, slot: str) -> Tensor:
         return self._tensor(name, share, slot)

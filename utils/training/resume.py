@@ -95,13 +95,18 @@ def optimizer_tensors(
 def load_optimizer(
     folder: Path, optimizer: Any, parameters: Mapping[str, Any], held: Held, share: Share | None = None
 ) -> None:
-    """Fills the optimizer from what `optimizer_tensors` gave.
+    """Fills the optimizer from what `optimizer_tensors` gave, in this run's precision or in another.
+
+    A parameter that is float32 now takes the value of its copy, which is more exact than that of a half one.
 
     Raises:
         UserError: the file holds the state of what this run does not train.
     """
     import paddle
 
+    from utils.parallel.states import OF_MASTER, OptimizerStates
+
+    states = OptimizerStates(optimizer) if share is None else share.states
     slots = {} if share is None else {(id(share.trained[slot.parameter]), slot.name): slot for slot in share.slots()}
     state: dict[str, Any] = {}
     for key, stored in stored_tensors(folder, OPTIMIZER).items():
@@ -111,13 +116,19 @@ def load_optimizer(
             continue
         if name not in parameters:
             raise UserError(f"{folder / OPTIMIZER}: holds the state of {name}, which this run does not train")
-        values = np.ascontiguousarray(held.part(name, stored).read())
+        values, parameter = np.ascontiguousarray(held.part(name, stored).read()), parameters[name]
+        own = states.own_slot(slot, parameter.dtype)
         if share is not None:
-            share.write(slots[id(parameters[name]), slot], values)
-        elif slot == MASTER:
-            state.setdefault("master_weights", {})[parameters[name].name] = paddle.to_tensor(values)
+            if own is not None:
+                share.write(slots[id(parameter), own], values)
+        elif own is None:
+            parameter.set_value(values)
+        elif own == MASTER:
+            copy = paddle.to_tensor(values)
+            copy.name = f"{parameter.name}_{OF_MASTER.removesuffix('_')}"  # the optimizer looks for its moments by it
+            state.setdefault("master_weights", {})[parameter.name] = copy
         else:
-            state[f"{parameters[name].name}_{slot}"] = paddle.to_tensor(values)
+            state[f"{parameter.name}_{own}"] = paddle.to_tensor(values)
     if share is None:
         optimizer.set_state_dict(state)
 
