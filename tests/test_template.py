@@ -263,3 +263,16 @@ def test_files_of_templates_with_a_byte_order_mark_or_that_cannot_be_read(name: 
             continue  # is a template, of brackets
         with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: ")):
             ChatTemplate.load(tmp_path, default=None)
+
+
+def test_half_a_surrogate_pair_in_a_settings_file(tmp_path: Path) -> None:
+    """Other keys may hold one, and are written back as they were; a template with one is no text."""
+    text = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(r'{"other": "a\ud83d"}', "utf-8")
+    JinjaTemplate(text, "here").save(tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    assert written == {"other": "a\ud83d", "chat_template": text}
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(r'{"chat_template": "a\ud83d"}', "utf-8")
+    with pytest.raises(UserError, match=r"tokenizer_config.json: .*half of a surrogate pair at character 2"):
+        ChatTemplate.load(tmp_path, default=None)

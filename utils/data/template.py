@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from utils.checkpoints.files import write_json
+from utils.data.lines import half_of_pair
 from utils.data.marks import Marks, Rendered
 from utils.data.talk import Talk
 from utils.data.turns import end_turn, own_text_end
@@ -227,6 +229,8 @@ class JinjaTemplate(ChatTemplate):
         self.text = text
         self.origin = origin
         self._own: dict[Tokenizer, frozenset[str]] = {}
+        if (half := half_of_pair(text)) is not None:
+            raise UserError(f"{origin}: the chat template holds half of a surrogate pair at character {half}")
         _ = self.compiled  # a broken template must be reported now
 
     def _identity(self) -> str:
@@ -239,7 +243,7 @@ class JinjaTemplate(ChatTemplate):
             settings = read_json(settings_file)
             if settings.get("chat_template") != self.text:
                 settings["chat_template"] = self.text
-                settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+                write_json(settings_file, settings)
 
     @cached_property
     def compiled(self) -> Any:
