@@ -87,6 +87,9 @@ def small(folder: Path, vocabulary: object, merges: str | None) -> str:
         ({"a": 0, "b": 1}, "#version: 0.2\na b\n", "'ab', which vocab.json does not have"),
         ({"a": 0, "b": 1}, "#version: 0.2\na b c\n", "merges.txt line 2"),
         (["a"], "", "expected a JSON object"),
+        ({"a": -1}, "", "expected a JSON object of tokens and their ids"),
+        ({"a": 1 << 32}, "", "expected a JSON object of tokens and their ids"),
+        ({"a": 0, "b\ud83d": 1}, "", "vocab.json: a token holds half of a surrogate pair"),
         ({"a": 0, "b": 60000, "<|endoftext|>": 1}, "", "60001 tokens"),
     ],
 )

@@ -74,7 +74,7 @@ def test_values_of_another_kind_are_named_all_at_once(tmp_path: Path) -> None:
         bos_token=5,
         eos_token={"content": 7},
         unk_token={"text": "<unk>"},
-        pad_token=["<pad>"],
+        pad_token="<pad>\ud83d",
         add_bos_token="no",
         added_tokens_decoder={"x": {"content": "<a>"}, "400": 3},
     )
@@ -93,7 +93,7 @@ def test_values_of_another_kind_are_named_all_at_once(tmp_path: Path) -> None:
         "expected a token and its id",
         f"{tmp_path / 'tokenizer_config.json'}: bos_token is 5; {token}",
         f"{tmp_path / 'tokenizer_config.json'}: eos_token is an object of 1; {token}",
-        f"{tmp_path / 'tokenizer_config.json'}: pad_token is a list of 1; {token}",
+        f'{tmp_path / "tokenizer_config.json"}: pad_token is "<pad>\ud83d"; {token}',
         f"{tmp_path / 'tokenizer_config.json'}: unk_token is an object of 1; {token}",
     ]
 

@@ -23,6 +23,7 @@ def _token(entry: Any) -> str:
     text = entry.get("content") if isinstance(entry, Mapping) else entry
     if not isinstance(text, str):
         raise ValueError
+    text.encode()  # a ValueError for half of a surrogate pair
     return text
 
 

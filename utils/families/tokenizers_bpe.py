@@ -44,8 +44,12 @@ class BpeTokenizer(JsonTokenizer):
 
 def _read_vocabulary(file: Path) -> dict[str, int]:
     found = read_json(file)
-    if not all(type(place) is int for place in found.values()):
+    if not all(type(place) is int and 0 <= place < 1 << 32 for place in found.values()):
         raise UserError(f"{file}: expected a JSON object of tokens and their ids")
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{file}: a token holds half of a surrogate pair; copy the file again") from None
     return found
 
 
