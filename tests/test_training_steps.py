@@ -173,3 +173,25 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
         for tensor in plain:
             slot = f"fp32_master_0_{tensor.name.split('|')[1]}"
             np.testing.assert_array_equal(states.get(other.name, other, slot).numpy(), tensor.read())
+
+
+def test_a_float16_run_goes_on_from_one_without_a_scaler(tmp_path: Path) -> None:
+    """From bfloat16, or from a CPU; from float16 it takes the scaler's state."""
+    trainer = trainer_of("llama_tiny", tmp_path)
+    trainer.create_optimizer_and_scheduler(1)
+    trainer.do_grad_scaling, trainer.scaler = True, paddle.amp.GradScaler(init_loss_scaling=64.0)
+    trainer.scaler._enable = True  # only GPUs have it
+    trainer.scaler.set_init_loss_scaling(64.0)
+    for name in ("_incr_ratio", "_decr_ratio", "_incr_every_n_steps", "_decr_every_n_nan_or_inf"):
+        setattr(trainer.scaler, name, 2)
+    trainer.scaler._incr_count, trainer.scaler._decr_count, trainer.scaler._use_dynamic_loss_scaling = 7, 0, True
+    saved = json.loads(json.dumps(trainer._progress([{}])))
+    assert saved["scaler"]["scale"] == [64.0]
+    trainer.scaler.set_init_loss_scaling(2.0)
+    with mock.patch.object(resume, "load_optimizer"):
+        trainer.resumed = {name: value for name, value in saved.items() if name != "scaler"}
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+        assert float(trainer.scaler._scale) == 2.0
+        trainer.resumed = saved
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+        assert float(trainer.scaler._scale) == 64.0

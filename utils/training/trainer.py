@@ -457,7 +457,7 @@ class Trainer(library.Trainer):
         resume.load_optimizer(Path(checkpoint), self.optimizer, parameters, held, self.share)
         self.lr_scheduler.set_state_dict(self.resumed["scheduler"])
         self.lr_scheduler.last_lr = self.lr_scheduler.get_lr()  # the user may have changed the rate
-        if self.do_grad_scaling:
+        if self.do_grad_scaling and "scaler" in self.resumed:  # the run may have had another precision
             state = {k: paddle.to_tensor(v) if isinstance(v, list) else v for k, v in self.resumed["scaler"].items()}
             self.scaler.load_state_dict(state)
 
