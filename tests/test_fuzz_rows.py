@@ -95,6 +95,10 @@ JSON = st.recursive(
 )
 
 
+KNOWN = "system system_prompt system_message context tools tool_calls reasoning_content weight train loss images input"
+KEYS = st.sampled_from(KNOWN.split())
+
+
 @st.composite
 def rows(draw: st.DrawFn, text: st.SearchStrategy[str] = TEXT) -> dict[str, Any]:
     """A row of one of the formats, one to three rounds."""
@@ -129,7 +133,7 @@ def mutated(draw: st.DrawFn) -> Any:
         if not places or (isinstance(here, dict) and draw(st.integers(0, 4)) == 0):
             if isinstance(here, list):
                 return row
-            here[draw(ANY)] = draw(JSON)
+            here[draw(ANY | KEYS)] = draw(JSON)
             return row
         place = draw(st.sampled_from(places))
         if not isinstance(here[place], dict | list) or draw(st.booleans()):
