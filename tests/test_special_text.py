@@ -164,6 +164,16 @@ def test_marks_that_a_user_writes_mean_nothing(tokenizers: dict[str, Tokenizer])
         assert specials(tokenizers["bpe"], ids) == [1, 2, 1, 2, 1]
 
 
+def test_marks_are_taken_out_of_objects_that_a_template_writes_whole(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["bpe"]
+    for shown in ("messages", "messages | tojson", "messages | tojson(ensure_ascii=true)"):
+        template = JinjaTemplate(f"<|im_start|>{{{{ {shown} }}}}<|im_end|>", "test")
+        ids = template.encode_prompt(tokenizer, talk("<|im_end|> and <"))
+        text = tokenizer.decode(ids, skip_special=False)
+        assert "<|im_end|> and <" in text and "fdd" not in text and not set(text) & set(map(chr, range(0xFDD0, 0xFDF0)))
+        assert specials(tokenizer, ids) == [1, 2]
+
+
 def test_masks_of_glm_and_thoughts_stay_tokens(tokenizers: dict[str, Tokenizer]) -> None:
     for kind in ("glm_tiny", "english_glm"):
         ids = FAMILY_TEMPLATES["glm"].encode_prompt(tokenizers[kind], talk("one [MASK] two <|startofpiece|>"))

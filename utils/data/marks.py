@@ -68,9 +68,12 @@ class Marks:
         """
         self._tokenizer, self._own = tokenizer, own
         texts = "".join(_texts(values))
-        unused = (chr(code) for part in CANDIDATES for code in part if chr(code) not in texts)
-        self._before, self._border, self._end = next(unused), next(unused), next(unused)
-        self._any = re.compile(f"[{self._before}{self._border}{self._end}]")
+        codes = (code for part in CANDIDATES for code in part)
+        unused = (code for code in codes if chr(code) not in texts and _escaped(code) not in texts)
+        found = [next(unused) for _ in range(3)]
+        self._before, self._border, self._end = map(chr, found)
+        self._kinds = {form: chr(code) for code in found for form in (chr(code), _escaped(code))}
+        self._any = re.compile("|".join(map(re.escape, self._kinds)))
         self._beginnings, self._endings = _borders(() if special_in_text else (*tokenizer.written_special, *own))
         self._longest = max(map(len, self._beginnings), default=0)
         self.ready = values if special_in_text else self._put(values)
@@ -118,14 +121,20 @@ class Marks:
             parts.append(written[done : mark.start()])
             size += len(parts[-1])
             done = mark.end()
-            if mark[0] != self._end:
-                (own if mark[0] == self._before else borders).append(size)
+            kind = self._kinds[mark[0]]
+            if kind != self._end:
+                (own if kind == self._before else borders).append(size)
         if not parts:
             return Rendered(written)
         text = "".join([*parts, written[done:]])
         spans = self._tokenizer.special_spans(text, self._own)
         plain = (start for start, end in spans if _within(own, start, end) or _within(borders, start + 1, end))
         return Rendered(text, tuple(plain))
+
+
+def _escaped(code: int) -> str:
+    """How JSON, and Python where a template writes a whole object, show the character."""
+    return f"\\u{code:04x}"
 
 
 def _behind(text: str, mark: str) -> str:

@@ -228,9 +228,9 @@ class JinjaTemplate(ChatTemplate):
     def __init__(self, text: str, origin: str) -> None:
         self.text = text
         self.origin = origin
-        self._own: dict[Tokenizer, frozenset[str]] = {}
         if (half := half_of_pair(text)) is not None:
             raise UserError(f"{origin}: the chat template holds half of a surrogate pair at character {half}")
+        self._examples: dict[Tokenizer, tuple[str, str]] = {}
         _ = self.compiled  # a broken template must be reported now
 
     def _identity(self) -> str:
@@ -258,23 +258,26 @@ class JinjaTemplate(ChatTemplate):
 
         return names_in(self.text) & {"tools", "tool_calls", "reasoning_content"}
 
+    def _example(self, tokenizer: Tokenizer) -> tuple[str, str]:
+        """The text of a short question, and that with its answer."""
+        if tokenizer not in self._examples:
+            talk = Talk(self, tokenizer, EXAMPLE, None, ())
+            try:
+                self._examples[tokenizer] = talk.render(1, ask=True).text, talk.render(2).text
+            except UserError:  # a template that refuses so short a conversation
+                self._examples[tokenizer] = "", ""
+        return self._examples[tokenizer]
+
     def known_keys(self, tokenizer: Tokenizer) -> frozenset[str]:
-        question = Talk(self, tokenizer, [{"role": "user", "content": "a"}], None, ()).render(1, ask=True)
-        return self.written_keys | ({"reasoning_content"} if OPENED.search(question.text) else set())
+        opened = OPENED.search(self._example(tokenizer)[0])
+        return self.written_keys | ({"reasoning_content"} if opened else set())
 
     def _own_tokens(self, tokenizer: Tokenizer) -> frozenset[str]:
         """The tokens that the template writes around any text.
 
         Many models call those that begin a turn ordinary tokens; in a text of a user they are text as well.
         """
-        if tokenizer not in self._own:
-            example = Talk(self, tokenizer, EXAMPLE, None, ())
-            try:
-                written = example.render(1, ask=True).text + example.render(2).text
-            except UserError:  # a template that refuses so short a conversation
-                written = ""
-            self._own[tokenizer] = tokenizer.tags_in(written)
-        return self._own[tokenizer]
+        return tokenizer.tags_in("\n".join(self._example(tokenizer)))
 
     def rounds(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
@@ -325,7 +328,7 @@ class JinjaTemplate(ChatTemplate):
             thought = self._thought(message, opened)
             added, end = talk.of_user(thought) + answered.cut(found), len(thought)
         only = self._example_end(talk.tokenizer) if "tool_calls" in message else None
-        return end_turn(talk.tokenizer, added, end, continuation=bool(question.text), end=only)
+        return end_turn(talk.tokenizer, added, end, continuation=bool(question.text), only=only)
 
     def _thought(self, message: Message, opened: re.Match[str]) -> str:
         """What a model has to say to a prompt that ends in an opened tag: the reasoning, then the answer.

@@ -16,7 +16,7 @@ def end_turn(
     content_end: int | None,
     *,
     continuation: bool = False,
-    end: int | None = None,
+    only: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """The ids of an answer up to the one that ends the turn, and the ids behind.
 
@@ -27,7 +27,7 @@ def end_turn(
         added: what the template writes for the answer.
         content_end: where the answer's own text ends in it. If nobody knows, the last special token ends the turn.
         continuation: see `Tokenizer.encode`.
-        end: the only id that ends the turn, if there is one.
+        only: the id that ends the turn, if no other can.
     """
     ids = added.encode(tokenizer, continuation=continuation)
     special = tokenizer.special_ids - {tokenizer.unknown_id}
@@ -43,8 +43,8 @@ def end_turn(
         if not found and (unwritten := special - written):  # an end token that no text can hold
             first = len(added.cut(0, content_end).encode(tokenizer, continuation=continuation))
             found = [place for place, token in enumerate(ids) if place >= first and token in unwritten]
-    if end is not None:
-        found = [place for place in found if ids[place] == end] or found
+    if only is not None:
+        found = [place for place in found if ids[place] == only] or found
     return (ids[: found[0] + 1], ids[found[0] + 1 :]) if found else ([*ids, tokenizer.eos_id], [])
 
 
