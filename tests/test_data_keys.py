@@ -269,3 +269,14 @@ def test_answers_that_are_not_to_be_learned_are_no_references(tmp_path: Path) ->
     (tmp_path / "dev.json").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(UserError, match="no row's last answer is to be learned"):
         load_rows(args, "dev")
+
+
+def test_keys_of_any_kind_and_number_can_be_reported(tokenizer: Tokenizer) -> None:
+    report = DataReport()
+    for number in range(200):
+        keys = {f"key {number}": 1, "half\ud83d": 1, "line\nend": 1, "k" * 1000: 1}
+        encode_row(row({**PAIRS, **keys}), tokenizer, PlainTemplate(), 256, 512, report)
+    assert len(report.counts) <= 51 and report.counts["other keys ignored"] >= 100
+    assert report.counts['"half\\ud83d" ignored'] == report.counts['"line end" ignored'] == 200
+    json.dumps(report.to_json(), ensure_ascii=False).encode()
+    assert max(map(len, report.remarks())) < 300

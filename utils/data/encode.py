@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 SHOWN_PLACES = 5
+MOST_KINDS = 50  # of remarks in a report
 # A later round whose answer does not fit is kept only with at least this much of the answer: a few
 # words and an end token would teach a model to stop early.
 CUT_ANSWER_TOKENS = 16
@@ -62,7 +63,9 @@ class DataReport:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, what: str, row_place: str) -> None:
-        """Counts one row under `what`."""
+        """Counts one row under `what`; rows may have any number of keys that nobody reads."""
+        if what not in self.counts and len(self.counts) >= MOST_KINDS:
+            what = "other keys ignored"
         self.counts[what] += 1
         places = self.places.setdefault(what, [])
         if len(places) < SHOWN_PLACES:

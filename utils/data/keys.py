@@ -15,6 +15,7 @@ from utils.data.lines import RowFault, half_of_pair
 
 SYSTEM_KEYS = ("system", "system_message", "system_prompt")
 LEARN_KEYS = ("train", "weight", "loss")  # of a turn: whether it is learned
+SHOWN_CHARACTERS = 60  # of a key
 DEEPEST = 64  # lists and objects within each other, of tools
 # Recognises a row, and what is read of it beside SYSTEM_KEYS, LEARN_KEYS, tools and context.
 FORMATS = {
@@ -159,8 +160,16 @@ def _ignored_of_turn(turn: Mapping[str, Any], form: str) -> Iterator[str]:
 def _left_out(said: Mapping[str, Any], read: set[str], place: str = "") -> list[str]:
     """Names of keys with a value that are neither read nor harmless."""
     return [
-        f"{place}{key}" for key, value in said.items() if key not in read | HARMLESS and value not in (None, "", [], {})
+        place + _shown(key)
+        for key, value in said.items()
+        if key not in read | HARMLESS and value not in (None, "", [], {})
     ]
+
+
+def _shown(key: str) -> str:
+    """A key as a line of a report can hold it."""
+    key = " ".join(key.encode("utf-8", "backslashreplace").decode().split())
+    return key if len(key) <= SHOWN_CHARACTERS else f"{key[:SHOWN_CHARACTERS]}..."
 
 
 def _between(value: Any) -> bool:
