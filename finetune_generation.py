@@ -45,8 +45,10 @@ def main() -> None:
         check_positions,
         checkpoint_to_resume,
         describe,
+        describe_evaluation,
         make_plan,
     )
+    from utils.training.record import claim
     from utils.training.reporters import check_reporters
     from utils.training.start import check_adapters, check_dropout
 
@@ -57,9 +59,10 @@ def main() -> None:
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
     ]
     check_dataset(args.dataset_name_or_path, splits, lazy=args.lazy)
-    start = None
+    start = lock = None
     if args.do_train:
         check_output(args)
+        lock = claim(args, layout)
         start = checkpoint_to_resume(args)
 
     # ----- other processes of the run ------------------------------------------------------------------
@@ -110,8 +113,9 @@ def main() -> None:
     # ----- is there anything to do? --------------------------------------------------------------------
     from utils.training.finish import is_all_done, train
 
-    if is_all_done(plan, output, splits):
+    if is_all_done(args, plan, data):
         return
+    lock = lock or claim(args, layout, new=True)  # until the process ends
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
@@ -176,11 +180,13 @@ def main() -> None:
 
     # ----- evaluate and predict ------------------------------------------------------------------------
     if args.do_eval:
-        write_results(output, "eval", trainer.evaluate(), peers)
+        made_of = describe_evaluation(args, data["dev"]) if plan else None
+        write_results(output, "dev", trainer.evaluate(), peers, made_of)
     if test_answers is not None:
         with trainer.whole_weights():
             found = test_answers(trainer.weights_step, "test_generated_output.json")
-        write_results(output, "predict", {f"predict_{name}": value for name, value in found.items()}, peers)
+        made_of = describe_evaluation(args, data["test"]) if plan else None
+        write_results(output, "test", {f"predict_{name}": value for name, value in found.items()}, peers, made_of)
     print(f"done: {output}")
 
 

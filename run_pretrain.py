@@ -36,16 +36,18 @@ def main() -> None:
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.parallel.peers import start as connect
     from utils.parallel.topology import Layout
-    from utils.training.plan import check_output, checkpoint_to_resume, make_plan
+    from utils.training.plan import check_output, checkpoint_to_resume, describe_evaluation, make_plan
+    from utils.training.record import claim
     from utils.training.reporters import check_reporters
     from utils.training.start import check_dropout
 
     layout = Layout.of(args)
     layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
-    start = None
+    start = lock = None
     if args.do_train:
         check_output(args)
+        lock = claim(args, layout)
         start = checkpoint_to_resume(args)
 
     # ----- other processes of the run ------------------------------------------------------------------
@@ -83,8 +85,9 @@ def main() -> None:
     # ----- is there anything to do? --------------------------------------------------------------------
     from utils.training.finish import is_all_done, train
 
-    if is_all_done(plan, output, splits):
+    if is_all_done(args, plan, data):
         return
+    lock = lock or claim(args, layout, new=True)  # until the process ends
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
@@ -118,9 +121,11 @@ def main() -> None:
     # ----- train, evaluate -----------------------------------------------------------------------------
     train(trainer, args, plan, companions)
     if args.do_eval:
-        write_results(output, "eval", trainer.evaluate(), peers)
+        made_of = describe_evaluation(args, data["dev"]) if plan else None
+        write_results(output, "dev", trainer.evaluate(), peers, made_of)
     if args.do_predict:
-        write_results(output, "predict", trainer.evaluate(data["test"], metric_key_prefix="predict"), peers)
+        made_of = describe_evaluation(args, data["test"]) if plan else None
+        write_results(output, "test", trainer.evaluate(data["test"], metric_key_prefix="predict"), peers, made_of)
     print(f"done: {output}")
 
 

@@ -242,7 +242,8 @@ def test_a_signal_before_the_first_step(
     code = AT_IMPORT.format(module=module, number=int(number))
     ended = tiny.script(tmp_path / "out", "--do_train", "--lora", "--max_steps", 1, code=code)
     assert ended.code == 128 + number, ended.err
-    assert ended.err == f"note: ended by {said}\n" and not (tmp_path / "out").exists()
+    assert ended.err == f"note: ended by {said}\n"
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock"}
 
 
 def test_output_that_nobody_reads_any_more(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
@@ -378,7 +379,7 @@ def test_a_finished_run_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:  # no
     content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with mock.patch("utils.training.start.build", side_effect=AssertionError("weights would load")):
         again = tiny.run(tmp_path, *options)
-        assert "finished training of these 7 steps" in again.err
+        assert "finished training of 7 steps" in again.err
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == content
         changed = tiny.run(tmp_path, *options, "--lora_rank", 2, expect=2)
         assert "lora_rank = 8, now it is 2" in changed.err

@@ -188,7 +188,9 @@ class TrainingArguments(Arguments):
     group: ClassVar[str] = "Training"
 
     output_dir: str | None = arg(None, "folder for weights, checkpoints and results", path=True)
-    overwrite_output_dir: bool = arg(False, "start anew although output_dir holds an earlier run")
+    overwrite_output_dir: bool = arg(
+        False, "start anew: checkpoints and results of an earlier training in output_dir go, and nothing else"
+    )
     do_train: bool = arg(False, "train")
     do_eval: bool = arg(False, "evaluate on the dev rows; in pretraining, on the validation part of split")
     do_predict: bool = arg(False, "evaluate on the rows of test.json; in pretraining, on the test part of split")

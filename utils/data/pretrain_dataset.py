@@ -242,6 +242,11 @@ class EvaluationText:
             place, count = place + taken, count - taken
         return as_item(np.concatenate(parts))
 
+    def fingerprint(self) -> str:
+        """sha256 (hexadecimal) of files, split and samples, as of `PretrainDataset`."""
+        parts = [[[file.fingerprint for file in one.files], one.ranges] for one in self.sources]
+        return hashlib.sha256(json.dumps([parts, self.length, len(self)]).encode()).hexdigest()
+
     def summary(self) -> str:
         """What there is, and how much of it is evaluated."""
         documents, tokens = sum(one.count for one in self.sources), sum(one.tokens for one in self.sources)

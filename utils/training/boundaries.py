@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from paddlenlp import trainer as library
 
+from utils.training.plan import Plan
+from utils.training.resume import STATE
+
 if TYPE_CHECKING:
     from utils.training.trainer import Trainer
 
@@ -37,3 +40,19 @@ class Boundaries(library.TrainerCallback):
         state.epoch = state.global_step / self.owner.steps_per_epoch
         if state.global_step >= state.max_steps and args.logging_strategy == library.IntervalStrategy.STEPS:
             control.should_log = True  # the last steps may not fill a logging window
+
+
+def run_loop(owner: Trainer, plan: Plan) -> None:
+    """The library's loop, to the last step of a plan.
+
+    From a checkpoint of the last step the loop would take another one: then only the state is taken over.
+    """
+    if plan.start is None or plan.progress is None or plan.progress["global_step"] < plan.steps:
+        owner.train(str(plan.start) if plan.start else None)
+        return
+    owner.trained.restore(plan.start)
+    owner.state = library.TrainerState.load_from_json(str(plan.start / STATE))
+    owner.state.max_steps = plan.steps
+    owner.state.is_local_process_zero = owner.state.is_world_process_zero = owner.peers.first
+    owner.callback_handler.on_train_begin(owner.args, owner.state, owner.control)
+    owner.callback_handler.on_train_end(owner.args, owner.state, owner.control)

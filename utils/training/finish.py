@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.files import write_json
 from utils.errors import notice
-from utils.training.output import install, missing_results, write_results
-from utils.training.plan import Plan, clear_output, mark_finished
+from utils.training.output import install, write_results
+from utils.training.plan import Plan, clear_output, describe_evaluation, mark_finished
+from utils.training.record import RESULTS, is_evaluated
 from utils.training.resume import STATE
 
 
-def is_all_done(plan: Plan | None, output: Path, splits: Sequence[str]) -> bool:
+def is_all_done(args: Any, plan: Plan | None, data: Mapping[str, Any]) -> bool:
     """Whether an earlier run has left everything that this one would; says so where its training is finished."""
     if plan is None or not plan.finished:
         return False
+    output = Path(args.output_dir)
+    although = f", although other options are given: {plan.differs}" if plan.differs else ""
     notice(
-        f"{output} holds the finished training of these {plan.steps} steps, nothing is trained again; "
+        f"{output} holds the finished training of {plan.finished_steps} steps, nothing is trained again{although}; "
         "to train anew give another output_dir, or --overwrite_output_dir"
     )
-    if missing_results(output, splits):
-        return False
+    for split, dataset in data.items():
+        if split != "train" and not is_evaluated(output, split, describe_evaluation(args, dataset)):
+            if (output / RESULTS[split]).is_file():
+                notice(f"{output / RESULTS[split]} was made of other rows, settings or weights, and is made anew")
+            return False
     print(f"done: {output}")
     return True
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.files import COMPLETE, staging_folder, write_json
 from utils.data.template import ChatTemplate
+from utils.errors import UserError, notice
 from utils.families.tokenizers import Tokenizer
 from utils.parallel.peers import Alone
+from utils.training.record import (
+    ALL_RESULTS,
+    ARGUMENTS,
+    RESULTS,
+    known_weights,
+    note_evaluation,
+    note_weights,
+    read_object,
+    weights,
+)
 
-ARGUMENTS = "arguments.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of a result, whose files vary in number
 
 
@@ -42,33 +51,42 @@ def install(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder / "final") as staging:
         yield staging
+        new, old = weights(staging), known_weights(folder)
+        note_weights(folder, old, new)  # whatever happens now, all of them are ours
         written = {path.name: path for path in sorted(staging.iterdir()) if path.name != COMPLETE}
         for path in written.values():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         for path in sorted(folder.iterdir(), reverse=True):  # the index before its files
-            if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+            if (path.name in old or _WEIGHTS.fullmatch(path.name)) and path.name not in written:
                 path.unlink()
         for name, path in written.items():
             os.replace(path, folder / name)
+        note_weights(folder, new)
 
 
-RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "predict_results.json"}
+def write_results(
+    folder: Path,
+    split: str,
+    values: Mapping[str, float],
+    peers: Alone | None = None,
+    made_of: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the results file of a split and adds the values to `all_results.json`; of several processes, the first
+    does.
 
-
-def missing_results(folder: Path, splits: Sequence[str]) -> list[str]:
-    """The results files that a run over these splits has not written into its output folder."""
-    return [RESULTS[split] for split in splits if not (folder / RESULTS[split]).is_file()]
-
-
-def write_results(folder: Path, split: str, values: Mapping[str, float], peers: Alone | None = None) -> None:
-    """Writes `SPLIT_results.json` and adds the values to `all_results.json`; of several processes, the first does."""
+    Args:
+        made_of: of `describe_evaluation`, for an evaluation of the weights that a training has left there.
+    """
     if peers is not None and not peers.first:
         return
-    write_json(folder / f"{split}_results.json", dict(values))
-    everything = folder / "all_results.json"
-    try:
-        before = dict(json.loads(everything.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none yet, or a damaged file
-        before = {}
+    write_json(folder / RESULTS[split], dict(values))
+    if split != "train":
+        note_evaluation(folder, split, made_of)
+    everything, before = folder / ALL_RESULTS, {}
+    if everything.is_file():
+        try:
+            before = read_object(everything, "")
+        except UserError:
+            notice(f"{everything} was damaged, and holds only the newest results now")
     write_json(everything, {**before, **values})

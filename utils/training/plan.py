@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.arguments.fields import show
 from utils.checkpoints.files import remove, remove_leftovers, write_json
 from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
 from utils.errors import UserError, notice, raise_if
 from utils.parallel.topology import Layout
-from utils.training import resume
+from utils.training import record, resume
+from utils.training.record import ALL_RESULTS, ARGUMENTS, FINISHED, RECORD, RESULTS
 
 GLOBAL_BATCH = "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
-FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
-RESULTS = (FINISHED, "all_results.json", "train_results.json", "eval_results.json", "predict_results.json")
+EVALUATED_BY = (  # what the results of an evaluation depend on, beside weights and data
+    "per_device_eval_batch_size",
+    "eval_iters",
+    "max_seq_length",
+    "src_length",
+    "max_length",
+    "intokens",
+    "eval_with_do_generation",
+    "save_generation_output",
+    "eval_max_new_tokens",
+    "top_k",
+    "top_p",
+    "temperature",
+)
+UNTRAINED = {  # options that change nothing in the course of a training, or are part of what `describe` compares
+    *EVALUATED_BY,
+    *("model_name_or_path", "tokenizer_name_or_path", "chat_template", "dataset_name_or_path", "task_name"),
+    *("max_train_samples", "max_eval_samples", "input_dir", "split", "lora_path", "prefix_path"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dry_run", "do_train", "do_eval", "do_predict"),
+    *("device", "dataloader_num_workers", "disable_tqdm", "skip_memory_metrics", "report_to", "run_name"),
+    *("logging_dir", "logging_strategy", "logging_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("tensor_parallel_degree", "pipeline_parallel_degree", "virtual_pp_degree", "sharding"),
+    *("sharding_parallel_degree", "sequence_parallel", "unified_checkpoint", "async_save", "eval_accumulation_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,9 @@ class Plan:
         start: the checkpoint to continue from, or None to start anew.
         progress: what `start` says about its run.
         finished: output_dir holds the result of this very run; nothing is left to train.
-        result_step: the step after which the weights of that result were what they are.
+        finished_steps: the optimizer steps of that result.
+        result_step: the step after which its weights were what they are.
+        differs: options that were others then, as text; "" without any.
     """
 
     steps: int
@@ -39,7 +64,9 @@ class Plan:
     start: Path | None = None
     progress: dict[str, Any] | None = None
     finished: bool = False
+    finished_steps: int = 0
     result_step: int = 0
+    differs: str = ""
 
     def __str__(self) -> str:
         if self.finished:
@@ -111,13 +138,22 @@ def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, A
 
 
 def check_output(args: Any) -> None:
-    """Refuses an output folder whose use would destroy what the run starts from.
+    """Refuses an output folder whose use would destroy what the run starts from, or a model of another origin.
 
     Raises:
-        UserError: names each argument that lies there.
+        UserError: names each argument that lies there, or the weights.
     """
     output = Path(args.output_dir).resolve()
     faults = []
+    if output.is_dir():
+        if (output / resume.PROGRESS).is_file():
+            faults.append(f"output_dir {args.output_dir} is a checkpoint of a training; give another folder")
+        elif found := record.foreign(output, filter(resume.is_checkpoint, sorted(output.iterdir()))):
+            shown = ", ".join(found[: record.SHOWN]) + (", ..." if len(found) > record.SHOWN else "")
+            faults.append(
+                f"output_dir {args.output_dir} holds {shown}, which no training of this toolchain has left there and "
+                "which this one would overwrite; give another folder"
+            )
     for name in ("model_name_or_path", "tokenizer_name_or_path", "lora_path", "prefix_path", "resume_from_checkpoint"):
         value = getattr(args, name, None)
         if not isinstance(value, str) or not os.path.isdir(value):
@@ -179,15 +215,29 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
     output = Path(args.output_dir)
     marker = output / FINISHED
     if marker.is_file() and not args.overwrite_output_dir:
-        earlier = json.loads(marker.read_text(encoding="utf-8"))
+        advice = "remove it to train on from the last checkpoint, or give another output_dir"
+        earlier = record.read_object(marker, advice)
+        if missing := [name for name in ("run", "global_step", "result_step") if name not in earlier]:
+            raise UserError(f"{marker}: is damaged, it lacks {', '.join(missing)}; {advice}")
         check_same_run(f"output_dir {output}", earlier["run"], run)
-        if earlier["global_step"] >= steps:
-            return Plan(steps, run, finished=True, result_step=earlier["result_step"])
-        if start is None:
+        if earlier["global_step"] < steps and start is None:
             raise UserError(
                 f"output_dir {output} holds a finished run of {earlier['global_step']} steps without checkpoints, so "
                 f"it cannot be continued to {steps}; give another output_dir, or --overwrite_output_dir to start anew"
             )
+        if earlier["global_step"] >= steps:
+            gone = record.lost(output)
+            if not gone:
+                differs = differing(args, output)
+                return Plan(
+                    steps,
+                    run,
+                    finished=True,
+                    finished_steps=earlier["global_step"],
+                    result_step=earlier["result_step"],
+                    differs=differs,
+                )
+            notice(f"{output} holds a finished training, but {', '.join(gone[: record.SHOWN])} is not there any more")
     if start is None:
         return Plan(steps, run)
     progress = resume.load_progress(start)
@@ -199,20 +249,41 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
             f"{start} is at step {progress['global_step']}, behind the {steps} steps of this run; raise max_steps or "
             "num_train_epochs, or start anew with another output_dir or --overwrite_output_dir"
         )
+    if differs := differing(args, start):
+        notice(f"other options than those of {start}: {differs}; the new ones count from its step on")
     return Plan(steps, run, start, progress)
+
+
+def differing(args: Any, folder: Path) -> str:
+    """The options whose values were others when a folder was written, for a message."""
+    try:
+        earlier = record.read_object(folder / ARGUMENTS, "")
+    except (OSError, UserError):  # only what is said depends on it
+        return ""
+    pairs = {name: (value, earlier.get(name, value)) for name, value in args.to_json().items() if name not in UNTRAINED}
+    return ", ".join(f"{name} {show(new)} (was {show(old)})" for name, (new, old) in pairs.items() if new != old)
+
+
+def describe_evaluation(args: Any, dataset: Any) -> dict[str, Any]:
+    """What the results of an evaluation are made of, beside the weights, as JSON values."""
+    return {"data": dataset.fingerprint(), **{name: getattr(args, name, None) for name in EVALUATED_BY}}
 
 
 def clear_output(args: Any) -> None:
     """Removes from output_dir what must not be taken for this run's: leftovers of killed saves, the
-    finished mark and, with overwrite_output_dir, checkpoints and results of the run before."""
+    finished mark and, with overwrite_output_dir, checkpoints and results of the run before. Its weights stay until
+    there are new ones."""
     output = Path(args.output_dir)
     if not output.is_dir():
         return
     remove_leftovers(output)
+    old = {FINISHED, ALL_RESULTS, *RESULTS.values()}
     for path in output.iterdir():
-        if args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in RESULTS):
+        if args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in old):
             remove(path)
     (output / FINISHED).unlink(missing_ok=True)
+    if (output / RECORD).is_file():
+        record.note_weights(output, record.known_weights(output))
 
 
 def mark_finished(output: Path, plan: Plan, step: int, result_step: int) -> None:

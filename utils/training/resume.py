@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from utils.checkpoints.files import is_complete, remove, write_json
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
+from utils.training.record import read_object
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
@@ -39,8 +39,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_good(folder: Path) -> bool:
-    """Whether a folder is a checkpoint with all of its files."""
-    return is_complete(folder) and (folder / PROGRESS).is_file()
+    """Whether a folder is a checkpoint with all of its files, and those that decide how to go on can be read."""
+    try:
+        load_progress(folder)
+    except UserError:
+        return False
+    return True
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -58,7 +62,7 @@ def delete_old(output_dir: Path, limit: int | None, best: str | None) -> None:
 
 
 def incomplete(output_dir: Path) -> list[Path]:
-    """Folders with a checkpoint's name that are none: files are missing or cut short."""
+    """Folders with a checkpoint's name that are none: files are missing, cut short or damaged."""
     return sorted(path for path in output_dir.glob("checkpoint-*") if is_checkpoint(path) and not is_good(path))
 
 
@@ -190,7 +194,9 @@ def load_progress(folder: Path) -> dict[str, Any]:
             f"resume_from_checkpoint {folder}: is no complete checkpoint of this toolchain (it has no {PROGRESS}); "
             "give a checkpoint-N folder, or leave the option out to continue from the last good one"
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    advice = "give another checkpoint, or leave the option out to continue from the last good one"
+    read_object(folder / STATE, advice)
+    progress = read_object(path, advice)
+    if not isinstance(progress.get("global_step"), int) or not isinstance(progress.get("run"), dict):
+        raise UserError(f"{path}: is damaged, it does not say its step and run; {advice}")
+    return progress

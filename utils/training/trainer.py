@@ -21,7 +21,7 @@ from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.best import note_best
-from utils.training.boundaries import Boundaries
+from utils.training.boundaries import Boundaries, run_loop
 from utils.training.callbacks import StopOnSignal, memory_gib
 from utils.training.gradients import Gradients
 from utils.training.inputs import SIZES, SizingCollator, rows_of
@@ -112,7 +112,7 @@ class Trainer(library.Trainer):
         self.window = Window()
         self.steps: Steps | None = None  # from the first micro-batch on
         self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
-        self.total_loss, self.total_targets, self.total_tokens = 0.0, 0, 0
+        self.total_loss, self.total_targets, self.total_tokens, self.started = 0.0, 0, 0, 0.0
         self.resumed: dict[str, Any] | None = None
         self.random_state_due = False
         self.loaded_step: int | None = None  # of the best checkpoint, once its weights are in the model
@@ -390,6 +390,7 @@ class Trainer(library.Trainer):
             "total_targets": self.total_targets,
             "total_tokens": self.total_tokens,
             "window": self.window.to_json(),
+            "train_seconds": time.monotonic() - self.started,
             "scale": self.steps.scale if self.steps is not None else 0.0,
         }
         if self.do_grad_scaling:
@@ -424,9 +425,10 @@ class Trainer(library.Trainer):
             for name in ("total_loss", "total_targets", "total_tokens"):
                 setattr(self, name, self.resumed[name])
             notice(f"continuing after step {self.resumed['global_step']} from {plan.start}")
-        before, started = self.total_tokens, time.monotonic()
+        seconds = (plan.progress or {}).get("train_seconds", 0.0)  # earlier versions did not keep them
+        before, self.started = 0 if seconds else self.total_tokens, time.monotonic() - seconds
         try:
-            self.train(str(plan.start) if plan.start else None)
+            run_loop(self, plan)
             self.saver.wait()
             if self.streams and self.train_dataset.report.counts:
                 notice(f"train data, as far as it was read: {self.train_dataset.summary()}")
@@ -436,7 +438,7 @@ class Trainer(library.Trainer):
                 self.saver.settle()
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars, files
             raise
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - self.started
         return {
             "train_loss": self.total_loss / max(self.total_targets, 1),
             "train_runtime": seconds,
@@ -482,10 +484,9 @@ class Trainer(library.Trainer):
             self.random_state_due = False
 
     def take_result(self, output: Path, step: int) -> None:
-        """Puts the weights of a finished run, which were those after `step`, and its state into place."""
+        """Puts the weights of a finished run, which were those after `step`, into place."""
         self.trained.restore(output)
         self.loaded_step = step
-        self.state = library.TrainerState.load_from_json(str(output / resume.STATE))
 
     def load_best(self) -> str | None:
         """Puts the best checkpoint's weights into the model; returns its name, or None without one."""

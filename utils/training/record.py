@@ -1,0 +1,167 @@
+"""What lies in an output folder and what it was made of.
+
+So a model of another origin is never overwritten, nothing counts as done that is not, and one run at a time writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.checkpoints.files import COMPLETE, write_json
+from utils.errors import UserError
+from utils.parallel.topology import Layout
+
+ARGUMENTS = "arguments.json"  # of the run, beside weights
+FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
+RECORD = "result.json"  # the files of weights that the last training has left, and of what evaluations were made
+ALL_RESULTS = "all_results.json"
+RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "predict_results.json"}
+LOCK = ".lock"
+WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pdiparams", ".gguf", ".pt", ".pth")
+SHOWN = 3
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object that a run has written.
+
+    Args:
+        advice: what to do about a damaged one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged, it cannot be read as JSON ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is damaged, it holds no JSON object; {advice}")
+    return found
+
+
+def _read(output: Path) -> dict[str, Any]:
+    """The record; empty without a readable one."""
+    try:
+        return read_object(output / RECORD, "")
+    except (OSError, UserError):
+        return {}
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def weights(folder: Path) -> dict[str, int]:
+    """Name and size in bytes of each file of weights in a folder itself."""
+    found = (path for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS and path.is_file())
+    return {path.name: path.stat().st_size for path in found}
+
+
+def note_weights(output: Path, *kinds: Mapping[str, int]) -> None:
+    """Notes which files of weights are those of a training; the evaluations of earlier ones are over."""
+    write_json(output / RECORD, {"weights": {name: size for sizes in kinds for name, size in sizes.items()}})
+
+
+def known_weights(output: Path) -> dict[str, int]:
+    """What `note_weights` has noted; all that is there, where an earlier version has left its result."""
+    known = _read(output).get("weights")
+    if isinstance(known, dict):
+        return known
+    ours = any((output / name).is_file() for name in (FINISHED, ARGUMENTS))
+    return weights(output) if ours else {}
+
+
+def foreign(output: Path, checkpoints: Iterable[Path]) -> list[str]:
+    """The weights in an output folder that no training has left there.
+
+    Args:
+        checkpoints: folders in it that are named like one.
+    """
+    known = known_weights(output)
+    found = [name for name in weights(output) if name not in known]
+    for folder in checkpoints:
+        if folder.is_dir() and weights(folder) and not any((folder / name).is_file() for name in (COMPLETE, ARGUMENTS)):
+            found.append(f"{folder.name}/")
+    return found
+
+
+def lost(output: Path) -> list[str]:
+    """The files of weights of a finished training that are not there any more.
+
+    Raises:
+        UserError: others stand in their place.
+    """
+    here, known = weights(output), known_weights(output)
+    changed = [name for name, size in known.items() if here.get(name, size) != size]
+    if changed:
+        raise UserError(
+            f"output_dir {output}: {', '.join(changed[:SHOWN])} is not the file that the training there has written; "
+            "move it away, or give another output_dir"
+        )
+    return [name for name in known if name not in here] if known else ["its weights"]
+
+
+# --- evaluations -----------------------------------------------------------------------------------
+
+
+def is_evaluated(output: Path, split: str, made_of: Mapping[str, Any]) -> bool:
+    """Whether the results of a split are of the trained weights and of just this."""
+    stored = _read(output).get("evaluations")
+    same = isinstance(stored, dict) and stored.get(split) == json.loads(json.dumps(made_of))
+    return same and (output / RESULTS[split]).is_file()
+
+
+def note_evaluation(output: Path, split: str, made_of: Mapping[str, Any] | None) -> None:
+    """Notes of what the results of a split were made; None for weights that are not those of a training there."""
+    record = _read(output)
+    evaluations = record.get("evaluations")
+    evaluations = dict(evaluations) if isinstance(evaluations, dict) else {}
+    if made_of is not None:
+        evaluations[split] = made_of
+    elif evaluations.pop(split, None) is None:
+        return
+    write_json(output / RECORD, {**record, "evaluations": evaluations})
+
+
+# --- one run at a time -----------------------------------------------------------------------------
+
+
+def claim(args: Any, layout: Layout, *, new: bool = False) -> BinaryIO | None:
+    """Locks the output folder of a training until the returned file is closed or the process ends, however it does.
+
+    Args:
+        new: make the folder if it is not there; else nothing is locked then.
+
+    Raises:
+        UserError: another run is training there; names it.
+    """
+    output = Path(args.output_dir)
+    if not args.do_train or args.dry_run or layout.rank > 0 or not (new or output.is_dir()):
+        return None
+    output.mkdir(parents=True, exist_ok=True)
+    own = f"process {os.getpid()} on {socket.gethostname()}"
+    file = open(output / LOCK, "a+b")  # noqa: SIM115 - closed by the caller
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode("utf-8", "replace") or "another process"
+        if holder == own:  # an earlier run of this process
+            return file
+        file.close()
+        raise UserError(
+            f"output_dir {output}: {holder} is training there right now; wait for it, or give another output_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        return file
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(own.encode())
+        file.flush()
+    return file
