@@ -247,9 +247,9 @@ def compare(stage: int, method: str, wanted: Any, tolerance: float = 1e-5, **opt
     model.eval()
     ids, labels = batch(99)
     one = {"labels": paddle.to_tensor(labels), "input_ids": paddle.to_tensor(ids)}
-    parts = model.score(**one)[0]
+    parts = float(model.score(**one)[0])
     with share.whole():
-        together = model.score(**one)[0]
+        together = float(model.score(**one)[0])
         final = weights(model)
     close(parts, together, what, 1e-6)
     for name in last:

@@ -43,7 +43,7 @@ CONTRADICTIONS = [
     ("--lazy", "lazy true (--lazy) needs max_steps"),
     ("--lazy --max_steps 9 --save_strategy epoch", "save_strategy epoch (--save_strategy): streamed rows"),
     ("--max_steps 0", "max_steps 0 (--max_steps): expected -1"),
-    ("--load_best_model_at_end", "they are evaluation_strategy no (default) and save_strategy steps (default)"),
+    ("--load_best_model_at_end", "they are evaluation_strategy no (default) and save_strategy no (default)"),
     (
         "--load_best_model_at_end --evaluation_strategy steps --eval_steps 30 --save_steps 50",
         "save_steps 50 (--save_steps) must be a multiple of eval_steps 30 (--eval_steps)",
@@ -58,6 +58,11 @@ CONTRADICTIONS = [
     ("--smooth", "smooth true (--smooth) needs do_ptq"),
     ("--shift", "shift true (--shift) needs do_ptq"),
     ("--sequence_parallel", "sequence_parallel true (--sequence_parallel) needs tensor_parallel_degree above 1"),
+    (
+        "--sharding=stage2@offload",
+        '"stage2 offload" (--sharding): state on the CPU is not part of this version',
+    ),
+    ("--logging_dir /proc/log", "logging_dir /proc/log (--logging_dir) cannot be written"),
     ("--pipeline_parallel_degree 0", "pipeline_parallel_degree 0 (--pipeline_parallel_degree): expected -1"),
     ("--eval_with_do_generation --eval_max_new_tokens 1025", "max_length - src_length = 1024"),
     ("--do_predict", "has neither test.json nor test/*.json"),
@@ -74,7 +79,7 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize("words, message", CONTRADICTIONS)
 def test_contradictions(finetune: list[str], words: str, message: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("utils.runtime.gpu_present", lambda: False)
-    added = words.split()
+    added = [word.replace("@", " ") for word in words.split()]
     kept = finetune
     if "--model_name_or_path" in added:
         kept = finetune[2:]
@@ -448,6 +453,13 @@ def test_shipped_file(root: Path, data: Path, name: str, monkeypatch: Any, capsy
     assert capsys.readouterr().err == ""  # nothing in it is renamed or without effect
 
 
+def test_save_steps_alone_mean_that_steps_save(finetune: list[str]) -> None:
+    for added, wanted in (([], "no"), (["--save_steps", "9"], "steps")):
+        assert parse(FinetuneArguments, [*finetune, *added], "x.py").save_strategy == wanted
+    added = ["--save_steps", "9", "--save_strategy", "epoch"]
+    assert parse(FinetuneArguments, [*finetune, *added], "x.py").save_strategy == "epoch"
+
+
 def test_documented_defaults() -> None:
     documented = {
         **{"lora": False, "lora_path": None, "lora_rank": 8, "prefix_tuning": False, "num_prefix_tokens": 128},
@@ -456,7 +468,7 @@ def test_documented_defaults() -> None:
         **{"top_k": 1, "top_p": 1.0, "output_dir": None, "per_device_train_batch_size": 8, "max_steps": -1},
         **{"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 8, "eval_accumulation_steps": None},
         **{"num_train_epochs": 3.0, "learning_rate": 5e-5, "warmup_steps": 0, "logging_steps": 500},
-        **{"evaluation_strategy": "no", "save_strategy": "steps", "save_steps": 500, "seed": 42, "device": "gpu"},
+        **{"evaluation_strategy": "no", "save_strategy": "no", "save_steps": 500, "seed": 42, "device": "gpu"},
         **{"fp16": False, "bf16": False, "fp16_opt_level": "O1", "do_train": False, "do_eval": False},
         **{"disable_tqdm": False, "load_best_model_at_end": False, "metric_for_best_model": None},
         **{"recompute": False, "save_total_limit": None, "tensor_parallel_degree": -1, "sharding": ""},

@@ -170,7 +170,7 @@ def test_packed_rows_are_as_each_alone(name: str, with_prefix: bool, models: dic
 
     def loss(items: list[dict[str, Any]]) -> float:
         batch = {key: paddle.to_tensor(value) for key, value in Collator(0)(items).items()}
-        return training.score(**batch)[0]
+        return float(training.score(**batch)[0])
 
     packed = loss([{**together, "lengths": [len(text) for text in texts]}])
     assert packed == pytest.approx(sum(loss([item]) for item in items), rel=1e-5)

@@ -133,6 +133,16 @@ def test_reporters_got_every_number(finished: Result) -> None:
     assert list((finished.output / "runs").glob("events.out.tfevents.*"))
 
 
+def test_memory_is_among_the_results_if_it_is_wanted(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Scores of evaluations stay on the device for as many batches as is said: the same figures."""
+    options = ["--do_train", "--do_eval", "--lora", "--max_steps", 1, "--per_device_eval_batch_size", 2]
+    plain = tiny.run(tmp_path / "plain", *options)
+    told = tiny.run(tmp_path / "told", *options, "--skip_memory_metrics", "false", "--eval_accumulation_steps", 2)
+    assert told.json("train_results.json")["train_memory_gib"] > 0.01
+    assert "train_memory_gib" not in plain.json("train_results.json")
+    assert told.json("eval_results.json") == plain.json("eval_results.json")
+
+
 def test_evaluating_without_a_strategy_happens_once_at_the_end(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
     run = tiny.run(tmp_path, "--do_train", "--do_eval", "--lora", "--max_steps", 3)
     assert run.out.count("evaluation at step") == 1 and "evaluation at step 3:" in run.out

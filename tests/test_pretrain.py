@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import paddle
 import pytest
 from family_cases import WITH_TOKENIZER, case
 from tiny_models import write_tiny_llama
@@ -169,9 +170,9 @@ def test_evaluation_and_test_have_their_own_parts(home: Path, tmp_path: Path) ->
     prefix = write_tokens(tmp_path / "t" / "a", [[10 + d] * 20 for d in range(10)])
     seen: list[set[int]] = []
 
-    def score(self: object, labels: object, **inputs: object) -> tuple[float, int, int]:
+    def score(self: object, labels: object, **inputs: object) -> paddle.Tensor:
         seen.append({int(i) for i in np.unique(inputs["input_ids"].numpy())})  # type: ignore[attr-defined]
-        return 2.0, 1, 4
+        return paddle.to_tensor([2.0, 1.0, 4.0], dtype="float64")
 
     with mock.patch("utils.training.model.TrainingModel.score", score):
         options = ["--do_train", "--do_eval", "--do_predict", "--split", "6,2,2", "--max_steps", 1]

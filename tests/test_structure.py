@@ -161,3 +161,22 @@ def test_messages_name_options_that_the_script_has(root: Path, script: str) -> N
 def test_no_file_asks_to_be_split(root: Path) -> None:
     for path in [*(root / "utils").rglob("*.py"), *root.glob("*.py")]:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
+
+
+def test_every_option_is_read(root: Path) -> None:
+    """What a script accepts has an effect; settings of quantization are refused, or told to have none."""
+    from utils.arguments import groups, scripts
+    from utils.arguments.fields import Arguments, options_of
+
+    sources = [*(root / "utils").rglob("*.py"), *root.glob("*.py"), *(root / "data" / "tools").glob("*.py")]
+    text = ""
+    for path in sources:
+        if path.name != "groups.py":
+            own = path.read_text(encoding="utf-8")
+            # plan.py lists options to leave them out of a comparison
+            text += re.sub(r'"[^"\n]*"', "", own) if path.name == "plan.py" else own
+    known = {*options_of(groups.QuantArguments), "data_format", "data_impl"}  # of the last two there is one choice
+    classes = [cls for cls in vars(scripts).values() if isinstance(cls, type) and issubclass(cls, Arguments)]
+    assert len(classes) > 8
+    for name in {name for cls in classes for name in options_of(cls)} - known:
+        assert re.search(rf"""\.{name}\b|["']{name}["']|\b{name}: """, text), name

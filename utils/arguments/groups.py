@@ -199,7 +199,10 @@ class TrainingArguments(Arguments):
     per_device_eval_batch_size: int = arg(8, "rows per device and forward in evaluation", minimum=1, unit="rows")
     gradient_accumulation_steps: int = arg(1, "forwards per update", minimum=1)
     eval_accumulation_steps: int | None = arg(
-        None, "evaluation batches kept on the device before they move to memory; all by default", minimum=1
+        None,
+        "evaluation batches whose scores are kept on the device before they move to memory; all by default",
+        minimum=1,
+        unit="batches",
     )
     num_train_epochs: float = arg(3.0, "how often every row is seen", above=0, unit="epochs")
     max_steps: int = arg(-1, "updates; overrides num_train_epochs when positive", minimum=-1, unit="updates")
@@ -228,7 +231,12 @@ class TrainingArguments(Arguments):
     recompute: bool = arg(False, "compute activations twice to save memory")
     fp16: bool = arg(False, "compute in float16 where the device can")
     bf16: bool = arg(False, "compute in bfloat16 where the device can")
-    fp16_opt_level: str = arg("O1", "O1: chosen operators in half precision; O2: the weights too", choices=("O1", "O2"))
+    fp16_opt_level: str = arg(
+        "O1",
+        "O1: chosen operators in half precision; O2: the weights too",
+        choices=("O1", "O2"),
+        needs=["fp16", "bf16"],
+    )
     dataloader_num_workers: int = arg(
         0, "batches that a thread makes ahead of the training; 0 makes each when it is needed", minimum=0
     )
@@ -251,13 +259,17 @@ class ReportArguments(Arguments):
     )
     run_name: str | None = arg(None, "name of the run in the trackers")
     disable_tqdm: bool = arg(False, "show no progress bar")
-    skip_memory_metrics: bool = arg(True, "leave memory out of the results")
+    skip_memory_metrics: bool = arg(True, "leave train_memory_gib out of train_results.json")
     evaluation_strategy: str = arg("no", "when to evaluate in training", choices=("no", "steps", "epoch"))
     eval_steps: int | None = arg(
         None, "updates between evaluations; logging_steps by default", minimum=1, unit="updates"
     )
     eval_on_start: bool = arg(False, "evaluate before the first update too, to compare with")
-    save_strategy: str = arg("steps", "when to save checkpoints", choices=("no", "steps", "epoch"))
+    save_strategy: str = arg(
+        "no",
+        "when to save checkpoints; steps if save_steps alone is given; an interrupted training saves one anyway",
+        choices=("no", "steps", "epoch"),
+    )
     save_steps: int = arg(500, "updates between checkpoints", minimum=1, unit="updates")
     save_total_limit: int | None = arg(None, "checkpoints kept; older ones are deleted; all by default", minimum=1)
     load_best_model_at_end: bool = arg(False, "end with the best checkpoint instead of the last")
@@ -309,7 +321,7 @@ class PredictorArguments(Arguments):
     )
     lora_path: str | None = arg(None, "folder of a LoRA adapter (PEFT folders too)", path=True)
     prefix_path: str | None = arg(None, "folder of a trained prefix", path=True)
-    model_type: str | None = arg(None, "family of a checkpoint that does not say it, such as gpt-3")
+    model_type: str | None = arg(None, "family that the checkpoint must be of, such as gpt-3; it says so itself")
     chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
     mode: str = arg("dynamic", "run the model itself or an exported one", choices=("dynamic", "static"))
     inference_model: bool = arg(False, "use the fused inference model")
@@ -395,7 +407,7 @@ class ExportingArguments(Arguments):
     inference_model: bool = arg(False, "export the fused inference model instead of the library's model")
     lora_path: str | None = arg(None, "folder of a LoRA adapter, merged into the exported weights", path=True)
     prefix_path: str | None = arg(None, "folder of a trained prefix, exported as a cache", path=True)
-    model_type: str | None = arg(None, "family of a checkpoint that does not say it, such as gpt-3")
+    model_type: str | None = arg(None, "family that the checkpoint must be of, such as gpt-3; it says so itself")
     chat_template: str | None = arg(None, "a .jinja file that replaces the model's chat template", path=True)
     dtype: str | None = arg(None, "type of the weights; the checkpoint's own by default", choices=DTYPES)
     device: str = arg("gpu", DEVICE_HELP)
@@ -412,7 +424,7 @@ class MergeArguments(Arguments):
     merge_model_path: str | None = arg(
         None, "folder for the merged model; by default that of the adapter with _merged behind its name", path=True
     )
-    device: str = arg("gpu", DEVICE_HELP)
+    device: str = arg("gpu", "accepted for older commands; merging computes on the CPU")
     dtype: str | None = arg(None, "type of the merged weights; the base's own by default", choices=DTYPES)
     export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))
     max_shard_size: str = arg("5GB", "largest weights file, such as 500MB or 5GB")
@@ -428,7 +440,7 @@ class MergeShardsArguments(Arguments):
     merge_model_path: str | None = arg(
         None, "folder for the merged model; by default it is written beside the shards", path=True
     )
-    device: str = arg("gpu", DEVICE_HELP)
+    device: str = arg("gpu", "accepted for older commands; merging computes on the CPU")
     dtype: str | None = arg(None, "type of the merged weights; that of the shards by default", choices=DTYPES)
     export_format: str = arg("paddle", "layout: PaddleNLP's or Hugging Face transformers'", choices=("paddle", "hf"))
     max_shard_size: str = arg("5GB", "largest weights file, such as 500MB or 5GB")

@@ -78,7 +78,7 @@ class FinetuneArguments(
 
 
 def _settle_training(run: Any, best: str) -> None:
-    """Derives eval_steps, the best model's metric (`best` by default) and do_eval."""
+    """Derives eval_steps, the best model's metric (`best` by default), save_strategy and do_eval."""
     if run.eval_steps is None:
         run.eval_steps = run.logging_steps
     if run.load_best_model_at_end and run.metric_for_best_model is None:
@@ -89,6 +89,8 @@ def _settle_training(run: Any, best: str) -> None:
             run.greater_is_better = run.metric_for_best_model not in ("loss", "ppl")
     if run.resume_from_checkpoint in ("true", "True"):
         run.resume_from_checkpoint = True
+    if "save_steps" in run.provided and "save_strategy" not in run.provided:
+        run.save_strategy = "steps"
     if run.evaluation_strategy != "no" and "do_eval" not in run.provided:
         run.do_eval = True
 

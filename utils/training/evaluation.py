@@ -1,12 +1,13 @@
-"""Evaluation with generation: the generator answers the dev rows, BLEU and ROUGE judge the answers."""
+"""The two evaluations: how likely the targets of rows are, and generated answers, which BLEU and ROUGE judge."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_write
@@ -19,10 +20,39 @@ from utils.inference.eager import EagerEngine
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
-from utils.training.metrics import text_metrics
+from utils.training.inputs import SIZES
+from utils.training.metrics import likelihood_metrics, text_metrics
 from utils.training.model import TrainingModel
 
+if TYPE_CHECKING:
+    from utils.training.trainer import Trainer
+
 OUTPUT = "generated_output.json"
+BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
+
+
+def likelihood(trainer: Trainer, loader: Any) -> dict[str, float]:
+    """loss, ppl and accuracy over the targets of all rows; the same on every rank.
+
+    Args:
+        loader: of this rank's batches, see `EvaluationSampler`. The scores of eval_accumulation_steps of them (None:
+            all) stay on the device before they move to memory.
+    """
+    peers, keep = trainer.peers, trainer.args.eval_accumulation_steps
+    scores, kept = np.zeros(3), []  # sum of losses, right guesses, targets
+    bar = tqdm(loader, disable=not peers.first, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False)
+    for number, inputs in enumerate(bar):
+        inputs = dict(trainer._prepare_inputs(inputs))
+        inputs.pop(SIZES)
+        with trainer.autocast_smart_context_manager():
+            found = trainer.model.score(**inputs)
+        if number < loader.batch_sampler.own:
+            kept.append(found)
+        if keep is not None and len(kept) >= keep:
+            scores, kept = sum((one.numpy() for one in kept), scores), []
+    scores = sum((one.numpy() for one in kept), scores)
+    loss, right, targets = peers.sums(scores if peers.layout.counts else np.zeros(3))
+    return likelihood_metrics(loss, int(right), int(targets))
 
 
 class GenerationEvaluation:

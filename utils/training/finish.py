@@ -92,6 +92,10 @@ def _write_result(
         pieces = [trainer.trained.piece()]
         trainer.saver.save(lambda: install(output), pieces, beside, target=output, background=False)
     if peers.first:
+        if not args.skip_memory_metrics:
+            from utils.training.callbacks import memory_gib  # loads Paddle
+
+            results["train_memory_gib"] = memory_gib()
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
     peers.gate("waiting for rank 0 to write the result")

@@ -20,6 +20,7 @@ def paddlenlp_arguments(args: Any, device: str, dtype: str, steps: int) -> Any:
         do_eval=strategy != "no",
         per_device_train_batch_size=args.per_device_train_batch_size,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
+        eval_accumulation_steps=args.eval_accumulation_steps,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import numpy as np
 import paddle
 from paddlenlp import trainer as library
-from tqdm import tqdm
 
 from utils.checkpoints.files import atomic_directory, write_json
 from utils.data.stream import StreamDataset
@@ -23,10 +22,10 @@ from utils.training import resume
 from utils.training.best import note_best
 from utils.training.boundaries import Boundaries, run_loop
 from utils.training.callbacks import StopOnSignal, memory_gib
+from utils.training.evaluation import likelihood
 from utils.training.gradients import Gradients
-from utils.training.inputs import SIZES, SizingCollator, rows_of
+from utils.training.inputs import SizingCollator, rows_of
 from utils.training.loader import Loader, StreamLoader
-from utils.training.metrics import likelihood_metrics
 from utils.training.model import TrainingModel
 from utils.training.plan import Plan
 from utils.training.sampler import EpochSampler, EvaluationSampler, OrderedSampler, WithBlanks
@@ -35,8 +34,6 @@ from utils.training.schedule import ending_at
 from utils.training.steps import Steps, steps_of
 from utils.training.trained import Trained
 from utils.training.window import Window
-
-BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
 
 
 class Trainer(library.Trainer):
@@ -315,18 +312,7 @@ class Trainer(library.Trainer):
                 found = self.evaluate_generation(self.weights_step)
         else:
             self.peers.gate("waiting for other ranks to evaluate")
-            scores = np.zeros(3)  # sum of losses, right guesses, targets
-            loader = self.get_eval_dataloader(eval_dataset)
-            bar = {"desc": "evaluating", "unit": "batch", "delay": BAR_DELAY, "leave": False}
-            for number, inputs in enumerate(tqdm(loader, disable=not self.peers.first, **bar)):
-                inputs = dict(self._prepare_inputs(inputs))
-                inputs.pop(SIZES)
-                with self.autocast_smart_context_manager():
-                    found_here = self.model.score(**inputs)
-                if number < loader.batch_sampler.own:
-                    scores += found_here
-            loss, right, targets = self.peers.sums(scores if self.peers.layout.counts else np.zeros(3))
-            found = likelihood_metrics(loss, int(right), int(targets))
+            found = likelihood(self, self.get_eval_dataloader(eval_dataset))
         self.signals.agree_among(self.peers)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         if self.loaded_step is None:
