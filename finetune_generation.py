@@ -102,7 +102,7 @@ def main() -> None:
         run = describe(args, layout, checkpoint, data["train"], tokenizer, template)
         rows: Any = data["train"]
         steps = run_steps(args, layout, None if args.lazy else len(rows))
-        plan = make_plan(args, run, rows, steps, start)
+        plan = make_plan(args, run, rows, steps, start, data.get("dev"))
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         from utils.training.dry_run import report

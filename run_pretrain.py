@@ -75,7 +75,8 @@ def main() -> None:
     plan = None
     if args.do_train:
         run = pretraining.describe(args, layout, checkpoint, data["train"])
-        plan = make_plan(args, run, data["train"], pretraining.steps_of(args, layout, data["train"]), start)
+        steps = pretraining.steps_of(args, layout, data["train"])
+        plan = make_plan(args, run, data["train"], steps, start, data.get("dev"))
     dtype = runtime.resolve_dtype("float16" if args.fp16 else "bfloat16" if args.bf16 else "float32", device)
     if args.dry_run:
         runtime.load_paddle()

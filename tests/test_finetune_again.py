@@ -161,6 +161,24 @@ def test_evaluations_are_repeated_when_what_they_are_made_of_changes(tiny: Tiny,
     assert "made anew" in tiny.run(output, *options, "--eval_with_do_generation").err
 
 
+def test_evaluations_of_other_rows_are_not_compared(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """An interrupted run whose dev rows change: its best checkpoint was the best on others."""
+    data, output = shutil.copytree(tiny.data, tmp_path / "data"), tmp_path / "out"
+    options = ["--do_train", "--do_eval", "--lora", "--dataset_name_or_path", data, "--load_best_model_at_end"]
+    options += ["--evaluation_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--max_steps"]
+    with mock.patch("utils.training.finish._write_result", side_effect=KeyboardInterrupt):
+        tiny.run(output, *options, 2, "--greater_is_better", "true", expect=130)  # the first is the best
+    again = tiny.run(output, *options, 3, "--greater_is_better", "true", "--per_device_eval_batch_size", 3)
+    assert again.json("trainer_state.json")["best_model_checkpoint"] == "checkpoint-1"
+    before = again.json("eval_results.json")["eval_loss"]
+    (output / "finished.json").unlink()
+    write_rows(data / "dev.json", 7, seed=5)
+    fresh = tiny.run(output, *options, 3, "--greater_is_better", "true")
+    assert "the best checkpoint is sought anew" in fresh.err
+    assert fresh.json("trainer_state.json")["best_model_checkpoint"] is None
+    assert fresh.json("eval_results.json")["eval_loss"] != before
+
+
 # --- damaged files -----------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ EVALUATED_BY = (  # what the results of an evaluation depend on, beside weights 
     "top_p",
     "temperature",
 )
+MEASURE_THE_SAME = ("per_device_eval_batch_size", "save_generation_output")  # whatever their values
 UNTRAINED = {  # options that change nothing in the course of a training, or are part of what `describe` compares
     *EVALUATED_BY,
     *("model_name_or_path", "tokenizer_name_or_path", "chat_template", "dataset_name_or_path", "task_name"),
@@ -57,6 +58,8 @@ class Plan:
         finished_steps: the optimizer steps of that result.
         result_step: the step after which its weights were what they are.
         differs: options that were others then, as text; "" without any.
+        evaluation: of `describe_evaluation`; None without evaluations.
+        comparable: whether the evaluations until `start` were of the same rows and settings.
     """
 
     steps: int
@@ -67,6 +70,8 @@ class Plan:
     finished_steps: int = 0
     result_step: int = 0
     differs: str = ""
+    evaluation: dict[str, Any] | None = None
+    comparable: bool = True
 
     def __str__(self) -> str:
         if self.finished:
@@ -200,7 +205,7 @@ def checkpoint_to_resume(args: Any) -> Path | None:
 # --- once the data is known -----------------------------------------------------------------------
 
 
-def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: Path | None) -> Plan:
+def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: Path | None, dev: Any = None) -> Plan:
     """Decides what a training run does.
 
     Args:
@@ -208,6 +213,7 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
         dataset: the training data; a stream is put to the place of the checkpoint.
         steps: optimizer steps of the whole run.
         start: of `checkpoint_to_resume`.
+        dev: the evaluation data, if there is any.
 
     Raises:
         UserError: data or settings differ from those of the checkpoint or of the finished run.
@@ -238,8 +244,9 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
                     differs=differs,
                 )
             notice(f"{output} holds a finished training, but {', '.join(gone[: record.SHOWN])} is not there any more")
+    evaluation = None if dev is None else describe_evaluation(args, dev)
     if start is None:
-        return Plan(steps, run)
+        return Plan(steps, run, evaluation=evaluation)
     progress = resume.load_progress(start)
     check_same_run(str(start), progress["run"], run)
     if "stream" in progress:
@@ -251,7 +258,10 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
         )
     if differs := differing(args, start):
         notice(f"other options than those of {start}: {differs}; the new ones count from its step on")
-    return Plan(steps, run, start, progress)
+    comparable = _comparable(progress.get("evaluation"), evaluation)
+    if not comparable:
+        notice(f"the evaluations until {start} were of other rows or settings: the best checkpoint is sought anew")
+    return Plan(steps, run, start, progress, evaluation=evaluation, comparable=comparable)
 
 
 def differing(args: Any, folder: Path) -> str:
@@ -262,6 +272,13 @@ def differing(args: Any, folder: Path) -> str:
         return ""
     pairs = {name: (value, earlier.get(name, value)) for name, value in args.to_json().items() if name not in UNTRAINED}
     return ", ".join(f"{name} {show(new)} (was {show(old)})" for name, (new, old) in pairs.items() if new != old)
+
+
+def _comparable(earlier: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether two evaluations measure the same; of what is not known, it is taken for granted."""
+    if earlier is None or now is None:
+        return True
+    return all(earlier.get(name, value) == value for name, value in now.items() if name not in MEASURE_THE_SAME)
 
 
 def describe_evaluation(args: Any, dataset: Any) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class Trainer(library.Trainer):
         self.name_rows = name_rows
         self.extra_files = extra_files
         self.run: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] | None = None  # what evaluations are made of
+        self.comparable = True  # with those before a resume
         self.window = Window()
         self.steps: Steps | None = None  # from the first micro-batch on
         self.step_figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
@@ -369,6 +371,7 @@ class Trainer(library.Trainer):
         progress: dict[str, Any] = {
             "global_step": self.state.global_step,
             "run": self.run,
+            "evaluation": self.evaluation,
             "scheduler": self.lr_scheduler.state_dict(),
             "random": random[0],
             "random_of_other_ranks": random[1:],
@@ -404,7 +407,7 @@ class Trainer(library.Trainer):
         Raises:
             UserError: a loss or gradient that is not finite.
         """
-        self.run = plan.run
+        self.run, self.evaluation, self.comparable = plan.run, plan.evaluation, plan.comparable
         if plan.progress is not None:
             self.resumed = plan.progress
             self.random_state_due = True
@@ -456,6 +459,10 @@ class Trainer(library.Trainer):
         if self.resumed is None:
             return
         self.window = Window.from_json(self.resumed["window"])
+        if not self.comparable:
+            self.state.best_metric = self.state.best_model_checkpoint = None
+            history = self.state.log_history
+            self.state.log_history = [logs for logs in history if not any(key.startswith("eval_") for key in logs)]
         best = self.state.best_model_checkpoint
         if best is not None and not resume.is_good(Path(self.args.output_dir) / best):
             notice(f"{best}, the best checkpoint until now, is not in {self.args.output_dir} any more")
