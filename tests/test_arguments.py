@@ -262,7 +262,7 @@ def test_renamed_merge_folder(tmp_path: Path, old: str, capsys: Any) -> None:
     for name in ("lora_config.json", "lora_model_state.safetensors"):
         (lora / name).touch()
     words = ["--model_name_or_path", "m", "--lora_path", str(lora), f"--{old}", str(tmp_path / "merged")]
-    run = parse(MergeLoraArguments, [*words, "--device", "cpu"], "merge_lora_params.py")
+    run = parse(MergeLoraArguments, [*words, "--device", "gpu"], "merge_lora_params.py")  # no GPU is asked for
     assert run.merge_model_path == str(tmp_path / "merged") and run.max_shard_bytes == 5 * 10**9
     assert capsys.readouterr().err == f"note: --{old}: {old} is now called merge_model_path\n"
 

@@ -110,7 +110,7 @@ def test_rows_that_the_tokenizer_cannot_take_are_all_named(
     with pytest.raises(UserError) as caught:
         supervised(options(folder), kit)
     [fault] = caught.value.faults
-    assert fault.startswith(f"{file} line 5, {file} line 44: ") and "ValueError: no stack left" in fault
+    assert fault.startswith(f"{file} line 5, 44: ") and "ValueError: no stack left" in fault
 
 
 def test_whatever_decides_the_ids_decides_the_cache_entry(folder: Path, kit: Kit, cache: Path) -> None:

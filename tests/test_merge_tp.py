@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from family_cases import FIXTURES, NAMES, case, hidden_logits
+from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -304,20 +306,30 @@ def test_merging_beside_the_shards_loses_nothing(shards: Path) -> None:
 
 
 def test_interrupted_merges_are_taken_up_again(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils.checkpoints import merge_tp as module
+    replace = os.replace
 
-    def fails(folder: Path, *_: object) -> None:
-        (folder / "model-00001-of-00002.safetensors").write_text("the first of two")
-        raise KeyboardInterrupt
+    def fails(source: Path, target: Path) -> None:
+        if Path(target).parent == shards and Path(target).name.startswith("model-00002"):
+            raise KeyboardInterrupt
+        replace(source, target)
 
-    monkeypatch.setattr(module, "write_model", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(KeyboardInterrupt):
-        merge_tp(shards)
-    assert json.loads((shards / "config.json").read_text())["tensor_parallel_degree"] == 2
+        merge_tp(shards, max_shard_bytes=40_000)
+    assert (shards / "config.json").read_bytes() == (shards / TRAINED_CONFIG).read_bytes()
+    assert [path.name[:11] for path in shards.glob("model-*")] == ["model-00001"]
     monkeypatch.undo()
     merge_tp(shards)
     same(shards, parameters(case("llama_tiny").checkpoint))
-    assert not (shards / "model-00001-of-00002.safetensors").exists()
+    assert not list(shards.glob("model-*")) and not list(shards.glob(".*tmp*"))
+
+
+def test_a_full_disk_leaves_the_earlier_merge_beside_the_shards(shards: Path) -> None:
+    merge_tp(shards)
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+        merge_tp(shards, dtype="float16")
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
 
 
 def test_pipeline_stages_are_put_together(tmp_path: Path, shards: Path) -> None:

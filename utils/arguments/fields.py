@@ -85,6 +85,7 @@ class Arguments:
         renamed: keys of earlier scripts and what they are called now.
         spellings: other spellings of keys, which nobody needs to hear about.
         checks: functions that yield what contradicts itself or is missing, one message each.
+        uses_device: whether `device` has an effect; else any is accepted, for older commands.
 
     Attributes:
         command: the script and its arguments as the user typed them.
@@ -94,6 +95,7 @@ class Arguments:
     renamed: ClassVar[Mapping[str, str]] = {}
     spellings: ClassVar[Mapping[str, str]] = {}
     checks: ClassVar[tuple[Callable[[Any], Iterator[str]], ...]] = ()
+    uses_device: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._origins: dict[str, str] = {}

@@ -418,6 +418,7 @@ class MergeArguments(Arguments):
     """Merging a LoRA adapter into its base."""
 
     group: ClassVar[str] = "Merge"
+    uses_device: ClassVar[bool] = False
 
     model_name_or_path: str | None = arg(None, "the base: a folder or a name", path=True)
     lora_path: str | None = arg(None, "folder of the adapter (PEFT folders too)", path=True)
@@ -435,6 +436,7 @@ class MergeShardsArguments(Arguments):
     """Merging the shards of a tensor-parallel run."""
 
     group: ClassVar[str] = "Merge"
+    uses_device: ClassVar[bool] = False
 
     model_name_or_path: str | None = arg(None, "folder with the shards model_state.tp00.pdparams, ...", path=True)
     merge_model_path: str | None = arg(

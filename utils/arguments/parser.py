@@ -82,7 +82,7 @@ def parse(cls: type[Run], argv: Sequence[str] | None = None, script: str = "") -
         _take(run, source, options, script, faults, broken)
     notices = run.settle() + list(_without_effect(run, options))
     faults.extend(_check(run, broken))
-    if "device" in options:
+    if "device" in options and cls.uses_device:
         explicit = "device" in run.provided
         try:
             if explicit or not faults:

@@ -7,6 +7,7 @@ Each process of such a run stores its share of every layer in a file of its own,
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoints.companions import has_tokenizer, write_companions
-from utils.checkpoints.files import atomic_directory, atomic_write, renew_sizes, write_json
+from utils.checkpoints.companions import GENERATION_CONFIG, has_tokenizer, write_companions
+from utils.checkpoints.files import COMPLETE, atomic_directory, atomic_write, renew_sizes, staging_folder, write_json
 from utils.checkpoints.heads import head_names
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.match import match, some
@@ -98,11 +99,12 @@ def merge_tp(
     record = {"shards": [file.name for file in shards.files], "tensor_parallel_degree": shards.degree}
     layout = (checkpoint.family, checkpoint.config, export_format, max_shard_bytes)
     if beside or target is None:
-        _write_beside(folder, record, earlier)
-        files = write_model(folder, tensors, *layout)
+        with staging_folder(folder / "merged") as staging:  # an earlier merge stays until the new one is on disk
+            files = write_model(staging, tensors, *layout)
+            _put_beside(folder, staging, record, earlier)
         write_json(folder / MERGE_RECORD, {**record, "files": _weight_files(folder)})
         renew_sizes(folder)  # config.json has changed; a run can still continue from the shards
-        return files
+        return [folder / file.name for file in files]
     with atomic_directory(target) as staging:
         if has_tokenizer(checkpoint.folder, checkpoint.family):
             write_companions(checkpoint, checkpoint.folder, staging)
@@ -414,10 +416,14 @@ def _earlier(folder: Path) -> list[str]:
     return present
 
 
-def _write_beside(folder: Path, record: dict[str, Any], earlier: list[str]) -> None:
-    """Prepares a merge into the folder of the shards, which stay, as does their config.json."""
+def _put_beside(folder: Path, staging: Path, record: dict[str, Any], earlier: list[str]) -> None:
+    """Moves a merged model into the folder of its shards, which stay, as do their config.json and settings of
+    generation; an earlier merge goes."""
     write_json(folder / MERGE_RECORD, {**record, "unfinished": True})
     if not (folder / TRAINED_CONFIG).exists():
         atomic_write(folder / TRAINED_CONFIG, (folder / "config.json").read_bytes())
     for name in sorted(earlier, key=lambda name: not name.endswith(".index.json")):
         (folder / name).unlink()
+    for path in sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name)):  # it counts last
+        if path.name != COMPLETE and not (path.name == GENERATION_CONFIG and (folder / path.name).exists()):
+            os.replace(path, folder / path.name)

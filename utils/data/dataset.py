@@ -168,7 +168,7 @@ def tokenize(
     from tqdm import tqdm
 
     report = DataReport()
-    input_ids, labels, offsets = array("i"), array("i"), array("q", [0])
+    input_ids, labels, offsets, broken = array("i"), array("i"), array("q", [0]), 0
     bar = tqdm(
         source.rows(),
         desc="tokenizing",
@@ -177,21 +177,22 @@ def tokenize(
         delay=BAR_DELAY,
         disable=not progress,
     )
-    faults: dict[str, list[str]] = {}  # what is wrong: where
+    faults: dict[str, dict[Path, list[int]]] = {}  # what is wrong: the lines of each file
     for row in bar:
         try:
             example = encode_row(row, tokenizer, template, src_length, max_length, report)
         except UserError as error:
             for fault in error.faults:
-                faults.setdefault(fault.removeprefix(f"{row.place}: "), []).append(row.place)
-            if sum(map(len, faults.values())) >= SHOWN_FAULTS:
+                faults.setdefault(fault.removeprefix(f"{row.place}: "), {}).setdefault(row.file, []).append(row.line)
+            broken += 1
+            if broken == SHOWN_FAULTS:
                 break
             continue
         if not isinstance(example, Dropped):
             input_ids.frombytes(example.input_ids.tobytes())
             labels.frombytes(example.labels.tobytes())
             offsets.append(len(input_ids))
-    raise_if([f"{', '.join(places)}: {fault}" for fault, places in faults.items()])
+    raise_if([f"{_places(lines)}: {fault}" for fault, lines in faults.items()])
     if not report.kept:
         raise UserError(f"{source.name}: no row could be used\n{report.summary()}")
     return Tokenized(
@@ -200,6 +201,11 @@ def tokenize(
         np.frombuffer(offsets, dtype=np.int64),
         report,
     )
+
+
+def _places(lines: dict[Path, list[int]]) -> str:
+    """Lines of files, as messages to the user name them."""
+    return ", ".join(f"{file} line {', '.join(map(str, numbers))}" for file, numbers in lines.items())
 
 
 def _cached(source: Source, tokenizer: Tokenizer, template: ChatTemplate, args: DataOptions) -> Tokenized:
