@@ -206,6 +206,6 @@ def test_a_dry_run_shows_the_loss_mask_and_the_origin_of_values(tiny: Tiny, tmp_
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "null"])
 def test_damaged_results_of_an_earlier_run_are_replaced(tmp_path: Path, content: str) -> None:
     (tmp_path / "all_results.json").write_text(content)
-    for split in ("train", "eval"):
-        write_results(tmp_path, split, {f"{split}_loss": 1.0})
+    for split, name in (("train", "train"), ("dev", "eval")):
+        write_results(tmp_path, split, {f"{name}_loss": 1.0})
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"train_loss": 1.0, "eval_loss": 1.0}

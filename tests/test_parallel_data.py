@@ -149,7 +149,7 @@ def test_layouts_that_cannot_be() -> None:
     with pytest.raises(UserError, match="write gpu"):
         Layout(world=8, tensor=2, pipeline=2).check_device(arguments(device="gpu:1"))
     shape = ModelShape(
-        layers=2, hidden=48, heads=6, kv_heads=2, head_dim=8, intermediate=9, vocabulary=9, positions=9, tied=True
+        layers=2, hidden=48, heads=6, kv_heads=2, head_dim=8, intermediate=12, vocabulary=9, positions=9, tied=True
     )
     Layout(world=6, tensor=6, pipeline=1).check_model(shape)  # key-value heads are repeated
     for layout, words in (

@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
-from utils.checkpoints.files import write_json
 from utils.data.lines import half_of_pair
 from utils.data.marks import Marks, Rendered
 from utils.data.talk import Talk
@@ -237,6 +236,8 @@ class JinjaTemplate(ChatTemplate):
         return f"jinja\0{self.text}"
 
     def save(self, folder: Path) -> None:
+        from utils.checkpoints.files import write_json  # with NumPy, which checks of data do without
+
         (folder / JINJA_FILE).write_text(self.text, encoding="utf-8")
         settings_file = folder / SETTINGS_FILE
         if settings_file.is_file():  # libraries that do not know the separate file read it there

@@ -13,7 +13,7 @@ from utils.families.base import Dropout, ModelShape, Split, Weight
 from utils.families.decoder import DecoderFamily
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.settings import TEXT, Table
+from utils.settings import TEXT, Table, whole
 
 _LINEARS: dict[str, Split] = {
     "attn.q_proj": "column",
@@ -48,7 +48,7 @@ class GptJ(DecoderFamily):
         "n_layer": kinds.LAYERS,
         "n_head": kinds.HEADS,
         "n_positions": kinds.POSITIONS,
-        "rotary_dim": kinds.WIDTH,
+        "rotary_dim": whole(1, 10_000_000, null=True),  # null is no default: it is refused
         "activation_function": TEXT,
         "layer_norm_epsilon": kinds.EPSILON,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), kinds.SHARE),
@@ -82,7 +82,7 @@ class GptJ(DecoderFamily):
         }
         turned, head_dim = known["rotary_dim"], self.shape(config).head_dim
         faults = []
-        if turned % 2 or turned > head_dim:
+        if turned is None or turned % 2 or turned > head_dim:
             faults.append(f"config.json: rotary_dim is {turned!r}; expected an even number up to {head_dim}")
         if config.get("tie_word_embeddings"):
             faults.append("config.json: tie_word_embeddings is not supported; a GPT-J model has a head of its own")
