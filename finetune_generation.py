@@ -94,7 +94,7 @@ def main() -> None:
     with peers.one_after_first():
         data = {split: load_dataset(args, tokenizer, template, split, peers) for split in splits}
     for split, dataset in data.items():
-        if dataset.report.counts:
+        if dataset.report.counts and not args.dry_run:  # which reports it by itself
             notice(f"{split} data: {dataset.summary()}")
     check_positions(data, checkpoint, args.max_length)
     plan = None

@@ -217,6 +217,7 @@ def test_headers_that_no_writer_makes(tmp_path: Path) -> None:
         (json.dumps({"a": {**places, "shape": ["2"]}}), "a has sizes or places that are no whole numbers"),
         (json.dumps({"a": {**places, "data_offsets": 8}}), "its header is damaged"),
         (json.dumps({"a": [places]}), "its header is damaged"),
+        ("[]", "its header is damaged: it is no JSON object"),
         ('{"a":' + "[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
     ):

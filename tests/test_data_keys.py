@@ -215,8 +215,8 @@ def test_training_and_prediction_name_what_they_ignore(tiny: Tiny, tmp_path: Pat
     (data / "train.json").write_text(json.dumps({"messages": talk, "tools": TOOLS, "images": ["a"]}) + "\n")
     run = tiny.run(tmp_path / "out", "--do_train", "--dry_run", "--dataset_name_or_path", data)
     assert "⟦blue<|im_end|>⟧" in run.out and "⟦red" not in run.out
-    said = ['1 rows: "images" ignored', '1 rows: "tools" ignored: the chat template does not write it']
-    assert all(line in run.err for line in said), run.err
+    said = ['1 row: "images" ignored', '1 row: "tools" ignored: the chat template does not write it']
+    assert all(line in run.out for line in said), run.out
     words = ["--model_name_or_path", tiny.model, "--data_file", data / "train.json", "--device", "cpu"]
     words += ["--output_file", tmp_path / "answers.json", "--max_length", 64, "--src_length", 60]
     answered = run_main("predictor", [str(word) for word in words], tiny.environment, tmp_path, 0)

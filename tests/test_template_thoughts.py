@@ -100,6 +100,10 @@ def test_an_answer_with_its_reasoning_is_learned(name: str, begins: str, tokeniz
     apart = question("one", "two")
     apart[1]["reasoning_content"] = "It is 2."
     assert learned(tokenizer, template, apart)[1] == "It is 2.\n</think>\n\ntwo<|im_end|>"
+    twice = question("one", answer)
+    twice[1]["reasoning_content"] = "It is 3."
+    with pytest.raises(UserError, match="keep one"):
+        learned(tokenizer, template, twice)
 
 
 @pytest.mark.parametrize("name", OPENED)

@@ -115,6 +115,8 @@ def _read_header(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             raise UserError(broken.format("its header is missing"))
         try:
             header: dict[str, Any] = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
             metadata = dict(header.pop("__metadata__", None) or {})
             base = 8 + length
             tensors = {name: _stored(path, name, entry, base, size - base) for name, entry in header.items()}

@@ -100,7 +100,7 @@ class DataReport:
         for what, count in sorted(self.counts.items()):
             places = "; ".join(self.places[what])
             more = "; ..." if count > len(self.places[what]) else ""
-            lines.append(f"{count:,} rows: {what} ({places}{more})")
+            lines.append(f"{count:,} {'row' if count == 1 else 'rows'}: {what} ({places}{more})")
         return lines
 
     def to_json(self) -> dict[str, Any]:

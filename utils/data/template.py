@@ -335,10 +335,15 @@ class JinjaTemplate(ChatTemplate):
         """What a model has to say to a prompt that ends in an opened tag: the reasoning, then the answer.
 
         Raises:
-            UserError: the answer brings no reasoning.
+            UserError: the answer brings no reasoning, or two.
         """
         tag, content = opened[1], message["content"].strip()
         if f"</{tag}>" in content:
+            if message.get("reasoning_content", "").strip() not in content:
+                raise UserError(
+                    f'an answer has one reasoning in its text, before </{tag}>, and another under "reasoning_content"; '
+                    "keep one"
+                )
             begins = content.startswith(f"<{tag}>")
             content = content.removeprefix(f"<{tag}>")
             return content.lstrip("\n") if begins and opened[0].endswith("\n") else content
