@@ -171,6 +171,33 @@ def test_order_in_which_templates_are_looked_for(tmp_path: Path) -> None:
     assert loaded.fingerprint() == JinjaTemplate("mine", "").fingerprint()
 
 
+OTHER_TYPES = [5, True, {"a": 1}, [], [1], [{"name": "default", "template": 5}], [{"name": [1], "template": "x"}]]
+
+
+@pytest.mark.parametrize("found", OTHER_TYPES, ids=json.dumps)
+def test_a_template_of_another_type_is_named(found: object, tmp_path: Path) -> None:
+    """It may not be taken for none: the model would be asked and trained without its template."""
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": found}))
+    with pytest.raises(UserError) as raised:
+        ChatTemplate.load(tmp_path, default="family")
+    [fault] = raised.value.faults
+    assert fault.startswith(f"{file}: chat_template: expected a text, or a list")
+    file.write_text('{"chat_template": null}')
+    assert ChatTemplate.load(tmp_path, default=None).source == "plain"
+
+
+def test_named_templates_without_a_default_ask_for_a_choice(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": [{"name": name, "template": "x"} for name in ("rag", "tools")]}))
+    with pytest.raises(UserError, match=': has templates named "rag", "tools" and none named default'):
+        ChatTemplate.load(tmp_path, default="family")
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert ChatTemplate.load(tmp_path, default=None, override=tmp_path / "mine.jinja").source == "jinja"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert ChatTemplate.load(tmp_path, default=None).fingerprint() == JinjaTemplate("file", "").fingerprint()
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_saved_template_is_found_again(name: str, tmp_path: Path) -> None:
     TEMPLATES[name].save(tmp_path)

@@ -22,7 +22,7 @@ from utils.data.marks import Marks, Rendered
 from utils.data.talk import Talk
 from utils.data.turns import end_turn, own_text_end
 from utils.errors import UserError
-from utils.settings import read_json, read_text
+from utils.settings import read_json, read_text, shown
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -451,11 +451,27 @@ def _read_template(file: Path) -> ChatTemplate:
 
 
 def _template_in_settings(file: Path) -> str | None:
-    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
-    if not file.is_file():
-        return None
-    found = read_json(file).get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones, of which "default" is taken.
+
+    Raises:
+        UserError: it is anything else, which nothing may take for no template.
+    """
+    found = read_json(file).get("chat_template") if file.is_file() else None
+    if found is None or isinstance(found, str):
+        return found
+    named = {}
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str):
+            named[entry["name"]] = entry["template"]
+    if not isinstance(found, list) or len(named) < max(1, len(found)):
+        raise UserError(
+            f"{file}: chat_template: expected a text, or a list of objects with the texts name (each another) and "
+            f"template, found {shown(found)}"
+        )
+    if "default" not in named:
+        raise UserError(
+            f"{file}: chat_template: has templates named {', '.join(map(shown, named))} and none named default; save "
+            f"the one to use as {file.with_name(JINJA_FILE)}, or, for finetune_generation.py, predictor.py and "
+            "export_model.py, as a file that --chat_template names"
+        )
+    return named["default"]

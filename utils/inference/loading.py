@@ -126,17 +126,17 @@ def prepare(
     lora = None if lora_path is None else read_lora(lora_path, checkpoint)
     if prefix_path is not None:
         read_prefix_settings(Path(prefix_path), checkpoint)
-    default = checkpoint.family.chat_template
-    template = ChatTemplate.load(
-        checkpoint.folder,
-        default=default,
-        override=Path(chat_template) if chat_template else None,
-        special_tokens_in_text=special_tokens_in_text,
-    )
     adapter = lora_path or prefix_path
+    template: ChatTemplate | None = None
     if adapter is not None and chat_template is None:
-        trained_with = ChatTemplate.load(Path(adapter), default=None, special_tokens_in_text=special_tokens_in_text)
-        template = template if trained_with.source == "plain" else trained_with
+        template = ChatTemplate.load(Path(adapter), default=None, special_tokens_in_text=special_tokens_in_text)
+    if template is None or template.source == "plain":  # else that of the base, which may be a broken one, is not used
+        template = ChatTemplate.load(
+            checkpoint.folder,
+            default=checkpoint.family.chat_template,
+            override=Path(chat_template) if chat_template else None,
+            special_tokens_in_text=special_tokens_in_text,
+        )
     stored = checkpoint.dtype if manifest is None else manifest.dtype
     computed = runtime.resolve_dtype(dtype or stored, device)
     if manifest is not None and computed != manifest.dtype:
