@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from family_cases import WITH_TOKENIZER, case
+from full_disk import full_disk
 from tiny_models import write_tiny_llama
 
 from utils.data.pretrain_build import BuildOptions, build, sentences
@@ -143,6 +145,75 @@ def test_a_broken_line_is_named_and_files_before_stay(
     assert f"{source} {message}" in str(caught.value)
     assert [(tmp_path / f"out{ending}").read_text("utf-8") for ending in (".bin", ".idx")] == ["as before"] * 2
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".meta.json"])
+def test_a_full_disk_leaves_all_files_before(tmp_path: Path, model: Path, ending: str) -> None:
+    """Whichever file it is that does not fit."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    texts = {".bin": ["x" * 900], ".idx": ["a b"] * 50, ".meta.json": ["a b c d"]}
+    for name, lines in (("earlier", ["the earlier documents"] * 2), ("new", texts[ending])):
+        write_lines(tmp_path / f"{name}.jsonl", lines)
+
+    def made(source: str, prefix: str) -> dict[str, bytes]:
+        build(str(tmp_path / f"{source}.jsonl"), str(tmp_path / prefix), source, model, config, BuildOptions())
+        return {path.name: path.read_bytes() for path in tmp_path.glob(f"{prefix}.*")}
+
+    new = made("new", "whole")
+    size = len(new.pop(f"whole{ending}")) - 1
+    assert ending != ".meta.json" or max(map(len, new.values())) <= size
+    before = made("earlier", "out")
+    with full_disk(size), pytest.raises(OSError, match="File too large"):
+        made("new", "out")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out.*")} == before
+    with full_disk(size), pytest.raises(OSError, match="File too large"):
+        made("new", "other")
+    assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_files_of_two_runs_are_never_read_together(
+    tmp_path: Path, model: Path, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends while its files take the places of earlier ones, which are of the same sizes."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    source, prefix = tmp_path / "in.jsonl", tmp_path / "out"
+    write_lines(source, ["one", "two"])
+    build(str(source), str(prefix), "m", model, config, BuildOptions())
+    real, places = os.replace, []
+
+    def replace(staging: Path, target: Path) -> None:
+        if len(places) > moved:  # the first one marks the earlier index
+            raise KeyboardInterrupt
+        places.append(target)
+        real(staging, target)
+
+    write_lines(source, ["two", "one"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        build(str(source), str(prefix), "m", model, config, BuildOptions())
+    assert len(places) == moved + 1
+    with pytest.raises(UserError, match=r"out.idx: is cut short; build the data again"):
+        open_tokens(str(prefix))
+    build(str(source), str(prefix), "m", model, config, BuildOptions())
+    assert decoded(model, prefix) == ["two", "one"]
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".meta.json"])
+def test_files_that_cannot_be_replaced_leave_the_others(tmp_path: Path, model: Path, ending: str) -> None:
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    write_lines(tmp_path / "in.jsonl", ["one", "two"])
+    for other in (".bin", ".idx", ".meta.json"):
+        (tmp_path / f"out{other}").write_text("as before", "utf-8")
+    for kind in ("read-only", "a folder"):
+        place = tmp_path / f"out{ending}"
+        place.chmod(0o444)
+        if kind == "a folder":
+            place.unlink()
+            place.mkdir()
+        with pytest.raises(OSError, match="is read-only" if kind == "read-only" else "Is a directory"):
+            build(str(tmp_path / "in.jsonl"), str(tmp_path / "out"), "m", model, config, BuildOptions())
+        assert all(path.is_dir() or path.read_text("utf-8") == "as before" for path in tmp_path.glob("out.*"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

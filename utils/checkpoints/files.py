@@ -151,7 +151,8 @@ def _staging(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
                 lock.close()
 
 
-def _sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO) -> None:
+    """Has the system put on disk what was written, which may fail only now."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -185,9 +186,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if is_stream(path):
         with _named(path, path), _opened_stream(path) as file:
             yield file
-            _sync(file)
+            sync(file)
         return
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     _check_target(path, target)
     with _named(path, target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +198,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         staging, file = _new_file(target)
         with unfinished(staging), file:
             yield file
-            _sync(file)
+            sync(file)
             _keep_mode(target, staging)
             _replace_file(staging, target)
             _sync_folder(target.parent)
@@ -209,7 +212,7 @@ def _replace_file(source: Path, target: Path) -> None:
             raise
         with open(source, "rb") as whole, open(target, "wb") as file:  # a mount of its own, as in containers
             shutil.copyfileobj(whole, file)
-            _sync(file)
+            sync(file)
 
 
 def _opened_stream(path: Path) -> BinaryIO:
@@ -273,7 +276,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
                 os.fsync(opened.fileno())
             sizes[file.relative_to(staging).as_posix()] = file.stat().st_size
         complete.write(json_bytes({"files": sizes}))
-        _sync(complete)
+        sync(complete)
         for folder in (path for path in (staging, *staging.rglob("*")) if path.is_dir()):
             _sync_folder(folder)
         _keep_mode(target, staging)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.checkpoints.files import atomic_file, write_json
+from utils.checkpoints.files import atomic_file, atomic_write, json_bytes, sync
 from utils.data.lines import decode_line, half_of_pair, naming
-from utils.data.pretrain_files import META, index_bytes
+from utils.data.pretrain_files import MAGIC, META, index_bytes
 from utils.data.pretrain_work import Progress, in_order, input_files
 from utils.errors import UserError, raise_if
 
@@ -167,8 +167,8 @@ def build(
 ) -> str:
     """Writes OUTPUT_PREFIX.bin and .idx, and what made them in .meta.json; returns a line about them.
 
-    The files appear whole, the index last; a run that fails leaves those before as they were. Memory: 4 bytes
-    for each sequence and 8 for each document.
+    The files appear whole, the index last; a run that fails leaves those before as they were, and one that is killed
+    while they appear leaves none that can be read. Memory: 4 bytes for each sequence and 8 for each document.
 
     Args:
         name: of the tokenizer, for the record.
@@ -186,20 +186,23 @@ def build(
     empty = 0
     index = Path(f"{output_prefix}.idx")
     kind = id_type(tokenizer)
-    with atomic_file(index) as index_file:
-        with atomic_file(Path(f"{output_prefix}.bin")) as ids_file:
-            for one in in_order(encode_block, blocks(files), options.workers, _prepare, (folder, config, options)):
-                ids_file.write(one.ids)
-                sizes.frombytes(one.sizes)
-                counts = array("i")
-                counts.frombytes(one.sequences)
-                for count in counts:
-                    firsts.append(firsts[-1] + count)
-                empty += one.empty
-                progress.add(len(counts) + one.empty, one.read)
-            if not sizes:
-                raise UserError(f"input_path {input_path}: holds no document")
-            index.unlink(missing_ok=True)  # an older index must never stand beside the new ids
+    # All three are on disk before one of them appears; the blocks end from the right, so that the index comes last.
+    with (
+        atomic_file(index) as index_file,
+        atomic_file(Path(f"{output_prefix}{META}")) as made_file,
+        atomic_file(Path(f"{output_prefix}.bin")) as ids_file,
+    ):
+        for one in in_order(encode_block, blocks(files), options.workers, _prepare, (folder, config, options)):
+            ids_file.write(one.ids)
+            sizes.frombytes(one.sizes)
+            counts = array("i")
+            counts.frombytes(one.sequences)
+            for count in counts:
+                firsts.append(firsts[-1] + count)
+            empty += one.empty
+            progress.add(len(counts) + one.empty, one.read)
+        if not sizes:
+            raise UserError(f"input_path {input_path}: holds no document")
         lengths = np.frombuffer(sizes, dtype=np.int32)
         for part in index_bytes(kind, lengths, np.frombuffer(firsts, dtype=np.int64)):
             index_file.write(part)
@@ -213,7 +216,11 @@ def build(
             "documents": count,
             "tokens": tokens,
         }
-        write_json(Path(f"{output_prefix}{META}"), made)
+        made_file.write(json_bytes(made, indent=2) + b"\n")
+        for file in (ids_file, made_file, index_file):
+            sync(file)
+        if index.exists():
+            atomic_write(index, MAGIC)  # readers call it cut short; an older one must never stand beside the new ids
     left = f"; {empty:,} empty ones left out" if empty else ""
     return f"{output_prefix}.bin, {output_prefix}.idx: {count:,} documents, {tokens:,} tokens ({kind}){left}"
 
