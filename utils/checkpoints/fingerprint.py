@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match
-from utils.checkpoints.tensors import cast
+from utils.checkpoints.tensors import LazyTensor, cast
 
 SAMPLED_TENSORS = 16
 SAMPLED_VALUES = 4  # of each
 TOLERANCE = 0.005  # bfloat16 keeps 8 bits: rounding moves a value by up to 0.4 %
+SAMPLED_BLOCKS = 64
+BLOCK = 1 << 16  # bytes of each
+
+
+def file_sample(path: Path) -> str:
+    """What tells a file from others of its size: sha256 (hexadecimal) of the whole of a small one, of a large one of
+    blocks from its first to its last byte. Costs the same for a file of any length."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    last = max(size - BLOCK, 0)
+    places = {last * number // (SAMPLED_BLOCKS - 1) for number in range(SAMPLED_BLOCKS)}
+    with path.open("rb") as file:
+        for place in sorted(places) if size > SAMPLED_BLOCKS * BLOCK else range(0, size, BLOCK):
+            file.seek(place)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, LazyTensor]) -> str:
+    """sha256 (hexadecimal) of names, sizes and all values of tensors, in whatever file and order; for small ones."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\0".encode())
+        digest.update(np.ascontiguousarray(tensors[name].read()).tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.checkpoints.fingerprint import file_sample
 from utils.data.ahead import ahead
 from utils.data.encode import DataReport, Dropped, Example, encode_row
 from utils.data.lines import decode_line, is_array, naming
@@ -119,6 +120,11 @@ class StreamDataset:
     @property
     def report(self) -> DataReport:
         return self._counting if self._counted is None else self._counted
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name, size in bytes and sample of each file, so that other data is told from these without reading it all."""
+        sizes = zip(self._source.files, self._files, strict=True)
+        return [[name, size, file_sample(file)] for file, (name, size) in sizes]
 
     # --- place in the stream ---------------------------------------------------------------------
 

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.adapters.check import PREFIX_CONFIG, adapter_weights
+from utils.adapters.lora_files import read_lora
 from utils.arguments.fields import show
 from utils.checkpoints.files import remove, remove_leftovers, write_json
-from utils.checkpoints.fingerprint import fingerprint, same_base
+from utils.checkpoints.fingerprint import fingerprint, same_base, tensors_digest
 from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.tensors import open_tensors
 from utils.errors import UserError, notice, raise_if
 from utils.parallel.topology import Layout
 from utils.training import record, resume
 from utils.training.record import ALL_RESULTS, ARGUMENTS, FINISHED, RECORD, RESULTS
 
 GLOBAL_BATCH = "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
+ADAPTER = "start_adapter"  # of lora_path or prefix_path
 EVALUATED_BY = (  # what the results of an evaluation depend on, beside weights and data
     "per_device_eval_batch_size",
     "eval_iters",
@@ -84,13 +88,21 @@ def method(args: Any) -> str:
     return "lora" if args.lora else "prefix" if args.prefix_tuning else "sft"
 
 
+def start_adapter(args: Any, checkpoint: Checkpoint) -> str | None:
+    """The identity of the adapter that a run starts from: sha256 (hexadecimal) of its values; None without one."""
+    if args.lora_path:
+        return tensors_digest(read_lora(args.lora_path, checkpoint).tensors())
+    if args.prefix_path:
+        return tensors_digest(open_tensors(adapter_weights(Path(args.prefix_path), PREFIX_CONFIG)))
+    return None
+
+
 def describe(
     args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any
 ) -> dict[str, Any]:
     """What must not change between a run and its continuation, as JSON values.
 
-    A stream has no fingerprint of its tokens: it is described by what makes them, and checks its own
-    files (see `StreamDataset.restore`).
+    A stream has no fingerprint of its tokens: it is described by what makes them and by its files.
     """
     names = ["seed", "intokens", "lazy", "dropout"]
     names += {
@@ -102,16 +114,25 @@ def describe(
         names.append("max_length")
     if args.lazy:
         names += ["src_length", "max_train_samples"]
-        data: Any = [tokenizer.fingerprint(), template.fingerprint()]
+        data: Any = [tokenizer.fingerprint(), template.fingerprint(), dataset.fingerprint()]
     else:
         data = dataset.fingerprint()
     return {
         "model": fingerprint(checkpoint),
         "method": method(args),
         "data": data,
+        ADAPTER: start_adapter(args, checkpoint),
         GLOBAL_BATCH: layout.global_batch(args),
         **{name: getattr(args, name) for name in names},
     }
+
+
+def _is_same(key: str, saved: Any, value: Any) -> bool:
+    if key == "model":
+        return same_base(saved, value)
+    if key == "data" and isinstance(value, list) and isinstance(saved, list) and len(saved) == 2:
+        return saved == value[:2]  # a stream of an earlier version, which did not note its files
+    return bool(saved == value)
 
 
 def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -125,10 +146,13 @@ def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, A
     """
     faults = []
     for key, value in current.items():
-        if key not in saved or (same_base(saved[key], value) if key == "model" else saved[key] == value):
+        if key not in saved or _is_same(key, saved[key], value):
             continue
         if key == "model":
             what = "was trained from another model than model_name_or_path"
+        elif key == ADAPTER:
+            now = "the adapter of lora_path or prefix_path as it is now" if value else "a new adapter"
+            what = f"began with {'another adapter' if saved[key] else 'a new adapter'}, not with {now}"
         elif key == "data":
             what = "was trained on other data (files, tokenizer, chat template or lengths have changed)"
         else:

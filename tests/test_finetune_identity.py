@@ -1,0 +1,95 @@
+"""A run and its continuation, or its repetition, are of the same data, adapter and weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tiny_runs import Tiny, tiny  # noqa: F401
+
+LORA = ["--do_train", "--lora", "--max_steps", 1]
+
+
+def no_weights() -> mock._patch:
+    return mock.patch("utils.training.start.build", side_effect=AssertionError("weights would load"))
+
+
+def forget(folder: Path, key: str) -> None:
+    """Makes what a run has left look as an earlier version, which did not know `key`, left it."""
+    for file in (folder / "finished.json", *folder.glob("checkpoint-*/progress.json")):
+        found = json.loads(file.read_text())
+        if isinstance(found["run"][key], list):
+            found["run"][key] = found["run"][key][:2]
+        else:
+            del found["run"][key]
+        if file.name == "finished.json":
+            file.write_text(json.dumps(found))
+            continue
+        from utils.checkpoints.files import renew_sizes, write_json
+
+        write_json(file, found)
+        renew_sizes(file.parent)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_the_adapter_that_a_run_began_with_is_part_of_it(method: str, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    kind = ["--lora"] if method == "lora" else ["--prefix_tuning", "--num_prefix_tokens", 4]
+    for name, rate in (("start", 1e-2), ("other", 2e-2)):
+        tiny.run(tmp_path / name, "--do_train", *kind, "--max_steps", 1, "--learning_rate", rate)
+    start, output = tmp_path / "start", tmp_path / "out"
+    options = ["--do_train", kind[0], f"--{method}_path", start, "--save_steps", 1, "--max_steps"]
+    tiny.run(output, *options, 1)
+    copy = shutil.copytree(start, tmp_path / "copy")
+    with no_weights():
+        assert "nothing is trained again" in tiny.run(output, *options, 1, f"--{method}_path", copy).err
+    shutil.copy(tmp_path / "other" / f"{method}_model_state.safetensors", start)
+    with no_weights():
+        for steps in (1, 2):  # finished, and to be continued
+            refused = tiny.run(output, *options, steps, expect=2)
+            assert "began with another adapter" in refused.err and refused.err.count("error:") == 1
+    forget(output, "start_adapter")
+    assert "continuing after step 1" in tiny.run(output, *options, 2).err
+
+
+def test_the_files_of_a_stream_are_part_of_its_run(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    data, output = shutil.copytree(tiny.data, tmp_path / "data"), tmp_path / "out"
+    options = ["--do_train", "--lora", "--lazy", "--save_steps", 1, "--dataset_name_or_path", data, "--max_steps"]
+    tiny.run(output, *options, 1)
+    with no_weights():
+        moved = tiny.run(output, *options, 1, "--dataset_name_or_path", tiny.data)  # the same files elsewhere
+        assert "nothing is trained again" in moved.err
+        rows = (data / "train.json").read_text()
+        edited = rows.replace("red", "tea")
+        for changed in (edited, rows + rows.splitlines()[0] + "\n"):  # of the same size, and longer
+            assert changed != rows
+            (data / "train.json").write_text(changed)
+            for steps in (1, 2):
+                assert "was trained on other data (files" in tiny.run(output, *options, steps, expect=2).err
+        (data / "train.json").rename(data / "train.jsonl")
+        (data / "train").mkdir()
+        (data / "train.jsonl").rename(data / "train" / "a.json")
+        (data / "train" / "a.json").write_text(rows)
+        assert "was trained on other data (files" in tiny.run(output, *options, 1, expect=2).err
+    (data / "train" / "a.json").rename(data / "train.json")
+    (data / "train").rmdir()
+    forget(output, "data")
+    assert "continuing after step 1" in tiny.run(output, *options, 2).err
+
+
+def test_the_sample_of_a_large_file(tmp_path: Path) -> None:
+    from utils.checkpoints.fingerprint import BLOCK, SAMPLED_BLOCKS, file_sample
+
+    file, size = tmp_path / "file", SAMPLED_BLOCKS * BLOCK * 4 + 3
+    file.write_bytes(bytes(size))
+    samples = {file_sample(file)}
+    for place in (0, size - 1, size // 63 * 20 + 10):
+        content = bytearray(size)
+        content[place] = 1
+        file.write_bytes(content)
+        samples.add(file_sample(file))
+    assert len(samples) == 4
+    file.write_bytes(b"")
+    assert len(file_sample(file)) == 64
