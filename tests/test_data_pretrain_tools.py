@@ -16,6 +16,7 @@ from tiny_models import write_tiny_llama
 
 from utils.data.pretrain_build import BuildOptions, build, sentences
 from utils.data.pretrain_files import open_tokens
+from utils.data.pretrain_text import TextOptions, trans_to_json
 from utils.errors import UserError
 from utils.families.tokenizers import load_tokenizer
 
@@ -250,3 +251,64 @@ def test_every_familys_tokenizer_builds(tmp_path: Path, name: str) -> None:
     file.check_ids(checkpoint.family.shape(checkpoint.config).vocabulary)
     wanted = [*tokenizer.encode("one two three"), tokenizer.eos_id, *tokenizer.encode("four five"), tokenizer.eos_id]
     assert file.tokens.tolist() == wanted and file.documents == 2
+
+
+# --- outputs among the inputs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linked", ["same", "input", "output", "hard"])
+def test_no_tool_writes_over_its_input(tmp_path: Path, model: Path, linked: str) -> None:
+    def asked(name: str) -> Path:
+        """The output's file and the input's are one; returns the input's name."""
+        output, other = tmp_path / name, tmp_path / f"other-{name}"
+        if linked == "same":
+            write_lines(output, DOCUMENTS)
+            return output
+        if linked == "hard":
+            other.hardlink_to(write_lines(output, DOCUMENTS))
+        elif linked == "input":
+            other.symlink_to(write_lines(output, DOCUMENTS))
+        else:
+            output.symlink_to(write_lines(other, DOCUMENTS))
+        return other
+
+    for name in ("text.jsonl", "foo.bin"):
+        given = asked(name)
+        before = given.read_bytes()
+        with pytest.raises(UserError, match=f"input_path {given}: would be written over by the output .*{name}"):
+            if name == "text.jsonl":
+                trans_to_json(str(given), str(tmp_path / "text"), TextOptions())
+            else:
+                build(str(given), str(tmp_path / "foo"), "tiny", model, {}, BuildOptions())
+        assert given.read_bytes() == before
+
+
+def test_a_link_in_the_folder_to_the_output_is_an_input(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    output = write_lines(tmp_path / "out.jsonl", DOCUMENTS)
+    before = output.read_bytes()
+    (tmp_path / "in" / "a.txt").symlink_to(output)
+    with pytest.raises(UserError, match="would be written over"):
+        trans_to_json(str(tmp_path / "in"), str(tmp_path / "out"), TextOptions())
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("no_merge", [False, True])
+@pytest.mark.parametrize("inside", [".", "made"])
+def test_text_beside_its_source_comes_out_the_same_again(tmp_path: Path, no_merge: bool, inside: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, "utf-8")
+    (tmp_path / "sub" / "b").mkdir(parents=True)
+    (tmp_path / "sub" / "b" / "c.txt").write_text(TEXT, "utf-8")
+    options = TextOptions(no_merge=no_merge)
+    wanted = trans_to_json(str(tmp_path), str(tmp_path / inside / "out"), options)
+    files = sorted(tmp_path.rglob("*"))
+    again = trans_to_json(str(tmp_path), f"{tmp_path}/sub/../{inside}/out", options)
+    assert [line.partition(": ")[2] for line in again] == [line.partition(": ")[2] for line in wanted]
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_token_files_beside_their_source_come_out_the_same_again(tmp_path: Path, model: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", DOCUMENTS)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    said = [build(str(tmp_path), str(tmp_path / "text"), "tiny", model, config, BuildOptions()) for _ in range(2)]
+    assert said[0] == said[1] and "3 documents" in said[0]

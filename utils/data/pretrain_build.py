@@ -175,22 +175,22 @@ def build(
         folder, config: of the checkpoint whose tokenizer is used, see `load_tokenizer`.
 
     Raises:
-        UserError: a line that cannot be used, with file and number, or no document at all.
+        UserError: a line that cannot be used, with file and number, no document at all, or an output that is an input.
     """
     from utils.families.tokenizers import load_tokenizer
 
-    files = input_files(input_path, (".jsonl", ".json"))
+    index, ids_path, record = (Path(f"{output_prefix}{ending}") for ending in (".idx", ".bin", META))
+    files = input_files(input_path, lambda _: (index, ids_path, record), (".jsonl", ".json"))
     tokenizer = load_tokenizer(folder, config)
     progress = Progress(sum(file.stat().st_size for file in files), options.log_interval)
     sizes, firsts = array("i"), array("q", [0])
     empty = 0
-    index = Path(f"{output_prefix}.idx")
     kind = id_type(tokenizer)
     # All three are on disk before one of them appears; the blocks end from the right, so that the index comes last.
     with (
         atomic_file(index) as index_file,
-        atomic_file(Path(f"{output_prefix}{META}")) as made_file,
-        atomic_file(Path(f"{output_prefix}.bin")) as ids_file,
+        atomic_file(record) as made_file,
+        atomic_file(ids_path) as ids_file,
     ):
         for one in in_order(encode_block, blocks(files), options.workers, _prepare, (folder, config, options)):
             ids_file.write(one.ids)

@@ -100,11 +100,18 @@ def trans_to_json(input_path: str, output_path: str, options: TextOptions) -> li
     to shuffle.
 
     Raises:
-        UserError: no text, or no document long enough.
+        UserError: no text, no document long enough, or an output that is an input.
     """
-    files = input_files(input_path)
-    progress = Progress(sum(file.stat().st_size for file in files), options.log_interval)
     target = Path(output_path)
+    root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
+
+    def output_of(file: Path) -> Path:
+        if options.no_merge:
+            return target / ("_".join(file.relative_to(root).parts) + ENDING)
+        return target.with_name(target.name + ENDING)
+
+    files = input_files(input_path, lambda file: [output_of(file)])
+    progress = Progress(sum(file.stat().st_size for file in files), options.log_interval)
     with staging_folder(target) as folder:
         work = partial(convert_file, folder=folder, options=options)
         found = []
@@ -120,12 +127,10 @@ def trans_to_json(input_path: str, output_path: str, options: TextOptions) -> li
             )
         said = []
         if options.no_merge:
-            root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
             for file, one in zip(files, found, strict=True):
-                own = target / ("_".join(file.relative_to(root).parts) + ENDING)
-                said.append(_write(own, [one], options))
+                said.append(_write(output_of(file), [one], options))
         else:
-            said.append(_write(target.with_name(target.name + ENDING), found, options))
+            said.append(_write(output_of(files[0]), found, options))
     return said
 
 

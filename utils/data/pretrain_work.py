@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 from utils import signals
-from utils.errors import UserError
+from utils.errors import UserError, raise_if
 
 Task = TypeVar("Task")
 Found = TypeVar("Found")
@@ -92,18 +93,31 @@ class Progress:
         )
 
 
-def input_files(path: str, endings: tuple[str, ...] = ()) -> list[Path]:
+def input_files(path: str, outputs: Callable[[Path], Iterable[Path]], endings: tuple[str, ...] = ()) -> list[Path]:
     """The file of this name, or all files below the folder, sorted; hidden ones are left out.
 
     Args:
+        outputs: what the tool will write for a file. In a folder these are its own of an earlier run: left out.
         endings: of a folder, take only files that end like this; all without any.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one of them would be written over.
     """
     root = Path(path)
-    if root.is_file():
-        return [root]
+    found = [root] if root.is_file() else _in_folder(root, outputs, endings)
+    if not found:
+        raise UserError(f"input_path {path}: holds no file{' that ends in ' + ' or '.join(endings) if endings else ''}")
+    written = {_identity(output): output for file in found for output in outputs(file) if output.exists()}
+    faults = [
+        f"input_path {file}: would be written over by the output {written[_identity(file)]}; name another output"
+        for file in found
+        if _identity(file) in written
+    ]
+    raise_if(faults)
+    return found
+
+
+def _in_folder(root: Path, outputs: Callable[[Path], Iterable[Path]], endings: tuple[str, ...]) -> list[Path]:
     found = sorted(
         file
         for file in root.rglob("*")
@@ -111,6 +125,12 @@ def input_files(path: str, endings: tuple[str, ...] = ()) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
         and (not endings or file.name.endswith(endings))
     )
-    if not found:
-        raise UserError(f"input_path {path}: holds no file{' that ends in ' + ' or '.join(endings) if endings else ''}")
-    return found
+    resolved = cache(Path.resolve)
+    own = {(resolved(output.parent), output.name) for file in found for output in outputs(file)}
+    return [file for file in found if (resolved(file.parent), file.name) not in own]
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """The same for all names and links of a file."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
