@@ -27,6 +27,11 @@ def test_items_come_in_order_and_few_are_made_before(count: int) -> None:
     assert list(ahead([], count)) == []
 
 
+def test_the_thread_leaves_sigterm_to_the_one_that_asks() -> None:
+    assert signal.SIGTERM in next(ahead(iter(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []), None), 1))
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 class Panic(BaseException):
     """What a library in Rust raises."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_tokenizers import write_bpe
+from tqdm import TMonitor, tqdm
 
 from utils.data import dataset as dataset_module
 from utils.data.collate import Collator
@@ -273,3 +275,15 @@ def test_built_in_dataset(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
         load_dataset(options("msra_ner"), *kit, "train")
     with pytest.raises(UserError, match="lazy reads files"):
         load_dataset(options("dureader_qg", lazy=True), *kit, "train")
+
+
+def test_the_thread_of_the_bar_leaves_sigterm_to_the_main_one(
+    folder: Path, kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is still there while Paddle loads and may replace the handler."""
+    masks: list[set[int]] = []
+    monkeypatch.setattr(tqdm, "monitor", None)
+    monkeypatch.setattr(TMonitor, "run", lambda self: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    supervised(options(folder, disable_tqdm=False), kit)
+    tqdm.monitor.join()
+    assert masks and all(signal.SIGTERM in mask for mask in masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import signal
 import subprocess
 import sys
@@ -46,6 +47,18 @@ with atomic_directory(home / "kept") as folder, atomic_file(home / "file") as fi
     done = run(code, root)
     assert done.returncode == 143, done.stderr
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["kept", "kept/old"]
+
+
+def test_no_thread_of_numpy_takes_a_signal_while_paddle_may_replace_its_handler(root: Path) -> None:
+    code = """
+import numpy  # starts a thread on each processor
+with signals.kept(signal.SIGTERM):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)  # the process, not this thread
+print("went on")
+"""
+    done = run(code, root, env={**os.environ, "OPENBLAS_NUM_THREADS": "4"})
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "note: ended by SIGTERM\n")
 
 
 def test_nohup_is_heeded(root: Path) -> None:

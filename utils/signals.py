@@ -15,8 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn, TextIO
 
 from utils import errors
@@ -40,6 +42,7 @@ def take() -> None:
             handle(number, end)
     sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
     os.register_at_fork(after_in_child=_in_child)
+    sys.meta_path.insert(0, _EarlyThreads())
 
 
 def handle(number: int, handler: Handler) -> Handler:
@@ -108,18 +111,37 @@ def _remove(path: Path) -> None:
 def kept(number: int) -> Iterator[None]:
     """A block in which a library may replace Python's handler, as Paddle does when it loads: a report of a crash.
 
-    Afterwards the handler is what it was; a signal that comes meanwhile waits until then.
+    Afterwards the handler is what it was; a signal that comes meanwhile waits until then: every other thread has to
+    leave it to this one, see `_EarlyThreads`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(number)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-    try:
-        yield
-    finally:
-        handle(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with kept_from_children(number):
+        try:
+            yield
+        finally:
+            handle(number, handler)
+
+
+class _EarlyThreads(MetaPathFinder):
+    """Finds NumPy, whose library starts threads when it loads: they never get the signals that wait in `kept`.
+
+    The system hands a signal to any thread that takes it, and nobody can change that of another thread later.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "numpy" or (spec := PathFinder.find_spec(fullname, path, target)) is None or not spec.loader:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_apart(module: ModuleType) -> None:
+            with kept_from_children(signal.SIGTERM):
+                execute(module)
+
+        spec.loader.exec_module = execute_apart  # type: ignore[method-assign]
+        return spec
 
 
 @contextmanager
@@ -135,7 +157,7 @@ def left_to_system() -> Iterator[None]:
 
 @contextmanager
 def kept_from_children(number: int) -> Iterator[None]:
-    """A block whose new processes never get a signal: Ctrl-C goes to all processes of a terminal."""
+    """A block whose new processes and threads never get a signal: Ctrl-C goes to all processes of a terminal."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [number])
     try:
         yield

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from utils import signals
 
 Item = TypeVar("Item")
 # Waits are this short, in seconds: Python runs the handler of a signal only between them.
@@ -37,7 +40,8 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
         except BaseException as error:
             put([], error)
 
-    threading.Thread(target=work, name="reading ahead", daemon=True).start()
+    with signals.kept_from_children(signal.SIGTERM):  # it may outlive this, until Paddle loads: see signals.kept
+        threading.Thread(target=work, name="reading ahead", daemon=True).start()
     try:
         while True:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from utils import signals
 from utils.checkpoints.files import atomic_directory, cache_root, is_complete, json_bytes
 from utils.data.encode import DataReport, Dropped, encode_row
 from utils.data.packing import best_fit, efficiency
@@ -169,14 +171,15 @@ def tokenize(
 
     report = DataReport()
     input_ids, labels, offsets, broken = array("i"), array("i"), array("q", [0]), 0
-    bar = tqdm(
-        source.rows(),
-        desc="tokenizing",
-        unit="row",
-        total=source.total(),
-        delay=BAR_DELAY,
-        disable=not progress,
-    )
+    with signals.kept_from_children(signal.SIGTERM):  # a bar starts a thread, which stays: see signals.kept
+        bar = tqdm(
+            source.rows(),
+            desc="tokenizing",
+            unit="row",
+            total=source.total(),
+            delay=BAR_DELAY,
+            disable=not progress,
+        )
     faults: dict[str, dict[Path, list[int]]] = {}  # what is wrong: the lines of each file
     for row in bar:
         try:
