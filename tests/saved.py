@@ -11,7 +11,7 @@ import numpy as np
 from utils.adapters.targets import matrix_shapes
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
-from utils.checkpoints.tensors import write_safetensors
+from utils.checkpoints.tensors import safetensors_header, write_safetensors
 from utils.parallel.peers import Alone
 from utils.partition.parts import Parts
 from utils.partition.tensor import Held
@@ -40,6 +40,14 @@ def save_lora(folder: Path, adapted: Any, base: Checkpoint) -> None:
 def save_prefix(folder: Path, prefix: Any, base: Checkpoint) -> None:
     """Writes a prefix's folder."""
     save_trained(folder, Prefix(base, held(base), prefix))
+
+
+def spoil(file: Path, name: str, value: float) -> None:
+    """Puts a value into one tensor of a safetensors file."""
+    found, metadata = safetensors_header(file)
+    values = {key: tensor.read().copy() for key, tensor in found.items()}
+    values[name].flat[-1] = value
+    write_safetensors(file, list(values.items()), metadata)
 
 
 def write_lora(

@@ -13,7 +13,7 @@ import pytest
 from family_cases import FIXTURES, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saved import save_lora, save_prefix, write_lora
+from saved import save_lora, save_prefix, spoil, write_lora
 from tiny_runs import Tiny, run_main, tensors, tiny  # noqa: F401
 
 from utils.adapters.lora import add_lora
@@ -24,6 +24,8 @@ from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.checkpoints.tensors import write_safetensors
 from utils.errors import UserError
+
+Q_PROJ = "llama.layers.0.self_attn.q_proj.lora_B"
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,9 @@ def test_methods_that_are_off_and_history_are_no_fault(adapter: Path, base: Chec
 
 
 def test_everything_that_reads_an_adapter_refuses_alike(tiny: Tiny, adapter: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Each script says the same two faults, and writes nothing."""
+    """Each script says the same three faults, and writes nothing."""
     change(adapter / "lora_config.json", pissa=True, r=0)
+    spoil(adapter / "lora_model_state.safetensors", Q_PROJ, np.nan)
     model = ["--model_name_or_path", str(tiny.model), "--lora_path", str(adapter)]
     data = ["--data_file", str(tiny.data / "dev.json"), "--output_file", str(tmp_path / "out.json"), "--device", "cpu"]
     runs = [
@@ -96,7 +99,8 @@ def test_everything_that_reads_an_adapter_refuses_alike(tiny: Tiny, adapter: Pat
     for script, words in runs:
         said = run_main(script, words, tiny.environment, tmp_path / "out", expect=2).err
         assert "pissa is set" in said and "r is 0; expected a whole number from 1" in said, script
-        assert said.count("error:") == 2 and "Traceback" not in said
+        assert f"lora_model_state.safetensors: holds NaN or infinity in {Q_PROJ}; its training" in said, script
+        assert said.count("error:") == 3 and "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -269,6 +273,14 @@ def test_an_adapter_of_a_tied_head_gets_advice(tmp_path: Path) -> None:
     assert "adapts lm_head" in fault and "shares with its embedding" in fault
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_of_a_peft_adapter_are_finite(peft: Path, value: float) -> None:
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    spoil(peft / "adapter_model.safetensors", name, value)
+    [fault] = faults(lambda: read_lora(peft, locate(FIXTURES / "llama_tiny")))
+    assert fault.startswith(f"{peft / 'adapter_model.safetensors'}: holds NaN or infinity in {name}; ")
+
+
 # --- prefixes ---------------------------------------------------------------------------------------
 
 
@@ -290,6 +302,10 @@ def test_prefix_files_are_read_by_type_too(base: Checkpoint, tmp_path: Path) -> 
             found = faults(lambda: read_prefix_settings(tmp_path, base))
             assert len(found) == 1 and found[0].startswith(f"{file}: {name}"), (value, found)
     file.write_text(original)
+    spoil(tmp_path / "prefix_model_state.safetensors", "3.bias", np.inf)
+    [fault] = faults(lambda: read_prefix_settings(tmp_path, base))
+    assert "prefix_model_state.safetensors: holds NaN or infinity in 3.bias; " in fault
+    spoil(tmp_path / "prefix_model_state.safetensors", "3.bias", 0.0)
     change(file, num_prefix_tokens=10**9)
     told = "\n".join(faults(lambda: read_prefix_settings(tmp_path, base)))
     assert f"0.weight has shape [6, {shape.kv_heads * shape.head_dim}], this model needs [1000000000, " in told

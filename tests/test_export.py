@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 from family_cases import FIXTURES, case, eager
 from full_disk import full_disk
+from saved import spoil
 from tiny_models import write_tiny_llama
 from tiny_runs import Tiny, make_tiny
 from tiny_runs import run_main as run_script_main
@@ -209,6 +210,15 @@ def test_an_export_that_computes_something_else_is_refused(tiny: Tiny, when: str
     assert code == 2
     assert {"before": "differs from the model", "after": "has changed since the export"}[when] in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "model")
+    name = "llama.layers.1.self_attn.o_proj.weight"
+    spoil(tmp_path / "model" / "model.safetensors", name, float("nan"))
+    said = refused(export_model(Tiny(tmp_path), tmp_path / "out", verify=verify_export))
+    assert f"{tmp_path / 'model'}: the weights hold NaN or infinity in {name}; nothing was exported" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_sound_export_passes_its_comparison(tiny: Tiny, tmp_path: Path) -> None:

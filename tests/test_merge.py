@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from full_disk import full_disk
+from saved import spoil
 from tiny_runs import run_main
 
 from utils.checkpoints import Checkpoint, fingerprint, locate
@@ -224,6 +225,25 @@ def test_a_full_disk_leaves_the_earlier_merge(tmp_path: Path, base: Checkpoint, 
         assert full.err == f"error: {target}: File too large\n"
         assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "merged"]
+
+
+def test_a_merge_that_is_not_finite_leaves_the_earlier_one(tmp_path: Path, base: Checkpoint) -> None:
+    """Weights too large for the type, and a base that holds NaN."""
+    adapter, target = make_adapter(tmp_path / "lora", base), tmp_path / "merged"
+    merge_lora(base, adapter, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    shutil.copytree(base.folder, tmp_path / "base")
+    config = json.loads((adapter / "lora_config.json").read_text())
+    (adapter / "lora_config.json").write_text(json.dumps({**config, "base_fingerprint": None}))
+    index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, dtype in ((np.nan, None), (-np.inf, "bfloat16"), (1e5, "float16")):
+        spoil(tmp_path / "base" / index["weight_map"][name], name, value)
+        if value == 1e5:  # fits the type of the base
+            merge_lora(locate(tmp_path / "base"), adapter, tmp_path / "wide")
+        with pytest.raises(UserError, match=r"merged llama.layers.1.mlp.up_proj.weight would hold NaN or infinity in "):
+            merge_lora(locate(tmp_path / "base"), adapter, target, dtype=dtype)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Checkpoint) -> None:

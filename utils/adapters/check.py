@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.fingerprint import fingerprint, same_base
 from utils.checkpoints.locate import Checkpoint
+from utils.checkpoints.match import some
+from utils.checkpoints.tensors import LazyTensor, is_finite
 from utils.errors import UserError
 from utils.settings import Table, read_json, shown, typed
 
@@ -76,6 +78,18 @@ def base_faults(folder: Path, config: Mapping[str, Any], base: Checkpoint) -> li
         f"{folder}: this adapter was trained on another base ({config.get('base_model_name_or_path')}), "
         f"not on {base.name}; give that model as model_name_or_path"
     ]
+
+
+def value_faults(path: Path, tensors: Iterable[tuple[str, LazyTensor]]) -> list[str]:
+    """Names the tensors that hold NaN or infinity; reads all of them, and adapters are small.
+
+    Args:
+        path: the file that they come from, for messages.
+        tensors: name in the file; the tensor.
+    """
+    bad = [name for name, tensor in tensors if not is_finite(tensor.read())]
+    advice = "its training went wrong; take an earlier checkpoint of it, or train it again with a lower learning rate"
+    return [f"{path}: holds NaN or infinity in {some(bad)}; {advice}"] if bad else []
 
 
 def misfits(path: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.adapters.check import LORA_CONFIG, adapter_weights, base_faults, read_config
+from utils.adapters.check import LORA_CONFIG, adapter_weights, base_faults, read_config, value_faults
 from utils.adapters.targets import matched, matrices, matrix_shapes
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import some
@@ -145,7 +145,7 @@ class LoraAdapter:
 
 
 def read_lora(folder: str | Path, base: Checkpoint) -> LoraAdapter:
-    """The adapter of a folder in our layout (which is PaddleNLP's) or in PEFT's; its values are not read.
+    """The adapter of a folder in our layout (which is PaddleNLP's) or in PEFT's; all its values are finite.
 
     Raises:
         UserError: no adapter, one of another base or of another method, or files that do not fit; every fault that
@@ -235,20 +235,22 @@ def _target_faults(
 def pair_up(
     path: Path, named: Iterable[tuple[str, tuple[str, str] | None, LazyTensor]]
 ) -> tuple[dict[str, Pair], list[str]]:
-    """Puts halves together, and says what is none or lacks the other one.
+    """Puts halves together, and says what is none, lacks the other one or holds values that are not finite.
 
     Args:
         path: the file that they come from, for messages.
         named: name in the file; layer and "A" or "B", or None if it is no half; the tensor.
     """
     halves: dict[str, dict[str, LazyTensor]] = {}
-    others, coded, faults = [], [], []
+    others, coded, numbers, faults = [], [], [], []
     for name, place, tensor in named:
         if place is None:
             others.append(name)
             continue
         halves.setdefault(place[0], {})[place[1]] = tensor
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype in FLOATS:
+            numbers.append((name, tensor))
+        else:
             coded.append(f"{name} ({tensor.dtype})")
     if others:
         faults.append(
@@ -257,6 +259,7 @@ def pair_up(
         )
     if coded:
         faults.append(f"{path}: holds tensors that are no floating-point numbers: {some(coded)}")
+    faults += value_faults(path, numbers)
     odd = [layer for layer, pair in halves.items() if len(pair) != 2]
     if odd or not halves:
         missing = some(odd) if odd else "every layer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.adapters.check import PREFIX_CONFIG, adapter_weights, base_faults, misfits, read_config
+from utils.adapters.check import PREFIX_CONFIG, adapter_weights, base_faults, misfits, read_config, value_faults
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
 from utils.errors import UserError, raise_if
@@ -63,7 +63,7 @@ class PrefixSettings:
 
 
 def read_prefix_settings(folder: Path, base: Checkpoint) -> PrefixSettings:
-    """What the prefix in a folder is; its values are not read.
+    """What the prefix in a folder is; all its values are finite.
 
     Raises:
         UserError: no prefix, one of another base, or files that do not fit; every fault that can be told is.
@@ -77,7 +77,7 @@ def read_prefix_settings(folder: Path, base: Checkpoint) -> PrefixSettings:
         tensors = open_tensors(weights)
     except UserError as error:
         raise UserError([*faults, *error.faults]) from error
-    faults += base_faults(folder, config, base)
+    faults += base_faults(folder, config, base) + value_faults(weights, tensors.items())
     raise_if(faults)
     settings = PrefixSettings(
         config["num_prefix_tokens"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, stored_shape
 from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
-from utils.checkpoints.tensors import LazyTensor, cast
+from utils.checkpoints.tensors import LazyTensor, cast, is_finite
 from utils.errors import UserError
 
 MERGE_RECORD = "merge_lora.json"  # what was merged; also marks a folder that another merge may replace
@@ -42,13 +43,13 @@ def merge_lora(
         The files of tensors.
 
     Raises:
-        UserError: an adapter of another base or one that does not fit, a damaged file, or a `target`
-            that holds anything but an earlier merge.
+        UserError: an adapter of another base or one that does not fit, a damaged file, values that are not
+            finite, or a `target` that holds anything but an earlier merge.
     """
     check_target(target, MERGE_RECORD, (base.folder, adapter))
     found = read_lora(adapter, base)
     merged = parameters(base, found, dtype)
-    tensors = [(weight, merged[weight.parameter]) for weight in base.family.weights(base.config)]
+    tensors = [(weight, _finite(merged[weight.parameter], base)) for weight in base.family.weights(base.config)]
     record = {"base": base.name, "adapter": str(adapter), **found.settings.to_json()}
     with atomic_directory(target) as staging:
         write_companions(base, adapter, staging)
@@ -76,6 +77,22 @@ def parameters(base: Checkpoint, adapter: LoraAdapter | None = None, dtype: str 
         name: _merged(name, tensor, transpose, changes.get(name), dtype or tensor.dtype)
         for name, (tensor, transpose) in match(base).items()
     }
+
+
+def _finite(tensor: LazyTensor, base: Checkpoint) -> LazyTensor:
+    """A tensor whose reading raises `UserError` where the result would hold NaN or infinity."""
+
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):  # is an error here
+            values = tensor.read()
+        if not is_finite(values):
+            raise UserError(
+                f"{base.name}: merged {tensor.name} would hold NaN or infinity in {tensor.dtype}; the weights of the "
+                "base hold such values, or are with the adapter too large for that type"
+            )
+        return values
+
+    return replace(tensor, read=read)
 
 
 def check_target(target: Path, record: str, inputs: Sequence[Path]) -> None:

@@ -78,6 +78,13 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(is_nan, upper | np.uint32(0x40), rounded).astype(np.uint16)
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; uint16 stands for bfloat16."""
+    if array.dtype == np.uint16:
+        return not ((array & np.uint16(0x7F80)) == np.uint16(0x7F80)).any()  # all bits of the exponent
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
 def mapped(path: Path, dtype: str, shape: Sequence[int], offset: int) -> np.ndarray:
     """A read-only view of a file's bytes; its memory is given back as soon as the view is dropped."""
     if math.prod(shape) == 0:

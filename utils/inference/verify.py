@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.checkpoints.match import some
+from utils.checkpoints.tensors import is_finite
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,9 +46,12 @@ def verify_export(folder: Path, engine: Engine, prepared: Prepared, device: str)
     """Loads an exported folder, in a new process if there is but one, and compares it with an engine of the same model.
 
     Raises:
-        UserError: the process failed, or its logits differ by more than `TOLERANCE`.
+        UserError: the model's own logits are not finite, the process failed, or its logits differ by more than
+            `TOLERANCE`.
     """
     wanted = trial(engine, engine.vocabulary)
+    if not np.isfinite(wanted["logits"]).all():
+        raise UserError(_not_finite(prepared))
     if prepared.peers.several:
         from utils.inference.loading import load, prepare
 
@@ -64,6 +69,18 @@ def verify_export(folder: Path, engine: Engine, prepared: Prepared, device: str)
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise UserError(f"{folder}: the exported model does not run (exit code {done.returncode}):\n{said}")
     _compare(folder, wanted, json.loads(done.stdout.splitlines()[-1]))
+
+
+def _not_finite(prepared: Prepared) -> str:
+    """Why the logits of a model that was to be exported are not finite, as far as its weights tell."""
+    checkpoint = prepared.checkpoint
+    bad = [name for name, tensor in checkpoint.tensors().items() if not is_finite(tensor.read())]
+    if bad:
+        return f"{checkpoint.folder}: the weights hold NaN or infinity in {some(bad)}; nothing was exported"
+    return (
+        f"{checkpoint.folder}: the model's logits are not finite in {prepared.dtype}, though its weights are; nothing "
+        "was exported; try --dtype float32"
+    )
 
 
 def _compare(folder: Path, wanted: dict[str, list[list[float]]], found: dict[str, list[list[float]]]) -> None:
