@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from utils.arguments import FinetuneArguments, MergeLoraArguments, PredictArguments, parse
 from utils.arguments.fields import options_of
+from utils.arguments.helptext import help_text
 from utils.errors import UserError
 
 
@@ -283,6 +284,17 @@ def test_help_names_every_option(cls: Any, capsys: Any) -> None:
         assert f"\n  --{option.name} " in text
         assert option.help and option.group
         assert all(needed in options_of(cls) for needed in option.needs)
+
+
+def test_help_and_guesses_offer_nothing_that_is_refused() -> None:
+    refused = {}
+    for option in options_of(FinetuneArguments).values():
+        assert not set(option.refused) & set(option.choices)
+        for value in option.refused:
+            refused[option.name, value] = faults(["--" + option.name, value])[0]
+    assert "use stage3, with more processes" in refused["sharding", "stage3 offload"]
+    assert "offload" not in help_text(FinetuneArguments, "x.py")
+    assert faults(["--sharding", "stage3_offload"])[0].count("offload") == 1  # the user's own
 
 
 @pytest.mark.parametrize("cls", [FinetuneArguments, PredictArguments, MergeLoraArguments])

@@ -60,7 +60,7 @@ CONTRADICTIONS = [
     ("--sequence_parallel", "sequence_parallel true (--sequence_parallel) needs tensor_parallel_degree above 1"),
     (
         "--sharding=stage2@offload",
-        '"stage2 offload" (--sharding): state on the CPU is not part of this version',
+        '--sharding: "stage2 offload": state on the CPU is not part of this version',
     ),
     ("--logging_dir /proc/log", "logging_dir /proc/log (--logging_dir) cannot be written"),
     ("--pipeline_parallel_degree 0", "pipeline_parallel_degree 0 (--pipeline_parallel_degree): expected -1"),

@@ -136,9 +136,6 @@ def parallel_degrees(run: Any) -> Iterator[str]:
         for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "sharding_parallel_degree")
         if name != "sharding_parallel_degree" or run.sharding
     }
-    if run.sharding.endswith(" offload"):
-        stage = run.sharding.removesuffix(" offload")
-        yield f"{run.where('sharding')}: state on the CPU is not part of this version; use {stage}, with more processes"
     for name in degrees:
         if getattr(run, name) == 0:
             yield f"{run.where(name)}: expected -1 (none) or at least 1"

@@ -23,6 +23,7 @@ class Option:
         help: one sentence for users.
         group: the heading in `--help`.
         choices: the accepted values, where only some are.
+        refused: values of other toolchains that are no choices here, and why.
         minimum, maximum: bounds that belong to the range.
         above, below: bounds that do not.
         unit: of a number, for `--help`.
@@ -37,6 +38,7 @@ class Option:
     help: str
     group: str
     choices: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
@@ -51,6 +53,7 @@ def arg(
     help: str,
     *,
     choices: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -63,6 +66,7 @@ def arg(
     facts = {
         "help": help,
         "choices": tuple(choices),
+        "refused": dict(refused or {}),
         "minimum": minimum,
         "maximum": maximum,
         "above": above,

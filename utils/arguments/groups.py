@@ -298,7 +298,11 @@ class ParallelArguments(Arguments):
     sharding: str = arg(
         "",
         "what data-parallel processes share: optimizer state, gradients, weights",
-        choices=("", "stage1", "stage2", "stage3", "stage2 offload", "stage3 offload"),
+        choices=("", "stage1", "stage2", "stage3"),
+        refused={
+            f"{stage} offload": f"state on the CPU is not part of this version; use {stage}, with more processes"
+            for stage in ("stage2", "stage3")
+        },
     )
     sharding_parallel_degree: int = arg(
         -1, "processes that share by sharding; -1 is all that are left", minimum=-1, needs=["sharding"]

@@ -122,6 +122,8 @@ def _finite(value: float) -> float:
 
 def _checked(option: Option, value: Any) -> Any:
     for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and item in option.refused:
+            raise Misfit(f'"{item}": {option.refused[item]}')
         if option.choices and isinstance(item, str) and item not in option.choices:
             near = {choice.lower(): choice for choice in option.choices}.get(item.lower()) or next(
                 iter(difflib.get_close_matches(item, option.choices, 1)), None
