@@ -187,3 +187,37 @@ def test_the_attention_factor_of_yarn_in_either_name(tmp_path: Path) -> None:
     ):
         (fault,) = faults(changed(tmp_path / "both", "llama_tiny", rope_scaling=scaling))
         assert "attn_factor belongs to rope_scaling of type 'yarn'" in fault
+
+
+def test_the_base_of_the_rotary_positions_counts_inside_rope_scaling(tmp_path: Path) -> None:
+    def base(folder: Path) -> float:
+        found = read(folder)
+        return found.family.paddle_config(found.config)["rope_theta"]
+
+    for number, scaling in enumerate(({"rope_type": "default"}, {"type": "linear", "factor": 2}, {})):
+        inside = {**scaling, "rope_theta": 500_000}
+        folder = changed(tmp_path / f"{number}", "llama_tiny", drop=("rope_theta",), rope_scaling=inside)
+        assert base(folder) == 500_000
+        folder = changed(tmp_path / f"{number}", "llama_tiny", rope_theta=500_000.0, rope_scaling=inside)
+        assert base(folder) == 500_000
+        (fault,) = faults(changed(tmp_path / f"{number}", "llama_tiny", rope_theta=10_000, rope_scaling=inside))
+        assert "rope_theta is 10000, but 500000 in rope_scaling" in fault
+
+
+def test_rotary_numbers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"rope_scaling": {"factor": 4}}, "rope_type is missing beside factor"),
+        ({"rope_parameters": {"factor": 4, "rope_theta": 1e4}}, "rope_type is missing beside factor"),
+        ({"rope_theta": 1, "rope_scaling": yarn}, "rope_theta is 1; expected a number above 1"),
+        ({"rope_theta": 0.5, "rope_scaling": yarn}, "rope_theta is 0.5; expected a number above 1"),
+        (
+            {"rope_scaling": {**llama3, "low_freq_factor": 4, "high_freq_factor": 4.0}},
+            "low_freq_factor 4 must be below",
+        ),
+        ({"rope_scaling": {**llama3, "low_freq_factor": 4, "high_freq_factor": 1}}, "must be below high_freq_factor 1"),
+    ]
+    for number, (values, said) in enumerate(cases):
+        (fault,) = faults(changed(tmp_path / str(number), "llama_tiny", **values))
+        assert said in fault

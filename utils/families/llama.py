@@ -106,6 +106,12 @@ class Llama(FamilySpec):
             known["rope_theta"] = rotary["rope_theta"]
         known["rope_scaling"] = known.get("rope_scaling") or rotary
         faults = []
+        inside = known["rope_scaling"].get("rope_theta")
+        if inside is not None and known.get("rope_theta") is None:
+            known["rope_theta"] = inside
+        elif inside is not None and inside != known["rope_theta"]:
+            outside = known["rope_theta"]
+            faults.append(f"config.json: rope_theta is {outside:g}, but {inside:g} in rope_scaling; remove one of them")
         if known.get("hidden_act", "silu") not in ("silu", "swish"):
             faults.append(f"config.json: hidden_act {known['hidden_act']!r} is not supported; {self.title} has silu")
         if known.get("alibi"):

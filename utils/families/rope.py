@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from utils.errors import UserError
 
 SUPPORTED = ("linear", "llama3", "yarn")
+OF_ANY_KIND = {"rope_theta", "partial_rotary_factor"}  # of an object that needs no rope_type
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,13 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise UserError(
             f"config.json: rotary positions differ between kinds of layers ({', '.join(apart)}); not supported"
         )
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind is None and set(scaling) - OF_ANY_KIND:
+        raise UserError(
+            f"config.json: rope_type is missing beside {', '.join(sorted(set(scaling) - OF_ANY_KIND))} of the rotary "
+            f"positions; add it (one of default, {', '.join(SUPPORTED)})"
+        )
+    if kind in (None, "default"):
         return None
     if kind not in SUPPORTED:
         raise UserError(
@@ -66,7 +72,20 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     missing = [name for name in needed.get(kind, ("factor",)) if not isinstance(scaling.get(name), int | float)]
     if missing:
         raise UserError(f"config.json: rope_scaling of type {kind!r} needs the numbers {', '.join(missing)}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(
+            f"config.json: low_freq_factor {scaling['low_freq_factor']:g} must be below high_freq_factor "
+            f"{scaling['high_freq_factor']:g} in rope_scaling of type 'llama3'"
+        )
+    if kind == "yarn" and _base(config) <= 1:
+        raise UserError(
+            f"config.json: rope_theta is {_base(config):g}; expected a number above 1 with rope_scaling of type 'yarn'"
+        )
     return {**{name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}, "rope_type": kind}
+
+
+def _base(config: Mapping[str, Any]) -> float:
+    return float(config.get("rope_theta") or 10000.0)
 
 
 def frequencies(config: Mapping[str, Any], head_dim: int) -> Frequencies:
@@ -75,7 +94,7 @@ def frequencies(config: Mapping[str, Any], head_dim: int) -> Frequencies:
     Raises:
         UserError: see `rope_scaling`.
     """
-    base = float(config.get("rope_theta") or 10000.0)
+    base = _base(config)
     plain = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     scaling = rope_scaling(config)
     if scaling is None:
