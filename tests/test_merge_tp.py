@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.match import match
-from utils.checkpoints.merge_tp import TRAINED_CONFIG, merge_tp
+from utils.checkpoints.merge_tp import MERGE_RECORD, TRAINED_CONFIG, merge_tp
 from utils.checkpoints.shards import join, part_length, split
 from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.data.template import ChatTemplate
@@ -322,6 +322,22 @@ def test_interrupted_merges_are_taken_up_again(shards: Path, monkeypatch: pytest
     merge_tp(shards)
     same(shards, parameters(case("llama_tiny").checkpoint))
     assert not list(shards.glob("model-*")) and not list(shards.glob(".*tmp*"))
+
+
+@pytest.mark.parametrize("name", [MERGE_RECORD, TRAINED_CONFIG])
+def test_what_stands_beside_the_shards_is_read_with_care(shards: Path, name: str) -> None:
+    faults: dict[str, str] = {
+        "[]": "expected a JSON object",
+        "[" * 100_000: "not valid JSON: .*nested too deeply",
+        "{": "not valid JSON",
+        '{"files": 5, "tensor_parallel_degree": "a"}': "(files|tensor_parallel_degree) is .*; expected a",
+        '{"files": [[]], "tensor_parallel_degree": [2]}': "(files|tensor_parallel_degree) is .*; expected a",
+    }
+    for text, said in faults.items():
+        (shards / name).write_text(text)
+        refuse(shards, f"{name}: {said}")
+    (shards / name).write_text('{"files": [], "tensor_parallel_degree": "2"}')
+    merge_tp(shards)
 
 
 def test_a_full_disk_leaves_the_earlier_merge_beside_the_shards(shards: Path) -> None:

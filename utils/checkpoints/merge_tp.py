@@ -6,7 +6,6 @@ Each process of such a run stores its share of every layer in a file of its own,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,6 +26,8 @@ from utils.checkpoints.shards import axis_of, join, runs
 from utils.checkpoints.tensors import LazyTensor, cast, open_tensors
 from utils.errors import UserError, notice, raise_if
 from utils.families import Weight
+from utils.families.config import COMMON
+from utils.settings import FLAG, TEXTS, Table, read_json, typed
 
 MERGE_RECORD = "merge_tp.json"  # what was merged; also marks what another merge may replace
 TRAINED_CONFIG = "config.tensor_parallel.json"  # the config.json of the shards, after a merge beside them
@@ -379,12 +380,18 @@ def _typed(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
 
 def _read_trained(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the run, which an earlier merge may have put aside."""
-    try:
-        return dict(json.loads((folder / TRAINED_CONFIG).read_text(encoding="utf-8")))
-    except OSError:
-        return config
-    except ValueError as error:
-        raise UserError(f"{folder / TRAINED_CONFIG}: not valid JSON: {error}") from error
+    return _read_beside(folder / TRAINED_CONFIG, COMMON) if (folder / TRAINED_CONFIG).exists() else config
+
+
+def _read_beside(file: Path, table: Table) -> dict[str, Any]:
+    """What a merge wrote beside the shards.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    known, faults = typed(table, read_json(file), str(file))
+    raise_if(faults)
+    return known
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -397,14 +404,13 @@ def _earlier(folder: Path) -> list[str]:
     """What an earlier merge left beside the shards.
 
     Raises:
-        UserError: there are weights that are not of an earlier merge.
+        UserError: there are weights that are not of an earlier merge, or its record cannot be read.
     """
-    try:
-        record = json.loads((folder / MERGE_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    file = folder / MERGE_RECORD
+    record = _read_beside(file, {"files": TEXTS, "unfinished": FLAG}) if file.exists() else {}
     present = _weight_files(folder)
-    known = set(record.get("files", []))
+    files = record.get("files", [])
+    known = {files} if isinstance(files, str) else set(files)
     if record.get("unfinished"):  # interrupted: nothing stood there when it began
         known |= {name for name in present if _WRITTEN.fullmatch(name)}
     foreign = [name for name in present if name not in known]
