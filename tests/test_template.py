@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -225,6 +226,25 @@ def test_a_faulty_template_is_a_user_error(text: str, said: str, tokenizers: dic
     with pytest.raises(UserError, match=said) as caught:
         JinjaTemplate(text, "mine.jinja").encode_conversation(tokenizers["bpe"], talk("one", "two"))
     assert "mine.jinja" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("system", 5, '"system" must be a string or null'),
+        ("system", ["x"], '"system" must be a string or null'),
+        ("system", "a\ud800", '"system" holds half of a surrogate pair'),
+        ("conversation", ["{{user}}\udc00", "{{bot}}"], '"conversation" holds half of a surrogate pair'),
+        ("query", "\ud800{{query}}", '"query" holds half of a surrogate pair'),
+        ("note", {"by": "\ud800"}, '"note" holds half of a surrogate pair'),
+    ],
+)
+def test_a_text_of_paddlenlp_that_is_none_names_its_key(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    file = tmp_path / "chat_template.json"
+    file.write_text(json.dumps({**PADDLENLP, key: value}))
+    with pytest.raises(UserError) as caught:
+        ChatTemplate.load(tmp_path, default=None)
+    assert caught.value.faults == (f"{file}: {said}",)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"conversation": ["one"]}', "{}", "{"])

@@ -377,6 +377,11 @@ class PaddleNLPTemplate(ChatTemplate):
             raise UserError(f'{origin}: "conversation" must be a list of two or more strings')
         if parts is None and not isinstance(query, str):
             raise UserError(f'{origin}: expected "conversation" (a list of strings) or "query" (a string)')
+        if not isinstance(system, str | None):
+            raise UserError(f'{origin}: "system" must be a string or null')
+        for key, value in content.items():
+            if half_of_pair(key + json.dumps(value, ensure_ascii=False)) is not None:
+                raise UserError(f"{origin}: {json.dumps(key)} holds half of a surrogate pair")
         written: list[str] = parts if parts else [str(query), "{{bot}}"]
         from utils.data.jinja import compile_jinja
 
