@@ -236,3 +236,34 @@ def test_a_folder_that_does_not_fit_is_a_user_error(change: str, said: str, tmp_
     with pytest.raises(UserError, match=said) as caught:
         load_tokenizer(tmp_path, config)
     assert str(tmp_path) in str(caught.value)
+
+
+def with_unused_ids(folder: Path, kind: str, token_id: int) -> dict[str, Any]:
+    config = write_bpe(folder)
+    file = folder / "tokenizer.json"
+    model = json.loads(file.read_text("utf-8"))
+    model["model"]["vocab"]["zzz"] = token_id
+    file.write_text(json.dumps(model), "utf-8")
+    if kind == "gpt2":
+        vocabulary, merges = model["model"]["vocab"], model["model"]["merges"]
+        (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+        (folder / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in merges), "utf-8")
+        file.unlink()
+    return {**config, "model_type": kind, "vocab_size": 400}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_unused_ids_are_no_news(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(tmp_path, with_unused_ids(tmp_path, kind, 390))
+    text = "a river<|im_end|>"
+    assert tokenizer.encode(text)[-1] == tokenizer.eos_id != tokenizer.encode_text(text)[-1]
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+    assert (tokenizer.vocabulary, tokenizer.token(390), tokenizer.token(389)) == (391, "zzz", None)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("kind", "file"), [("llama", "tokenizer.json"), ("gpt2", "vocab.json")])
+def test_an_id_beyond_all_bounds_is_named(kind: str, file: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path, with_unused_ids(tmp_path, kind, 20_000))
+    assert str(caught.value).startswith(f"{tmp_path / file}: the token 'zzz' has the id 20000, but there are ")

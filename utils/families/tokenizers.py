@@ -182,10 +182,13 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         super().__init__(files)
-        text = self._description(settings)
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        self._text = self._description(settings)
+        self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
+        ids = self._tokenizer.get_vocab(with_added_tokens=False)
+        self._check_ids(ids, settings)
+        self._registered: list[dict[str, Any]] = []
         self._add(settings)
-        description = json.loads(self._tokenizer.to_str())
+        description = self._described()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -204,8 +207,7 @@ class JsonTokenizer(Tokenizer):
             self._continuation.no_padding()
         self.vocabulary = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
-        ordinary = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
-        settings.apply(self, ordinary=ordinary)
+        settings.apply(self, ordinary=1 + max(ids.values(), default=-1))
         encoded = self._tokenizer.encode("a", add_special_tokens=True).ids
         follows = self.bos_id is not None and encoded[:1] == [self.bos_id]
         self.adds_bos = settings.flag("add_bos_token", default=follows) and self.bos_id is not None
@@ -226,6 +228,29 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
         return text
 
+    def _described(self, *, continuation: bool = False) -> dict[str, Any]:
+        """What the tokenizer was made of, with the tokens of the settings. (The library's own description would tell
+        standard output of every unused id.)"""
+        description: dict[str, Any] = json.loads(self._text)
+        description["added_tokens"] = [*(description.get("added_tokens") or ()), *self._registered]
+        if continuation:
+            _drop_leading_blank(description)
+        return description
+
+    def _check_ids(self, ids: Mapping[str, int], settings: Settings) -> None:
+        """Some ids may be unused, but not most of them: there is room for each one in lists and in what a model gives.
+
+        Raises:
+            UserError: an id far beyond the number of tokens and the model's vocabulary.
+        """
+        token = max(ids, key=ids.__getitem__, default="")
+        limit = 16 * max(len(ids), int(settings.config.get("vocab_size") or 0), 256)
+        if ids and ids[token] >= limit:
+            raise UserError(
+                f"{self.files[0]}: the token {token!r} has the id {ids[token]}, but there are {len(ids)} tokens; "
+                "ids count from 0 without large gaps: use the file that was published with this model"
+            )
+
     def _add(self, settings: Settings) -> None:
         """Registers tokens that only the settings name (older folders keep them beside tokenizer.json)."""
         import tokenizers
@@ -235,7 +260,9 @@ class JsonTokenizer(Tokenizer):
             token_id, special = settings.added[content]
             if content in known or token_id != self._tokenizer.get_vocab_size(with_added_tokens=True):
                 continue  # registering it would give it another id
-            self._tokenizer.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
+            token = tokenizers.AddedToken(content, special=special, normalized=False)
+            self._tokenizer.add_tokens([token])
+            self._registered.append({"id": token_id, **added_token(content, special=special)})
 
     def encode(self, text: str, *, continuation: bool = False, plain: Collection[int] = ()) -> list[int]:
         tokenizer = self._continuation if continuation else self._tokenizer
@@ -263,8 +290,7 @@ class JsonTokenizer(Tokenizer):
     def _twin(self, continuation: bool) -> PlainTwin:
         key = (continuation, len(self._renamed))
         if key not in self._twins:
-            original = self._continuation if continuation else self._tokenizer
-            self._twins[key] = PlainTwin(original.to_str(), self._renamed, self._mark)
+            self._twins[key] = PlainTwin(self._described(continuation=continuation), self._renamed, self._mark)
         return self._twins[key]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -305,6 +331,12 @@ def _drop_leading_blank(description: dict[str, Any]) -> bool:
     for part in ("normalizer", "pre_tokenizer"):
         description[part] = visit(description.get(part))
     return changed
+
+
+def added_token(content: str, *, special: bool) -> dict[str, Any]:
+    """An added token as tokenizer.json describes it, but for its id."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content, **flags, "special": special}
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.families.tokenizer_settings import Settings
-from utils.families.tokenizers import SETTINGS_FILES, TOKENIZER_JSON, VOCABULARY_FILES, JsonTokenizer
+from utils.families.tokenizers import SETTINGS_FILES, TOKENIZER_JSON, VOCABULARY_FILES, JsonTokenizer, added_token
 from utils.settings import read_json, read_text
 
 END = "<|endoftext|>"  # what ends a text where no file says anything else
@@ -19,7 +20,7 @@ class BpeTokenizer(JsonTokenizer):
     """vocab.json (token -> id) and merges.txt (one pair per line, in order), run by the `tokenizers` library."""
 
     def _description(self, settings: Settings) -> str:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         folder = settings.folder
         vocabulary = _read_vocabulary(folder / VOCABULARY_FILES[0])
@@ -30,16 +31,20 @@ class BpeTokenizer(JsonTokenizer):
                 f"{folder}: {VOCABULARY_FILES[1]} joins {unknown[0]!r}, which {VOCABULARY_FILES[0]} does not have; "
                 "the two files do not belong together"
             )
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        tokenizer = Tokenizer(models.BPE())
         blank = settings.flag("add_prefix_space", default=False)
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
         tokenizer.decoder = decoders.ByteLevel()
         if END in vocabulary:
             for role in ("bos", "eos"):
                 settings.default_token(role, END)
-        special = [token for token in map(settings.token, _ROLES) if token in vocabulary]
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-        return tokenizer.to_str()
+        description = json.loads(tokenizer.to_str())
+        description["model"] |= {"vocab": vocabulary, "merges": merges}
+        special = dict.fromkeys(token for token in map(settings.token, _ROLES) if token in vocabulary)
+        description["added_tokens"] = [
+            {"id": vocabulary[token], **added_token(token, special=True)} for token in special if token
+        ]
+        return json.dumps(description)
 
 
 def _read_vocabulary(file: Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ def rewrites(normalizer: dict[str, Any] | None) -> bool:
     """Whether the normalizer of a tokenizer.json makes letters and signs out of others."""
     if normalizer is None:
         return False
-    return normalizer["type"] in REWRITING or any(map(rewrites, normalizer.get("normalizers", [])))
+    return normalizer.get("type") in REWRITING or any(map(rewrites, normalizer.get("normalizers", [])))
 
 
 class PlainTwin:
@@ -23,16 +23,16 @@ class PlainTwin:
     part of it.
     """
 
-    def __init__(self, description: str, added: Mapping[str, int], mark: str) -> None:
+    def __init__(self, description: dict[str, Any], added: Mapping[str, int], mark: str) -> None:
         """
         Args:
-            description: a valid tokenizer.json.
+            description: a valid tokenizer.json; it is changed.
             added: the tokens and their ids.
             mark: no text may hold it.
         """
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(description), added, mark)))
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_renamed(description, added, mark)))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A token that is no piece of the model's vocabulary gets its id by the order of the added ones.
