@@ -93,3 +93,25 @@ def test_the_sample_of_a_large_file(tmp_path: Path) -> None:
     assert len(samples) == 4
     file.write_bytes(b"")
     assert len(file_sample(file)) == 64
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "another toolchain's", "merged"])
+def test_what_is_only_named_like_a_checkpoint_is_never_removed(kind: str, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    from utils.checkpoints.files import atomic_directory
+
+    output, mine = tmp_path / "out", tmp_path / "out" / "checkpoint-9"
+    output.mkdir()
+    if kind == "file":
+        mine.write_text("mine")
+    elif kind == "merged":
+        with atomic_directory(mine) as folder:
+            (folder / "config.json").write_text("{}")
+    else:
+        mine.mkdir()
+        (mine / ("notes.txt" if kind == "folder" else "trainer_state.json")).write_text("{}")
+    for options in ([], ["--overwrite_output_dir"], ["--save_total_limit", 1, "--save_steps", 1]):
+        with no_weights():
+            refused = tiny.run(output, *LORA, *options, expect=2)
+        assert "holds checkpoint-9" in refused.err and "give another folder" in refused.err
+        assert refused.err.count("error:") == 1 and mine.exists()
+    assert not [path for path in output.iterdir() if path.name != mine.name]

@@ -18,7 +18,7 @@ from utils.checkpoints.tensors import open_tensors
 from utils.errors import UserError, notice, raise_if
 from utils.parallel.topology import Layout
 from utils.training import record, resume
-from utils.training.record import ALL_RESULTS, ARGUMENTS, FINISHED, RECORD, RESULTS
+from utils.training.record import ALL_RESULTS, ARGUMENTS, FINISHED, PROGRESS, RECORD, RESULTS
 
 GLOBAL_BATCH = "global batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
 ADAPTER = "start_adapter"  # of lora_path or prefix_path
@@ -175,7 +175,7 @@ def check_output(args: Any) -> None:
     output = Path(args.output_dir).resolve()
     faults = []
     if output.is_dir():
-        if (output / resume.PROGRESS).is_file():
+        if (output / PROGRESS).is_file():
             faults.append(f"output_dir {args.output_dir} is a checkpoint of a training; give another folder")
         elif found := record.foreign(output, filter(resume.is_checkpoint, sorted(output.iterdir()))):
             shown = ", ".join(found[: record.SHOWN]) + (", ..." if len(found) > record.SHOWN else "")
@@ -320,7 +320,8 @@ def clear_output(args: Any) -> None:
     remove_leftovers(output)
     old = {FINISHED, ALL_RESULTS, *RESULTS.values()}
     for path in output.iterdir():
-        if args.overwrite_output_dir and (resume.is_checkpoint(path) or path.name in old):
+        earlier = resume.is_checkpoint(path) and record.is_ours(path)
+        if args.overwrite_output_dir and (earlier or path.name in old):
             remove(path)
     (output / FINISHED).unlink(missing_ok=True)
     if (output / RECORD).is_file():

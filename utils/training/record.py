@@ -23,6 +23,7 @@ FINISHED = "finished.json"  # in output_dir, once its training has ended and its
 RECORD = "result.json"  # the files of weights that the last training has left, and of what evaluations were made
 ALL_RESULTS = "all_results.json"
 RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "predict_results.json"}
+PROGRESS = "progress.json"  # of a checkpoint: what a run goes on from, beside weights and optimizer
 LOCK = ".lock"
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pdiparams", ".gguf", ".pt", ".pth")
 SHOWN = 3
@@ -78,17 +79,27 @@ def known_weights(output: Path) -> dict[str, int]:
 
 
 def foreign(output: Path, checkpoints: Iterable[Path]) -> list[str]:
-    """The weights in an output folder that no training has left there.
+    """The weights and checkpoints in an output folder that no training has left there.
 
     Args:
-        checkpoints: folders in it that are named like one.
+        checkpoints: what is named like one in it; of these also what holds no weights.
     """
     known = known_weights(output)
     found = [name for name in weights(output) if name not in known]
-    for folder in checkpoints:
-        if folder.is_dir() and weights(folder) and not any((folder / name).is_file() for name in (COMPLETE, ARGUMENTS)):
-            found.append(f"{folder.name}/")
+    found += [f"{path.name}/" if path.is_dir() else path.name for path in checkpoints if not is_ours(path)]
     return found
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether a training of ours has written what is named like a checkpoint, damaged or not, or nothing is in it."""
+    if not checkpoint.is_dir():
+        return False
+    try:
+        written = read_object(checkpoint / COMPLETE, "").get("files")
+    except (OSError, UserError):
+        written = None
+    known = isinstance(written, dict) and PROGRESS in written
+    return known or (checkpoint / PROGRESS).is_file() or not any(checkpoint.iterdir())
 
 
 def lost(output: Path) -> list[str]:

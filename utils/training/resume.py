@@ -15,14 +15,13 @@ from utils.checkpoints.files import is_complete, remove, write_json
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
-from utils.training.record import read_object
+from utils.training.record import PROGRESS, read_object
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
     from utils.partition.tensor import Held
 
 OPTIMIZER = "optimizer"
-PROGRESS = "progress.json"
 STATE = "trainer_state.json"
 MASTER = "master"  # slot of the float32 copy of a parameter in half precision
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
