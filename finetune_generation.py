@@ -59,11 +59,9 @@ def main() -> None:
         name for name, wanted in (("train", args.do_train), ("dev", args.do_eval), ("test", args.do_predict)) if wanted
     ]
     check_dataset(args.dataset_name_or_path, splits, lazy=args.lazy)
-    start = lock = None
-    if args.do_train:
-        check_output(args)
-        lock = claim(args, layout)
-        start = checkpoint_to_resume(args)
+    check_output(args)
+    lock = claim(args, layout)
+    start = checkpoint_to_resume(args) if args.do_train else None
 
     # ----- other processes of the run ------------------------------------------------------------------
     peers = connect(layout, device)

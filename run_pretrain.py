@@ -44,11 +44,9 @@ def main() -> None:
     layout = Layout.of(args)
     layout.check_device(args)
     check_reporters(args.report_to if "report_to" in args.provided else [])
-    start = lock = None
-    if args.do_train:
-        check_output(args)
-        lock = claim(args, layout)
-        start = checkpoint_to_resume(args)
+    check_output(args)
+    lock = claim(args, layout)
+    start = checkpoint_to_resume(args) if args.do_train else None
 
     # ----- other processes of the run ------------------------------------------------------------------
     peers = connect(layout, device)

@@ -86,7 +86,8 @@ def test_two_runs_never_share_an_output_folder(tiny: Tiny, tmp_path: Path) -> No
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with no_weights():
         refused = tiny.run(tmp_path / "out", *LORA, expect=2)
-    assert f"process {holder.pid} on " in refused.err and "is training there right now" in refused.err
+        assert "right now" in tiny.run(tmp_path / "out", "--do_eval", expect=2).err
+    assert f"process {holder.pid} on " in refused.err and "is at work there right now" in refused.err
     tiny.run(tmp_path / "out", *LORA, "--dry_run")
     holder.kill()
     holder.communicate()
@@ -156,8 +157,8 @@ def test_evaluations_are_repeated_when_what_they_are_made_of_changes(tiny: Tiny,
     write_rows(data / "test.json", 3, seed=5)
     tiny.run(output, *options, "--eval_with_do_generation")
     assert (output / "predict_results.json").stat().st_mtime_ns > before
-    # another model evaluated into the same folder is no evaluation of this training
-    tiny.run(output, "--do_eval", "--dataset_name_or_path", data, "--do_predict")
+    # of the same result, but not known to be by the same settings
+    tiny.run(output, "--do_eval", "--dataset_name_or_path", data, "--do_predict", "--lora", "--lora_path", output)
     assert "made anew" in tiny.run(output, *options, "--eval_with_do_generation").err
 
 

@@ -178,7 +178,8 @@ def test_training_needs_no_dev_rows_and_evaluating_no_train_rows(tiny: Tiny, tmp
     trained = tiny.run(tmp_path / "a", "--do_train", "--lora", "--dataset_name_or_path", only_train)
     assert not (trained.output / "eval_results.json").exists()
     evaluated = tiny.run(tmp_path / "b", "--do_eval", "--dataset_name_or_path", only_dev)
-    assert sorted(path.name for path in evaluated.output.iterdir()) == ["all_results.json", "eval_results.json"]
+    names = [".lock", "all_results.json", "eval_results.json"]
+    assert sorted(path.name for path in evaluated.output.iterdir()) == names
 
 
 def test_a_failed_run_leaves_the_result_of_the_one_before(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811

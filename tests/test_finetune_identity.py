@@ -115,3 +115,25 @@ def test_what_is_only_named_like_a_checkpoint_is_never_removed(kind: str, tiny: 
         assert "holds checkpoint-9" in refused.err and "give another folder" in refused.err
         assert refused.err.count("error:") == 1 and mine.exists()
     assert not [path for path in output.iterdir() if path.name != mine.name]
+
+
+def test_evaluations_of_other_models_stay_out_of_the_folder_of_a_training(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    output = tmp_path / "out"
+    tiny.run(output, *LORA, "--do_eval", "--save_steps", 1)
+    cut = tmp_path / "cut"
+    shutil.copytree(output / "checkpoint-1", cut / "checkpoint-1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    wrong = ([], ["--lora", "--lora_path", output / "checkpoint-1"])
+    with no_weights():
+        for folder in (output, cut):  # finished, and interrupted
+            for model in wrong:
+                for task in ("--do_eval", "--do_predict"):
+                    refused = tiny.run(folder, task, *model, expect=2)
+                    assert "holds a training" in refused.err and "give another output_dir" in refused.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+    own = tiny.run(output, "--do_eval", "--lora", "--lora_path", output)
+    wanted = json.loads(before[output / "eval_results.json"])["eval_loss"]
+    assert own.json("eval_results.json")["eval_loss"] == pytest.approx(wanted, abs=1e-6)
+    base = tmp_path / "base"
+    for _ in range(2):  # evaluations alone may be repeated
+        assert tiny.run(base, "--do_eval").json("eval_results.json")["eval_loss"] > 0

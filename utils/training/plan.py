@@ -167,12 +167,15 @@ def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, A
 
 
 def check_output(args: Any) -> None:
-    """Refuses an output folder whose use would destroy what the run starts from, or a model of another origin.
+    """Refuses an output folder whose use would destroy what the run starts from, or what is of another origin.
 
     Raises:
-        UserError: names each argument that lies there, or the weights.
+        UserError: names each argument that lies there, the weights, or the model that is evaluated into it.
     """
     output = Path(args.output_dir).resolve()
+    if not args.do_train:
+        _check_evaluated(args, output)
+        return
     faults = []
     if output.is_dir():
         if (output / PROGRESS).is_file():
@@ -191,6 +194,22 @@ def check_output(args: Any) -> None:
         if folder == output or (args.overwrite_output_dir and output in folder.parents):
             faults.append(f"output_dir {args.output_dir}: training would overwrite {name} {value}; give another folder")
     raise_if(faults)
+
+
+def _check_evaluated(args: Any, output: Path) -> None:
+    """Refuses to put an evaluation in the place of those of a training, unless it is of the result of that training."""
+    if not (args.do_eval or args.do_predict) or not output.is_dir():
+        return
+    adapters = ("lora_path", "prefix_path")
+    name = next((name for name in adapters if getattr(args, name, None)), "model_name_or_path")
+    value = getattr(args, name)
+    ours = (path for path in output.iterdir() if resume.is_checkpoint(path) and record.is_ours(path))
+    trained = (output / FINISHED).is_file() or record.known_weights(output) or any(ours)
+    if trained and Path(value).expanduser().resolve() != output:
+        raise UserError(
+            f"output_dir {args.output_dir} holds a training and is for evaluations of its result alone, which {name} "
+            f"{value} is not; give another output_dir"
+        )
 
 
 def checkpoint_to_resume(args: Any) -> Path | None:

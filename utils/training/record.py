@@ -144,16 +144,17 @@ def note_evaluation(output: Path, split: str, made_of: Mapping[str, Any] | None)
 
 
 def claim(args: Any, layout: Layout, *, new: bool = False) -> BinaryIO | None:
-    """Locks the output folder of a training until the returned file is closed or the process ends, however it does.
+    """Locks the output folder of a run until the returned file is closed or the process ends, however it does.
 
     Args:
         new: make the folder if it is not there; else nothing is locked then.
 
     Raises:
-        UserError: another run is training there; names it.
+        UserError: another run is at work there; names it.
     """
     output = Path(args.output_dir)
-    if not args.do_train or args.dry_run or layout.rank > 0 or not (new or output.is_dir()):
+    writes = args.do_train or args.do_eval or args.do_predict
+    if not writes or args.dry_run or layout.rank > 0 or not (new or output.is_dir()):
         return None
     output.mkdir(parents=True, exist_ok=True)
     own = f"process {os.getpid()} on {socket.gethostname()}"
@@ -167,7 +168,7 @@ def claim(args: Any, layout: Layout, *, new: bool = False) -> BinaryIO | None:
             return file
         file.close()
         raise UserError(
-            f"output_dir {output}: {holder} is training there right now; wait for it, or give another output_dir"
+            f"output_dir {output}: {holder} is at work there right now; wait for it, or give another output_dir"
         ) from None
     except OSError:  # a file system without locks
         return file
