@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from utils.arguments import checks, pretrain_checks
+from utils.arguments import checks, notices, pretrain_checks
 from utils.arguments.groups import (
     AdapterArguments,
     DataArguments,
@@ -74,7 +74,7 @@ class FinetuneArguments(
         if self.eval_max_new_tokens is None:
             self.eval_max_new_tokens = max(1, min(self.max_length - self.src_length, EVAL_MAX_NEW_TOKENS))
         _settle_training(self, "bleu4" if self.eval_with_do_generation else "loss")
-        return []
+        return list(notices.training(self))
 
 
 def _settle_training(run: Any, best: str) -> None:
@@ -116,7 +116,7 @@ class PretrainArguments(ParallelArguments, ReportArguments, TrainingArguments, P
     def settle(self) -> list[str]:
         """Derives eval_steps, the best model's metric and do_eval."""
         _settle_training(self, "loss")
-        return []
+        return list(notices.training(self))
 
     @property
     def sources(self) -> list[tuple[float | None, str]]:
