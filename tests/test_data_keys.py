@@ -150,6 +150,23 @@ def test_tools_calls_and_reasoning_reach_a_template_that_writes_them(tokenizer: 
     assert example.input_ids[: len(prompt)].tolist() == prompt and not cut
 
 
+@pytest.mark.parametrize("content", ["", None, " \n"])
+def test_an_answer_may_only_call_functions_where_the_template_writes_calls(
+    tokenizer: Tokenizer, content: str | None
+) -> None:
+    answer = {"role": "assistant", "content": content, "tool_calls": CALLS}
+    raw = {"messages": [OPENAI["messages"][0], answer, {"role": "user", "content": "three"}, OPENAI["messages"][1]]}
+    _, learned, report = encoded(tokenizer, raw, JinjaTemplate(KNOWING, "test"))
+    call = '<|endoftext|>weather{"place": "Ulm <|im_end|>"}<|endoftext|>'
+    assert learned == f"{content or ''}{call}<|im_end|>two<|im_end|>" and not report.counts
+    for template in (JinjaTemplate(CHATML, "test"), PlainTemplate()):
+        with pytest.raises(UserError, match="line 7: an answer is blank but for tool_calls, which the chat template"):
+            encoded(tokenizer, raw, template)
+    for calls in ([], None):
+        with pytest.raises(RowFault, match=r'blank|content" must be a string'):
+            parse_row({"messages": [OPENAI["messages"][0], {**answer, "tool_calls": calls}]})
+
+
 def test_what_a_template_does_not_write_is_counted(tokenizer: Tokenizer) -> None:
     answer = {"role": "assistant", "content": "two", "tool_calls": CALLS, "reasoning_content": "hm"}
     raw = {"messages": [OPENAI["messages"][0], answer], "tools": TOOLS}

@@ -112,12 +112,22 @@ class DataReport:
 
 
 def note_ignored(row: Row, tokenizer: Tokenizer, template: ChatTemplate, report: DataReport) -> None:
-    """Counts what a row says and neither its reader nor the template uses."""
+    """Counts what a row says and neither its reader nor the template uses.
+
+    Raises:
+        UserError: nothing is left of an answer.
+    """
     for what in row.ignored:
         report.note(what, row.place)
     said = {"tools"} if row.tools else set[str]()
     said |= {key for message in row.messages for key in ("tool_calls", "reasoning_content") if key in message}
-    for key in sorted(said - template.known_keys(tokenizer)) if said else ():
+    unused = said - template.known_keys(tokenizer) if said else set[str]()
+    if "tool_calls" in unused and any("tool_calls" in one and not one["content"].strip() for one in row.messages):
+        raise UserError(
+            "an answer is blank but for tool_calls, which the chat template does not write; "
+            "give a template that does with --chat_template"
+        )
+    for key in sorted(unused):
         report.note(f'"{key}" ignored: the chat template does not write it', row.place)
 
 
@@ -233,7 +243,7 @@ def encode_row(
     report = DataReport() if report is None else report
     with naming(row.place):
         rounds, _ = template.rounds(tokenizer, row.messages, row.tools)
-    note_ignored(row, tokenizer, template, report)
+        note_ignored(row, tokenizer, template, report)
     answers = [place for place, message in enumerate(row.messages) if message["role"] == "assistant"]
     if len(rounds) < len(answers):
         report.note("only the last answer learned, the chat template rewrites earlier ones", row.place)

@@ -171,6 +171,8 @@ def _from_turns(raw: dict[str, Any], key: str, who: str, what: str) -> list[Mess
         if isinstance(content, list):  # OpenAI's list of parts
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             content = "".join(text(part, f"{name}.{what}[{i}].text") for i, part in enumerate(parts))
+        if content is None and ROLES[role] == "assistant" and turn.get("tool_calls"):
+            content = ""  # OpenAI's answers that only call functions
         message: Message = {"role": ROLES[role], "content": text(content, f"{name}.{what}")}
         if message["role"] == "assistant":
             _add_to_answer(message, turn, name)
@@ -211,7 +213,7 @@ def _from_alpaca(raw: dict[str, Any]) -> list[Message]:
 
 
 def _check_turns(messages: Sequence[Message], require_answer: bool) -> None:
-    """System first, then user and assistant in turn, none of them blank."""
+    """System first, then user and assistant in turn, none of them blank; an answer may only call functions."""
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
         turns.pop(0)
@@ -223,7 +225,7 @@ def _check_turns(messages: Sequence[Message], require_answer: bool) -> None:
                 "(an optional system message, then user and assistant in turn)"
             )
         needed = require_answer or expected == "user" or number + 1 < len(turns)
-        if needed and not message["content"].strip():
+        if needed and not message["content"].strip() and "tool_calls" not in message:
             what = 'the answer ("tgt")' if expected == "assistant" else 'the question ("src")'
             raise RowFault(f"{what} of round {number // 2 + 1} is blank")
     if not turns:
