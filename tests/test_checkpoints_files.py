@@ -191,6 +191,17 @@ def test_what_is_read_only_is_refused(tmp_path: Path) -> None:
                 atomic_write(path, "new")
         assert reason(refused.value) == f"{path}: is read-only; chmod u+w allows to replace it"
     assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt", "model"]
+    (tmp_path / "model").chmod(0o755)
+    (tmp_path / "model" / "kept").write_text("old")
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "a.txt")  # which stays, whatever becomes of its name here
+    (tmp_path / "model" / "kept").chmod(0o444)
+    with pytest.raises(PermissionError, match="is read-only") as refused, atomic_directory(tmp_path / "model"):
+        pass
+    assert refused.value.filename == str(tmp_path / "model" / "kept")
+    (tmp_path / "model" / "kept").chmod(0o644)
+    with atomic_directory(tmp_path / "model"):
+        pass
+    assert (tmp_path / "a.txt").read_text() == "old" and not (tmp_path / "model" / "kept").exists()
     with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "a.txt"):
         pass
 

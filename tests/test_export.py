@@ -183,6 +183,17 @@ def test_a_full_disk_leaves_the_earlier_export(tiny: Tiny, folder: Path, size: i
     assert list(folder.parent.glob(".*")) == []
 
 
+def test_a_read_only_file_keeps_the_earlier_export(tiny: Tiny, folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    weights = folder / exporting.WEIGHTS
+    weights.chmod(0o444)
+    with mock.patch("export_model.prepare", side_effect=AssertionError("a model would load")):
+        code, _, err = export_model(tiny, folder)
+    weights.chmod(0o644)
+    assert (code, err) == (2, f"error: {weights}: is read-only; chmod u+w allows to replace it\n")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_export_that_computes_something_else_is_refused(tiny: Tiny, when: str, tmp_path: Path) -> None:
     """Weights that changed on their way to the disk, before and after their digest was taken."""

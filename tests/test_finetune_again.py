@@ -64,6 +64,26 @@ def test_results_of_a_training_may_be_replaced(tiny: Tiny, tmp_path: Path) -> No
     assert "model.safetensors" in tiny.run(tmp_path, *lora, expect=2).err
 
 
+def test_results_that_are_read_only_stay(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Whatever of them a training would replace or remove; nothing is trained for it, and evaluating is allowed."""
+    again = [*LORA, "--overwrite_output_dir"]
+    tiny.run(tmp_path, *LORA, "--save_steps", 2)
+    before = contents(tmp_path)
+    names = ["lora_model_state.safetensors", "train_results.json", "checkpoint-2/optimizer.safetensors"]
+    for name in names:
+        (tmp_path / name).chmod(0o444)
+    with no_weights():
+        refused = tiny.run(tmp_path, *again, expect=2)
+    assert sorted(refused.err.splitlines()[-3:]) == sorted(
+        f"error: {tmp_path / name}: is read-only; chmod u+w allows to replace it" for name in names
+    )
+    assert contents(tmp_path) == before
+    tiny.run(tmp_path, *LORA)
+    for name in names:
+        (tmp_path / name).chmod(0o644)
+    tiny.run(tmp_path, *again)
+
+
 # --- one run at a time -------------------------------------------------------------------------------
 
 HOLD = """

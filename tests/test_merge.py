@@ -246,6 +246,25 @@ def test_a_merge_that_is_not_finite_leaves_the_earlier_one(tmp_path: Path, base:
         assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
+def test_a_read_only_file_keeps_the_earlier_merge(tmp_path: Path, base: Checkpoint) -> None:
+    """Said before the adapter is read; `chmod u+w` is enough."""
+    adapter, target = make_adapter(tmp_path / "lora", base), tmp_path / "merged"
+    words = ["--model_name_or_path", str(base.folder), "--lora_path", str(adapter), "--merge_model_path", str(target)]
+    words += ["--device", "cpu"]
+    run_main("merge_lora_params", words, {}, target, 0)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    weights = target / "model.safetensors"
+    weights.chmod(0o444)
+    trained = (adapter / ADAPTER_WEIGHTS).read_bytes()
+    (adapter / ADAPTER_WEIGHTS).write_bytes(b"damaged")
+    refused = run_main("merge_lora_params", words, {}, target, 2)
+    assert refused.err == f"error: {weights}: is read-only; chmod u+w allows to replace it\n"
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    (adapter / ADAPTER_WEIGHTS).write_bytes(trained)
+    weights.chmod(0o644)
+    run_main("merge_lora_params", words, {}, target, 0)
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, base: Checkpoint) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     config = json.loads((adapter / "lora_config.json").read_text())

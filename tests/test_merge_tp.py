@@ -348,6 +348,16 @@ def test_a_full_disk_leaves_the_earlier_merge_beside_the_shards(shards: Path) ->
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_read_only_file_keeps_the_earlier_merge_beside_the_shards(shards: Path, name: str) -> None:
+    merge_tp(shards)
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    (shards / name).chmod(0o444)
+    with pytest.raises(UserError, match=f"{name}: is read-only; chmod u\\+w allows to replace it"):
+        merge_tp(shards, dtype="float16")
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
 def test_pipeline_stages_are_put_together(tmp_path: Path, shards: Path) -> None:
     checkpoint = case("llama_tiny").checkpoint
     for rank, tensors in enumerate(cut(checkpoint, 2)):

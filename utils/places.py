@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 PARTIAL = ".partial"  # ending of the file in which answers are kept until all of them are there
@@ -31,6 +32,15 @@ def is_read_only(path: Path | str) -> bool:
     except OSError:
         return False
     return not stat.S_IMODE(mode) & 0o222
+
+
+def read_only_in(paths: Iterable[Path]) -> list[Path]:
+    """What `is_read_only` among `paths` and in those that are folders; a link in them is no more than a name."""
+    found = []
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        found += [one for one in (path, *inside) if not one.is_symlink() and is_read_only(one)]
+    return found
 
 
 def descriptor(path: Path | str) -> str | None:

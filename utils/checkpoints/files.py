@@ -16,15 +16,17 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.places import READ_ONLY, descriptor, is_read_only, is_stream
+from utils.errors import raise_if
+from utils.places import READ_ONLY, descriptor, is_read_only, is_stream, read_only_in
 from utils.signals import unfinished
 
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written
+_SHOWN = 3
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of a file that lies on no disk
@@ -42,6 +44,15 @@ def _check_target(path: Path, target: Path) -> None:
     """Raises `OSError` for `path`, which names `target`, if that is closed to everybody."""
     if is_read_only(target):
         raise PermissionError(errno.EACCES, READ_ONLY, str(path))
+
+
+def check_replaceable(paths: Iterable[Path]) -> None:
+    """For files and folders that a run is going to replace or remove: asked before it has done any work.
+
+    Raises:
+        UserError: something there is read-only; names the first ones.
+    """
+    raise_if([f"{path}: {READ_ONLY}" for path in read_only_in(paths)[:_SHOWN]])
 
 
 @contextmanager
@@ -261,13 +272,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     it was. Links are followed.
 
     Raises:
-        OSError: it cannot be written, or is read-only; names `target`.
+        OSError: it cannot be written, names `target`; or something in it is read-only, names that.
     """
     named = Path(os.path.abspath(target))
     target = Path(os.path.realpath(named))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(named))
-    _check_target(named, target)
+    for path in read_only_in([target])[:1]:
+        raise PermissionError(errno.EACCES, READ_ONLY, str(named / path.relative_to(target)))
     with _named(named, target), _staging(target) as (staging, complete):
         yield staging
         sizes = {}

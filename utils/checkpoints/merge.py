@@ -11,7 +11,7 @@ import numpy as np
 from utils.adapters.lora_files import LoraAdapter, Pair, read_lora
 from utils.adapters.targets import matrices
 from utils.checkpoints.companions import write_companions
-from utils.checkpoints.files import atomic_directory, holds_nothing_else, write_json
+from utils.checkpoints.files import atomic_directory, check_replaceable, holds_nothing_else, write_json
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, stored_shape
 from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
@@ -103,7 +103,7 @@ def check_target(target: Path, record: str, inputs: Sequence[Path]) -> None:
         inputs: folders that are read.
 
     Raises:
-        UserError: something else is there.
+        UserError: something else is there, or a file of the merge is read-only.
     """
     place = target.resolve()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -111,6 +111,7 @@ def check_target(target: Path, record: str, inputs: Sequence[Path]) -> None:
     holds_input = any(place in (path.resolve(), *path.resolve().parents) for path in inputs)
     if holds_input or not (target / record).is_file() or not holds_nothing_else(target):
         raise UserError(f"{target}: is there already and holds more than an earlier merge; name a new folder")
+    check_replaceable([target])
 
 
 def _change(pair: Pair, scale: float, is_linear: bool) -> Callable[[], np.ndarray]:

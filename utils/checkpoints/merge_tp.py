@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from utils.checkpoints.companions import GENERATION_CONFIG, has_tokenizer, write_companions
-from utils.checkpoints.files import COMPLETE, atomic_directory, atomic_write, renew_sizes, staging_folder, write_json
+from utils.checkpoints.files import (
+    COMPLETE,
+    atomic_directory,
+    atomic_write,
+    check_replaceable,
+    renew_sizes,
+    staging_folder,
+    write_json,
+)
 from utils.checkpoints.heads import head_names
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.match import match, some
@@ -95,6 +103,8 @@ def merge_tp(
         check_target(target, MERGE_RECORD, (folder,))
     shards = open_shards(folder)
     earlier = _earlier(folder) if beside else []
+    if beside:
+        check_replaceable(folder / name for name in ("config.json", MERGE_RECORD, COMPLETE, *earlier))
     checkpoint = shards.checkpoint
     tensors = [(weight, _typed(tensor, dtype)) for weight, tensor in shards.tensors]
     record = {"shards": [file.name for file in shards.files], "tensor_parallel_degree": shards.degree}

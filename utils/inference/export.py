@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.checkpoints.companions import GENERATION_CONFIG
-from utils.checkpoints.files import COMPLETE, atomic_directory, holds_nothing_else, write_json
+from utils.checkpoints.files import COMPLETE, atomic_directory, check_replaceable, holds_nothing_else, write_json
 from utils.checkpoints.locate import Checkpoint, read_config
 from utils.checkpoints.tensors import open_tensors, write_safetensors
 from utils.errors import UserError, raise_if
@@ -311,12 +311,13 @@ def _check_room(path: Path) -> None:
 
 
 def check_target(output: Path) -> None:
-    """Raises `UserError` unless `output` is free, or an earlier export that may be replaced."""
+    """Raises `UserError` unless `output` is free, or an earlier export that may be replaced and is not read-only."""
     _check_name(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_export(output) or not holds_nothing_else(output):
         raise UserError(f"{output}: is there already and holds more than an earlier export; name a new folder")
+    check_replaceable([output])
 
 
 def _check_name(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from utils.adapters.check import PREFIX_CONFIG, adapter_weights
 from utils.adapters.lora_files import read_lora
 from utils.arguments.fields import show
-from utils.checkpoints.files import remove, remove_leftovers, write_json
+from utils.checkpoints.files import check_replaceable, remove, remove_leftovers, write_json
 from utils.checkpoints.fingerprint import fingerprint, same_base, tensors_digest
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
@@ -259,7 +259,8 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
         dev: the evaluation data, if there is any.
 
     Raises:
-        UserError: data or settings differ from those of the checkpoint or of the finished run.
+        UserError: data or settings differ from those of the checkpoint or of the finished run, or a training would
+            replace what is read-only.
     """
     output = Path(args.output_dir)
     marker = output / FINISHED
@@ -287,6 +288,8 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
                     differs=differs,
                 )
             notice(f"{output} holds a finished training, but {', '.join(gone[: record.SHOWN])} is not there any more")
+    old = filter(resume.is_checkpoint, sorted(output.glob("*"))) if args.overwrite_output_dir else ()
+    check_replaceable([*record.replaced(output), *old])
     evaluation = None if dev is None else describe_evaluation(args, dev)
     if start is None:
         return Plan(steps, run, evaluation=evaluation)

@@ -26,6 +26,7 @@ RESULTS = {"train": "train_results.json", "dev": "eval_results.json", "test": "p
 PROGRESS = "progress.json"  # of a checkpoint: what a run goes on from, beside weights and optimizer
 LOCK = ".lock"
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pdiparams", ".gguf", ".pt", ".pth")
+_BESIDE = (".json", ".jinja", ".model", ".txt")  # settings, results, template, tokenizer
 SHOWN = 3
 
 
@@ -100,6 +101,12 @@ def is_ours(checkpoint: Path) -> bool:
         written = None
     known = isinstance(written, dict) and PROGRESS in written
     return known or (checkpoint / PROGRESS).is_file() or not any(checkpoint.iterdir())
+
+
+def replaced(output: Path) -> list[Path]:
+    """The files right in an output folder that a training there may replace or remove: weights, and what lies beside
+    them in any result."""
+    return [path for path in sorted(output.glob("*")) if path.suffix in (*WEIGHTS, *_BESIDE) and path.is_file()]
 
 
 def lost(output: Path) -> list[str]:
