@@ -293,6 +293,15 @@ def test_a_link_in_the_folder_to_the_output_is_an_input(tmp_path: Path) -> None:
     assert output.read_bytes() == before
 
 
+def test_two_files_never_become_one_without_merging(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for file in ("a/b.txt", "a_b.txt"):
+        (tmp_path / file).write_text(TEXT, "utf-8")
+    with pytest.raises(UserError, match=r"a/b\.txt and .*a_b\.txt would both become .*a_b\.txt\.jsonl"):
+        trans_to_json(str(tmp_path), str(tmp_path / "out"), TextOptions(no_merge=True))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("no_merge", [False, True])
 @pytest.mark.parametrize("inside", [".", "made"])
 def test_text_beside_its_source_comes_out_the_same_again(tmp_path: Path, no_merge: bool, inside: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.checkpoints.files import atomic_file, staging_folder
 from utils.data.pretrain_work import Progress, in_order, input_files
-from utils.errors import UserError
+from utils.errors import UserError, raise_if
 
 ENDING = ".jsonl"
 
@@ -100,7 +100,7 @@ def trans_to_json(input_path: str, output_path: str, options: TextOptions) -> li
     to shuffle.
 
     Raises:
-        UserError: no text, no document long enough, or an output that is an input.
+        UserError: no text, no document long enough, or an output that is an input or twice the same.
     """
     target = Path(output_path)
     root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
@@ -111,6 +111,15 @@ def trans_to_json(input_path: str, output_path: str, options: TextOptions) -> li
         return target.with_name(target.name + ENDING)
 
     files = input_files(input_path, lambda file: [output_of(file)])
+    first = {output_of(file): file for file in reversed(files)}
+    raise_if(
+        [
+            f"input_path {input_path}: {first[output_of(file)]} and {file} would both become {output_of(file)}; "
+            "rename one of them"
+            for file in files
+            if options.no_merge and first[output_of(file)] != file
+        ]
+    )
     progress = Progress(sum(file.stat().st_size for file in files), options.log_interval)
     with staging_folder(target) as folder:
         work = partial(convert_file, folder=folder, options=options)
