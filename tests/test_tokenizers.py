@@ -267,3 +267,43 @@ def test_an_id_beyond_all_bounds_is_named(kind: str, file: str, tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path, with_unused_ids(tmp_path, kind, 20_000))
     assert str(caught.value).startswith(f"{tmp_path / file}: the token 'zzz' has the id 20000, but there are ")
+
+
+def with_added(folder: Path, *tokens: dict[str, Any]) -> Tokenizer:
+    config = write_bpe(folder)
+    file = folder / "tokenizer.json"
+    model = json.loads(file.read_text("utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    model["added_tokens"] += [{"id": 320 + number, **flags, **token} for number, token in enumerate(tokens)]
+    file.write_text(json.dumps(model), "utf-8")
+    return load_tokenizer(folder, {**config, "vocab_size": 400})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a sword and ", 0),
+        ("a word and ", 1),
+        ("word", 1),
+        ("word_", 0),
+        ("swordword word", 1),
+        ("wordé", 0),
+    ],
+)
+def test_tokens_that_are_whole_words(text: str, expected: int, tmp_path: Path) -> None:
+    """Beside a token that is mere text they are what the library makes of them."""
+    tokenizer = with_added(tmp_path, {"content": "word", "single_word": True, "special": True})
+    ids = tokenizer.encode(f"{text}<|im_end|>", plain={len(text)})
+    assert ids[: -len(tokenizer.encode_text("<|im_end|>"))] == tokenizer.encode(text)
+    assert tokenizer.decode(ids, skip_special=False) == f"{text}<|im_end|>"
+    assert ids.count(320) == expected == len(tokenizer.special_spans(text))
+
+
+def test_tokens_of_normalised_text_are_sought_behind_the_others(tmp_path: Path) -> None:
+    late = {"content": "<|a|", "normalized": True, "special": True}
+    tokenizer = with_added(tmp_path, late, {"content": "|>"})
+    text = "<|a| <|a|> <|im_end|>"
+    ids = tokenizer.encode(text, plain={11})
+    assert tokenizer.special_spans(text) == [(0, 4), (11, 21)]
+    assert ids[:1] == [320] and ids.count(320) == 1
+    assert tokenizer.decode(ids, skip_special=False) == text

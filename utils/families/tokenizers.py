@@ -26,10 +26,16 @@ from utils.settings import read_bytes, read_text
 
 TOKENIZER_JSON = "tokenizer.json"
 TAG = re.compile(r"<.+>|\[.+\]")
+WORD = re.compile(r"\w")
 THOUGHTS = frozenset({"<think>", "</think>"})
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    """A pattern of the tokens, the longest that fits."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
 class Tokenizer(ABC):
@@ -85,12 +91,12 @@ class Tokenizer(ABC):
 
     def special_spans(self, text: str, also: Collection[str] = ()) -> list[tuple[int, int]]:
         """Beginning and end of every special token written in `text`, and of `also`, but for `text_tokens`."""
-        found = self._split.finditer(text) if self._split else ()
+        found = self._matches(text)
         return [match.span() for match in found if match[0] in self.written_special or match[0] in also]
 
     def tags_in(self, text: str) -> frozenset[str]:
         """The tokens in angle or square brackets that `encode` recognises in a text, special or not."""
-        found = (match[0] for match in self._split.finditer(text)) if self._split else ()
+        found = (match[0] for match in self._matches(text))
         return frozenset(token for token in found if TAG.fullmatch(token)) - self.text_tokens
 
     @cached_property
@@ -107,13 +113,16 @@ class Tokenizer(ABC):
         """Sets what `encode` recognises in a text; by `pattern` if not all of the tokens everywhere, longest first."""
         self._written = {token: token_id for token, token_id in tokens.items() if token}
         if self._written:
-            longest_first = sorted(self._written, key=len, reverse=True)
-            self._split = re.compile(pattern or "|".join(map(re.escape, longest_first)))
+            self._split = re.compile(pattern or _any_of(self._written))
+
+    def _matches(self, text: str) -> Iterable[re.Match[str]]:
+        """Where tokens are recognised in a text, in order."""
+        return self._split.finditer(text) if self._split else ()
 
     def _cut(self, text: str, plain: Collection[int]) -> list[str]:
         """Text and recognised tokens in turn, text first and last; what begins at a place in `plain` is text."""
         parts, done = [], 0
-        for match in self._split.finditer(text) if self._split else ():
+        for match in self._matches(text):
             if match.start() not in plain:
                 parts += [text[done : match.start()], match[0]]
                 done = match.end()
@@ -121,8 +130,7 @@ class Tokenizer(ABC):
 
     def _broken(self, text: str) -> list[str]:
         """The parts of a text, cut behind the first character of each token written in it."""
-        found = self._split.finditer(text) if self._split else ()
-        places = [0, *(match.start() + 1 for match in found), len(text)]
+        places = [0, *(match.start() + 1 for match in self._matches(text)), len(text)]
         return [text[first:last] for first, last in pairwise(places)]
 
     def _known(self, ids: list[int]) -> list[int]:
@@ -193,6 +201,9 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self._recognise({token.content: token_id for token_id, token in added.items()})
+        self._words = frozenset(token.content for token in added.values() if token.single_word)
+        late = {token.content for token in added.values() if token.content and token.normalized}
+        self._rounds = [re.compile(_any_of(kind)) for kind in (self._written.keys() - late, late) if kind]
         # Text of another look can become a special token where these are looked for behind the normalisation.
         normalized = any(token.normalized for token in added.values())
         self._in_disguise = normalized and rewrites(description.get("normalizer"))
@@ -227,6 +238,21 @@ class JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{source}: not a readable tokenizer.json ({error})") from None
         return text
+
+    def _matches(self, text: str) -> Iterable[re.Match[str]]:
+        """As the library: those of the text as it is, then those of what is normalised, between the others."""
+        found: list[re.Match[str]] = []
+        for pattern in self._rounds:
+            edges = [0, *(edge for match in found for edge in match.span()), len(text)]
+            between = [pattern.finditer(text, first, last) for first, last in zip(edges[::2], edges[1::2], strict=True)]
+            new = (match for matches in between for match in matches if self._stands_alone(match))
+            found = sorted([*found, *new], key=re.Match.start)
+        return found
+
+    def _stands_alone(self, match: re.Match[str]) -> bool:
+        """Whether no letter or digit is beside a token that is recognised as a whole word only."""
+        beside = match.string[max(0, match.start() - 1) : match.start()], match.string[match.end() : match.end() + 1]
+        return match[0] not in self._words or not any(map(WORD.match, beside))
 
     def _described(self, *, continuation: bool = False) -> dict[str, Any]:
         """What the tokenizer was made of, with the tokens of the settings. (The library's own description would tell

@@ -51,7 +51,8 @@ def _renamed(description: dict[str, Any], added: Collection[str], mark: str) -> 
         return mark + token if token in added else token
 
     for entry in description["added_tokens"]:
-        entry["content"] = name(entry["content"])
+        if entry["content"] in added:
+            entry |= {"content": name(entry["content"]), "single_word": False}  # who sets the mark sees to that
     model = description["model"]
     pieces = model["vocab"]
     if isinstance(pieces, dict):
