@@ -218,7 +218,7 @@ def test_files_that_change_or_go_while_they_are_read_are_an_error(tmp_path: Path
         items = iter(stream([file], kit))
         next(items)
         change()
-        with pytest.raises(UserError, match=f"train.json: {said}.*continues from the last checkpoint"):
+        with pytest.raises(UserError, match=f"train.json: {said}.*give the same command again"):
             list(islice(items, 5000))
 
 

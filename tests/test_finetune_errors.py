@@ -226,13 +226,14 @@ def test_rows_of_a_stream_that_nobody_can_read_cost_only_themselves(tiny: Tiny, 
 
 
 def test_a_stream_whose_file_goes_ends_the_run(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
-    """At its second epoch; the command continues once the file is back."""
+    """The steps until then are saved; the command continues there once the file is back."""
     file = write_rows(tmp_path / "data" / "train.json", 50)
     kept, output = file.read_bytes(), tmp_path / "out"
-    options = ["--do_train", "--lora", "--lazy", "--save_steps", 2, "--dataset_name_or_path", tmp_path / "data"]
+    options = ["--do_train", "--lora", "--lazy", "--dataset_name_or_path", tmp_path / "data"]
 
     def remove() -> None:
-        while not (output / "checkpoint-2").is_dir() and not ended.is_set():
+        curve = output / "loss_curve.csv"  # a line of names, then one for each step
+        while not (curve.is_file() and len(curve.read_text().splitlines()) > 2) and not ended.is_set():
             time.sleep(0.01)
         file.unlink()
 
@@ -246,6 +247,7 @@ def test_a_stream_whose_file_goes_ends_the_run(tiny: Tiny, tmp_path: Path) -> No
         remover.join()
     assert "train.json: cannot be read any more (No such file or directory)" in run.err
     step = int(run.checkpoints()[-1].rsplit("-", 1)[1])
+    assert f"give the same command again; {output / f'checkpoint-{step}'} is the last good checkpoint" in run.err
     file.write_bytes(kept)
     assert f"continuing after step {step}" in tiny.run(output, *options, "--max_steps", step + 2).err
 

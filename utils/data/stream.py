@@ -57,6 +57,10 @@ class Position:
     items: int = 0
 
 
+class FileLost(UserError):
+    """A file of a stream has changed or gone while it was read."""
+
+
 class StreamDataset:
     """The rows of JSON Lines files as an endless stream of examples or packs.
 
@@ -268,7 +272,7 @@ class StreamDataset:
         """(place behind it, number of the file, content) of every line from `start` that is not blank.
 
         Raises:
-            UserError: a file has changed or gone since the run began.
+            FileLost: a file has changed or gone since the run began.
         """
         rows, offset, line = start.rows, start.offset, start.line
         for number in range(start.file, len(self._source.files)):
@@ -289,18 +293,17 @@ class StreamDataset:
                         yield Position(start.epoch, number, offset, line, rows), number, content
                 self._check_unchanged(number)
             except OSError as error:
-                raise UserError(
-                    f"{file}: cannot be read any more ({error.strerror}); put it back, and the same command continues "
-                    "from the last checkpoint"
+                raise FileLost(
+                    f"{file}: cannot be read any more ({error.strerror}); put it back, and give the same command again"
                 ) from None
             offset, line = 0, 0
 
     def _check_unchanged(self, number: int) -> None:
         file, size = self._source.files[number], self._files[number][1]
         if (found := file.stat().st_size) != size:
-            raise UserError(
-                f"{file}: has changed during the run ({size:,} bytes before, {found:,} now); restore it, and the same "
-                f"command continues from the last checkpoint"
+            raise FileLost(
+                f"{file}: has changed during the run ({size:,} bytes before, {found:,} now); restore it, and give the "
+                "same command again"
             )
 
     def _read(self, number: int, content: bytes, line: int) -> dict[str, Any]:

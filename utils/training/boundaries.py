@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paddlenlp import trainer as library
 
+from utils.data.stream import FileLost
+from utils.errors import UserError
 from utils.training.plan import Plan
-from utils.training.resume import STATE
+from utils.training.resume import STATE, checkpoints, last_good
 
 if TYPE_CHECKING:
     from utils.training.trainer import Trainer
@@ -46,9 +49,15 @@ def run_loop(owner: Trainer, plan: Plan) -> None:
     """The library's loop, to the last step of a plan.
 
     From a checkpoint of the last step the loop would take another one: then only the state is taken over.
+
+    Raises:
+        UserError: a file of a stream has changed or gone.
     """
     if plan.start is None or plan.progress is None or plan.progress["global_step"] < plan.steps:
-        owner.train(str(plan.start) if plan.start else None)
+        try:
+            owner.train(str(plan.start) if plan.start else None)
+        except FileLost as error:
+            raise UserError(f"{error}; {_kept(owner)}") from None
         return
     owner.trained.restore(plan.start)
     owner.state = library.TrainerState.load_from_json(str(plan.start / STATE))
@@ -56,3 +65,19 @@ def run_loop(owner: Trainer, plan: Plan) -> None:
     owner.state.is_local_process_zero = owner.state.is_world_process_zero = owner.peers.first
     owner.callback_handler.on_train_begin(owner.args, owner.state, owner.control)
     owner.callback_handler.on_train_end(owner.args, owner.state, owner.control)
+
+
+def _kept(owner: Trainer) -> str:
+    """Saves the steps that a run has taken until its data went, and says what is there to continue from.
+
+    One of several processes may be the only one that knows, and saving takes all of them: these keep what they have.
+    Micro-batches of the step under way have drawn from the generators, so its dropout may be another one when it is
+    taken again.
+    """
+    output, step = Path(owner.args.output_dir), owner.state.global_step
+    if not owner.peers.several:
+        owner.saver.settle()  # a checkpoint may be under way
+        if step and f"checkpoint-{step}" not in [path.name for path in checkpoints(output)]:
+            owner._save_checkpoint(owner.model)
+            owner.saver.wait()
+    return last_good(output)

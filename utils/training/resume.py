@@ -52,6 +52,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(named) if is_good(path)]
 
 
+def last_good(output_dir: Path) -> str:
+    """The newest good checkpoint of a run in words, for messages."""
+    good = checkpoints(output_dir)
+    return f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
+
+
 def delete_old(output_dir: Path, limit: int | None, best: str | None) -> None:
     """Keeps the newest `limit` checkpoints (None or a negative number: all) and the one named `best`."""
     if limit and limit > 0:

@@ -263,8 +263,7 @@ class Trainer(library.Trainer):
             found = self.peers.gather(names) if together else [names]
             named = " on " + "; ".join(dict.fromkeys(filter(None, found)))  # ranks that share a model have the same
         self.saver.settle()
-        good = resume.checkpoints(Path(self.args.output_dir))
-        kept = f"{good[-1]} is the last good checkpoint" if good else "no checkpoint had been saved yet"
+        kept = resume.last_good(Path(self.args.output_dir))
         raise UserError(
             f"the {what} is {value} in step {self.state.global_step + 1}{named}; the weights were not updated, {kept}. "
             "Lower the learning rate, use bf16 instead of fp16, or look at these rows"
