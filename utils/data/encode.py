@@ -125,7 +125,7 @@ def note_ignored(row: Row, tokenizer: Tokenizer, template: ChatTemplate, report:
     if "tool_calls" in unused and any("tool_calls" in one and not one["content"].strip() for one in row.messages):
         raise UserError(
             "an answer is blank but for tool_calls, which the chat template does not write; "
-            "give a template that does with --chat_template"
+            "give the answer a text, or use a chat template that writes them"
         )
     for key in sorted(unused):
         report.note(f'"{key}" ignored: the chat template does not write it', row.place)
