@@ -137,3 +137,48 @@ def test_evaluations_of_other_models_stay_out_of_the_folder_of_a_training(tiny: 
     base = tmp_path / "base"
     for _ in range(2):  # evaluations alone may be repeated
         assert tiny.run(base, "--do_eval").json("eval_results.json")["eval_loss"] > 0
+
+
+# --- damaged files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["global_step", "result_step", "run"])
+def test_a_mark_of_a_finished_run_with_other_types(key: str, tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    good = {"global_step": 1, "result_step": 1, "run": {"model": {}, "method": "lora", "data": ""}}
+    values = ({}, [], 5, None) if key == "run" else ("4", None, True, -1, 1.5, [])
+    for value in values:
+        (tmp_path / "finished.json").write_text(json.dumps({**good, key: value}))
+        with no_weights():
+            refused = tiny.run(tmp_path, *LORA, expect=2)
+        assert f"finished.json: is damaged, its {key} cannot be" in refused.err and refused.err.count("error:") == 1
+        assert "Traceback" not in refused.err
+
+
+def test_a_place_in_a_run_with_other_types_is_no_checkpoint(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """It is passed over, and named where it is asked for; what earlier versions did not write may lack."""
+    from utils.checkpoints.files import renew_sizes
+    from utils.errors import UserError
+    from utils.training.resume import checkpoints, load_progress
+
+    tiny.run(tmp_path, "--do_train", "--lora", "--lazy", "--max_steps", 2, "--save_steps", 1)
+    first, second = checkpoints(tmp_path)
+    good = json.loads((second / "progress.json").read_text())
+    stream, place = good["stream"], good["stream"]["position"]
+    changes: list[tuple[str, object]] = [("global_step", value) for value in (-3, True, "2", None)]
+    changes += [(name, "many") for name in good if name != "global_step"]
+    changes += [("stream", 5), ("stream", {name: stream[name] for name in stream if name != "files"})]
+    changes += [("stream", {**stream, "position": {**place, "offset": "12"}})]
+    changes += [("stream", {**stream, "position": {**place, "page": 1}}), ("window", {}), ("random", {"python": []})]
+    damaged = [{**good, name: value} for name, value in changes]
+    needed = ("global_step", "run", "scheduler", "random", "total_loss", "total_targets", "total_tokens", "window")
+    damaged += [{name: good[name] for name in good if name != gone} for gone in (*needed, "stream")]
+    for progress in damaged:
+        (second / "progress.json").write_text(json.dumps(progress))
+        renew_sizes(second)
+        assert checkpoints(tmp_path) == [first]
+        with pytest.raises(UserError, match=r"progress\.json: is damaged, it"):
+            load_progress(second)
+    later = ("evaluation", "random_of_other_ranks", "train_seconds", "scale")
+    (second / "progress.json").write_text(json.dumps({name: good[name] for name in good if name not in later}))
+    renew_sizes(second)
+    assert checkpoints(tmp_path) == [first, second]

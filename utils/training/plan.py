@@ -267,8 +267,8 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
     if marker.is_file() and not args.overwrite_output_dir:
         advice = "remove it to train on from the last checkpoint, or give another output_dir"
         earlier = record.read_object(marker, advice)
-        if missing := [name for name in ("run", "global_step", "result_step") if name not in earlier]:
-            raise UserError(f"{marker}: is damaged, it lacks {', '.join(missing)}; {advice}")
+        if faults := record.wrong(earlier, record.FINISHED_TYPES):
+            raise UserError(f"{marker}: is damaged, {', '.join(faults)}; {advice}")
         check_same_run(f"output_dir {output}", earlier["run"], run)
         if earlier["global_step"] < steps and start is None:
             raise UserError(

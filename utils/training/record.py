@@ -9,11 +9,12 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from utils.arguments.fields import show
 from utils.checkpoints.files import COMPLETE, write_json
 from utils.errors import UserError
 from utils.parallel.topology import Layout
@@ -28,6 +29,7 @@ LOCK = ".lock"
 WEIGHTS = (".safetensors", ".bin", ".pdparams", ".pdiparams", ".gguf", ".pt", ".pth")
 _BESIDE = (".json", ".jinja", ".model", ".txt")  # settings, results, template, tokenizer
 SHOWN = 3
+SHOWN_TEXT = 60
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
@@ -46,6 +48,30 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: is damaged, it holds no JSON object; {advice}")
     return found
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_run(value: object) -> bool:
+    """Whether a value is what `plan.describe` gives; without these keys it could be any run."""
+    return isinstance(value, dict) and {"model", "method", "data"} <= value.keys()
+
+
+Types = Mapping[str, Callable[[Any], bool]]
+FINISHED_TYPES: Types = {"run": is_run, "global_step": is_count, "result_step": is_count}
+
+
+def wrong(found: Mapping[str, Any], types: Types) -> list[str]:
+    """What is wrong with an object that a run has written: keys that are missing or of other types."""
+    faults = [f"it lacks {name}" for name in types if name not in found]
+    wrong_type = (name for name, right in types.items() if name in found and not right(found[name]))
+    return faults + [f"its {name} cannot be {show(found[name])[:SHOWN_TEXT]}" for name in wrong_type]
 
 
 def _read(output: Path) -> dict[str, Any]:

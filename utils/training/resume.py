@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from utils.checkpoints.files import is_complete, remove, write_json
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
-from utils.training.record import PROGRESS, read_object
+from utils.training.record import PROGRESS, Types, is_count, is_number, is_run, read_object, wrong
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
@@ -25,6 +26,60 @@ OPTIMIZER = "optimizer"
 STATE = "trainer_state.json"
 MASTER = "master"  # slot of the float32 copy of a parameter in half precision
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_random(value: object) -> bool:
+    """Of `random_state`."""
+    sizes = {"python": 3, "numpy": 5, "paddle": None, "device": None}
+    return isinstance(value, dict) and all(
+        isinstance(part := value.get(name), list) and size in (None, len(part)) for name, size in sizes.items()
+    )
+
+
+def _is_window(value: object) -> bool:
+    names = ("loss", "targets", "tokens", "positions", "steps", "seconds")
+    return isinstance(value, dict) and all(is_number(value.get(name)) for name in names)
+
+
+def _is_stream(value: object) -> bool:
+    """Of `StreamDataset.state_after`."""
+    from utils.data.stream import Position
+
+    if not isinstance(value, dict) or not isinstance(value.get("position"), dict):
+        return False
+    files, place = value.get("files"), value["position"]
+    return (
+        place.keys() <= {field.name for field in fields(Position)}
+        and all(map(is_count, place.values()))
+        and is_count(value.get("items"))
+        and "seed" in value
+        and isinstance(files, list)
+        and all(isinstance(file, list) for file in files)
+    )
+
+
+_TYPES: Types = {
+    "global_step": is_count,
+    "run": is_run,
+    "scheduler": _is_object,
+    "random": _is_random,
+    "total_loss": is_number,
+    "total_targets": is_number,
+    "total_tokens": is_number,
+    "window": _is_window,
+}
+_TYPES_IF_THERE: Types = {  # which not every run or version writes
+    "stream": _is_stream,
+    "train_seconds": is_number,
+    "evaluation": lambda value: value is None or isinstance(value, dict),
+    "random_of_other_ranks": lambda value: isinstance(value, list) and all(map(_is_random, value)),
+    "scaler": _is_object,
+    "scale": is_number,
+}
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -202,6 +257,10 @@ def load_progress(folder: Path) -> dict[str, Any]:
     advice = "give another checkpoint, or leave the option out to continue from the last good one"
     read_object(folder / STATE, advice)
     progress = read_object(path, advice)
-    if not isinstance(progress.get("global_step"), int) or not isinstance(progress.get("run"), dict):
-        raise UserError(f"{path}: is damaged, it does not say its step and run; {advice}")
+    types = {**_TYPES, **{name: right for name, right in _TYPES_IF_THERE.items() if name in progress}}
+    faults = wrong(progress, types)
+    if not faults and progress["run"].get("lazy") and "stream" not in progress:
+        faults = ["it lacks stream"]
+    if faults:
+        raise UserError(f"{path}: is damaged, {', '.join(faults)}; {advice}")
     return progress
