@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from family_cases import placed_logits
-from full_disk import full_disk
 from saved import save_lora, save_prefix
 from tiny_models import write_tiny_llama
 
@@ -329,27 +327,31 @@ def test_no_resume_when_not_wanted(answer: Callable[..., Any], generator: Genera
     assert second.asked == 9
 
 
-def test_journal_drops_a_torn_line_and_locks(tmp_path: Path) -> None:
-    output = tmp_path / "out.json"
-    journal = Journal(output, "key", {"seed": 1}, resume=True)
-    journal.record(0, {"output": "zero"})
-    journal.record(2, {"output": "zwei ü"})
-    with pytest.raises(UserError, match="another run is writing"):
-        Journal(output, "key", {"seed": 2}, resume=True)
-    journal.close(remove=False)
-    whole = journal.path.read_bytes()
-    for torn in range(1, len('{"row": 2, "answer": {"output": "zwei ü"}}'.encode()) + 1):
-        journal.path.write_bytes(whole)
-        os.truncate(journal.path, len(whole) - torn)
-        again = Journal(output, "key", {"seed": 2}, resume=True)
-        assert again.facts == {"seed": 1} and again.answers == {0: {"output": "zero"}}
-        again.record(2, {"output": "zwei ü"})
-        again.close(remove=False)
-        assert journal.path.read_bytes() == whole
-    journal = Journal(output, "other", {"seed": 3}, resume=True)
-    assert journal.other_run and journal.answers == {} and journal.facts == {"seed": 3}
-    journal.close(remove=True)
-    assert list(tmp_path.iterdir()) == []
+def test_a_model_that_does_not_load_leaves_the_journal_as_it_was(
+    answer: Callable[..., Any], generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing without answers, and those of another run, which are of use again."""
+
+    def fails() -> Generator:
+        raise UserError("damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        answer(ROWS, load=fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    with pytest.raises(KeyboardInterrupt):
+        answer(ROWS, load=lambda: Interrupting(generator, 4))
+    kept = (tmp_path / "output.json.partial").read_bytes()
+    for rows, changes in ((ROWS[1:], {}), (ROWS, {"resume": False})):
+        with pytest.raises(UserError, match="damaged"):
+            answer(rows, load=fails, **changes)
+        assert (tmp_path / "output.json.partial").read_bytes() == kept
+    second = Interrupting(generator, -1)
+    answer(ROWS, load=lambda: second)
+    assert second.asked == len(ROWS) - (kept.count(b"\n") - 1) < len(ROWS)
+    (tmp_path / "output.json.partial").write_text('{"key": "k", "facts": {}}\n')  # of a run that was killed early
+    capsys.readouterr()
+    answer(ROWS)
+    assert "other inputs" not in capsys.readouterr().err
 
 
 def test_the_journal_is_beside_what_a_link_names(
@@ -390,21 +392,6 @@ def test_somebodys_file_in_the_place_of_the_journal_stays(
         with pytest.raises(UserError, match="holds something else, where answers are kept"):
             answer(ROWS, resume=resume)
     assert (tmp_path / "output.json.partial").read_text() == mine and not (tmp_path / "output.json").exists()
-
-
-def test_a_journal_on_a_full_disk(tmp_path: Path) -> None:
-    """The error names the file, and what was recorded before stays."""
-    output = tmp_path / "out.json"
-    journal = Journal(output, "key", {"seed": 1}, resume=True)
-    journal.record(0, {"output": "zero"})
-    with full_disk(200):
-        with pytest.raises(OSError) as full:
-            journal.record(1, {"output": "x" * 1000})
-        journal.close(remove=False)
-    assert (full.value.errno, full.value.filename) == (errno.EFBIG, str(journal.path))
-    again = Journal(output, "key", {"seed": 2}, resume=True)
-    assert again.answers == {0: {"output": "zero"}}
-    again.close(remove=True)
 
 
 def test_a_folder_that_is_removed_meanwhile_is_made_again(

@@ -40,12 +40,13 @@ class Journal(Answers):
 
     The file's first line names the run (`key`); every further line is one answer. It is locked while
     the run lasts, so that two runs cannot write the same output. A line that a killed process left
-    half-written is dropped.
+    half-written is dropped. What is there of another run stays until this one has its first answer, and a run
+    without any leaves nothing.
 
     Attributes:
         answers: row number to what was recorded.
         facts: what the first run recorded about itself beside the key (the seed it drew).
-        other_run: whether answers of another run were found, and dropped.
+        other_run: whether answers of another run were found, which the first answer of this one replaces.
     """
 
     def __init__(self, output: Path, key: str, facts: dict[str, Any], *, resume: bool) -> None:
@@ -54,7 +55,7 @@ class Journal(Answers):
             output: the file that the run will write in the end.
             key: identifies inputs and arguments; answers of another key are not taken.
             facts: JSON-able; recorded for those who continue.
-            resume: False drops whatever is there.
+            resume: False takes nothing of what is there.
 
         Raises:
             UserError: another process is writing the same output, or the file is none of a run.
@@ -77,23 +78,27 @@ class Journal(Answers):
         self._file.seek(0)
         lines = self._whole_lines()
         matches = bool(lines) and lines[0].get("key") == key
-        self.other_run = bool(lines) and not matches
+        self.other_run = len(lines) > 1 and not matches
+        self._head: dict[str, Any] | None = None  # what the file is to begin with instead, once there is an answer
         if resume and matches:
             self.facts = lines[0]["facts"]
             self.answers = {line["row"]: line["answer"] for line in lines[1:]}
         else:
-            self._file.seek(0)
-            self._file.truncate()
-            self._append({"key": key, "facts": facts})
+            self._head = {"key": key, "facts": facts}
 
     def record(self, row: int, answer: dict[str, Any]) -> None:
         """Adds one answer; it outlives the process from here on."""
         super().record(row, answer)
+        if self._head is not None:
+            self._file.seek(0)
+            self._file.truncate()
+            self._append(self._head)
+            self._head = None
         self._append({"row": row, "answer": answer})
 
     def close(self, *, remove: bool) -> None:
         """Ends the run; `remove` once the output is written."""
-        if remove:
+        if remove or not os.fstat(self._file.fileno()).st_size:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):  # of a line that could not be written
             self._file.close()
