@@ -182,3 +182,20 @@ def test_a_place_in_a_run_with_other_types_is_no_checkpoint(tiny: Tiny, tmp_path
     (second / "progress.json").write_text(json.dumps({name: good[name] for name in good if name not in later}))
     renew_sizes(second)
     assert checkpoints(tmp_path) == [first, second]
+
+
+def test_other_weights_of_the_same_size_are_not_those_of_the_training(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    output = tmp_path / "out"
+    tiny.run(output, *LORA, "--save_strategy", "no")
+    with no_weights():
+        copied = tmp_path / "copied"
+        shutil.copytree(output, copied, copy_function=shutil.copyfile)  # with other times
+        assert "nothing is trained again" in tiny.run(copied, *LORA).err
+        record, file = copied / "result.json", copied / "lora_model_state.safetensors"
+        record.write_text(json.dumps({"weights": {file.name: file.stat().st_size}}))  # as earlier versions wrote it
+        assert "nothing is trained again" in tiny.run(copied, *LORA).err
+        file = output / "lora_model_state.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert "is not the file that" in tiny.run(output, *LORA, expect=2).err

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from utils.arguments.fields import show
 from utils.checkpoints.files import COMPLETE, write_json
+from utils.checkpoints.fingerprint import file_sample
 from utils.errors import UserError
 from utils.parallel.topology import Layout
 
@@ -85,18 +86,23 @@ def _read(output: Path) -> dict[str, Any]:
 # --- weights ---------------------------------------------------------------------------------------
 
 
-def weights(folder: Path) -> dict[str, int]:
-    """Name and size in bytes of each file of weights in a folder itself."""
-    found = (path for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS and path.is_file())
-    return {path.name: path.stat().st_size for path in found}
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder itself."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS and path.is_file()]
 
 
-def note_weights(output: Path, *kinds: Mapping[str, int]) -> None:
+def weights(folder: Path) -> dict[str, Any]:
+    """Of each file of weights in a folder itself, by name, what tells it from others: its size in bytes and its
+    sample. Not its time, which a copy of the folder does not keep."""
+    return {path.name: {"size": path.stat().st_size, "sample": file_sample(path)} for path in weight_files(folder)}
+
+
+def note_weights(output: Path, *kinds: Mapping[str, Any]) -> None:
     """Notes which files of weights are those of a training; the evaluations of earlier ones are over."""
-    write_json(output / RECORD, {"weights": {name: size for sizes in kinds for name, size in sizes.items()}})
+    write_json(output / RECORD, {"weights": {name: known for files in kinds for name, known in files.items()}})
 
 
-def known_weights(output: Path) -> dict[str, int]:
+def known_weights(output: Path) -> dict[str, Any]:
     """What `note_weights` has noted; all that is there, where an earlier version has left its result."""
     known = _read(output).get("weights")
     if isinstance(known, dict):
@@ -112,7 +118,7 @@ def foreign(output: Path, checkpoints: Iterable[Path]) -> list[str]:
         checkpoints: what is named like one in it; of these also what holds no weights.
     """
     known = known_weights(output)
-    found = [name for name in weights(output) if name not in known]
+    found = [path.name for path in weight_files(output) if path.name not in known]
     found += [f"{path.name}/" if path.is_dir() else path.name for path in checkpoints if not is_ours(path)]
     return found
 
@@ -142,7 +148,7 @@ def lost(output: Path) -> list[str]:
         UserError: others stand in their place.
     """
     here, known = weights(output), known_weights(output)
-    changed = [name for name, size in known.items() if here.get(name, size) != size]
+    changed = [name for name in known if name in here and known[name] not in (here[name], here[name]["size"])]
     if changed:
         raise UserError(
             f"output_dir {output}: {', '.join(changed[:SHOWN])} is not the file that the training there has written; "
