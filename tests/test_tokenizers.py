@@ -269,11 +269,12 @@ def test_an_id_beyond_all_bounds_is_named(kind: str, file: str, tmp_path: Path) 
     assert str(caught.value).startswith(f"{tmp_path / file}: the token 'zzz' has the id 20000, but there are ")
 
 
-def with_added(folder: Path, *tokens: dict[str, Any]) -> Tokenizer:
+def with_added(folder: Path, *tokens: dict[str, Any], normalizer: dict[str, Any] | None = None) -> Tokenizer:
     config = write_bpe(folder)
     file = folder / "tokenizer.json"
     model = json.loads(file.read_text("utf-8"))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    model["normalizer"] = normalizer
     model["added_tokens"] += [{"id": 320 + number, **flags, **token} for number, token in enumerate(tokens)]
     file.write_text(json.dumps(model), "utf-8")
     return load_tokenizer(folder, {**config, "vocab_size": 400})
@@ -307,3 +308,11 @@ def test_tokens_of_normalised_text_are_sought_behind_the_others(tmp_path: Path) 
     assert tokenizer.special_spans(text) == [(0, 4), (11, 21)]
     assert ids[:1] == [320] and ids.count(320) == 1
     assert tokenizer.decode(ids, skip_special=False) == text
+
+
+def test_an_accent_that_joins_a_token_of_normalised_text(tmp_path: Path) -> None:
+    late = {"content": "<|a|>", "normalized": True, "special": True}
+    tokenizer = with_added(tmp_path, late, normalizer={"type": "NFKC"})
+    ids = tokenizer.encode("<|a|>one<|a|>\u0338 two")
+    assert ids.count(320) == 1 and ids[0] == 320
+    assert tokenizer.decode(ids, skip_special=False) == "<|a|>one<|a|\u226f two"

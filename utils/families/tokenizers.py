@@ -202,8 +202,9 @@ class JsonTokenizer(Tokenizer):
         added = self._tokenizer.get_added_tokens_decoder()
         self._recognise({token.content: token_id for token_id, token in added.items()})
         self._words = frozenset(token.content for token in added.values() if token.single_word)
-        late = {token.content for token in added.values() if token.content and token.normalized}
-        self._rounds = [re.compile(_any_of(kind)) for kind in (self._written.keys() - late, late) if kind]
+        self._late = {token.content for token in added.values() if token.content and token.normalized}
+        kinds = (self._written.keys() - self._late, self._late)
+        self._rounds = [re.compile(_any_of(kind)) for kind in kinds if kind]
         # Text of another look can become a special token where these are looked for behind the normalisation.
         normalized = any(token.normalized for token in added.values())
         self._in_disguise = normalized and rewrites(description.get("normalizer"))
@@ -250,7 +251,12 @@ class JsonTokenizer(Tokenizer):
         return found
 
     def _stands_alone(self, match: re.Match[str]) -> bool:
-        """Whether no letter or digit is beside a token that is recognised as a whole word only."""
+        """Whether no letter or digit is beside a token that is recognised as a whole word only, and no accent that
+        the normalisation joins with its last sign is behind one that is sought in normalised text."""
+        if self._in_disguise and match[0] in self._late:
+            normal = self._tokenizer.normalizer.normalize_str
+            if not normal(match.string[match.start() : match.end() + 4]).startswith(normal(match[0])):
+                return False
         beside = match.string[max(0, match.start() - 1) : match.start()], match.string[match.end() : match.end() + 1]
         return match[0] not in self._words or not any(map(WORD.match, beside))
 
