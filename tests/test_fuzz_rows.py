@@ -182,7 +182,7 @@ def quiet() -> Iterator[None]:
 
 def named(faults: Sequence[str], file: Path) -> bool:
     """Whether each fault begins with the places of rows, or is of the file as a whole."""
-    place = rf"{re.escape(str(file))} line \d+"
+    place = rf"{re.escape(str(file))} line \d+(, \d+)*"
     whole = rf"{re.escape(str(file))}: (empty|no row could be used|none of its|one JSON array)|.*more broken rows"
     return all(re.match(rf"{place}(, {place})*: |{whole}", fault) for fault in faults)
 
