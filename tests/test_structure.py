@@ -31,7 +31,8 @@ FORBIDDEN = {
     "checkpoints": {"arguments", "inference", "training"},
     "data": {"adapters", "arguments", "inference", "training"},
     "adapters": {"arguments", "data", "inference", "training"},
-    "inference": {"training"},
+    "inference": {"serving", "training"},
+    "serving": {"training"},
     "partition": {"adapters", "arguments", "data", "inference", "training"},
     "parallel": {
         "adapters",

@@ -1,0 +1,72 @@
+"""What the HTTP side and the process of the model say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from utils.inference.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from utils.inference.request import Alternatives
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer that is wanted. Of n answers to one prompt each is a job, with numbers from 0.
+
+    Attributes:
+        model: served name; of the base or of an adapter.
+        prompt: token ids.
+        options: how to answer.
+        number: what the random numbers depend on beside the seed.
+        stream: whether text is wanted before the answer is complete.
+    """
+
+    model: str
+    prompt: list[int]
+    options: SamplingOptions
+    number: int = 0
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an answer ended.
+
+    Attributes:
+        finish_reason: "stop", "length", or "error".
+        prompt_tokens, cached_tokens: of the prompt, and how many of them were not read again.
+        completion_tokens: generated tokens, the end token included.
+        error: why there is no (whole) answer, with finish_reason "error".
+        prompt_logprobs, prompt_top_logprobs: of each token of the prompt but the first, when asked for.
+    """
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    error: str | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top_logprobs: tuple[Alternatives, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """News of a job. The first one says that its prompt is being read (`opened`); the last one has an `ending`.
+
+    Attributes:
+        opened: it waits no longer.
+        text: new text: whole characters, nothing that may turn out to be a stop word. The texts of all updates
+            join to the answer. All of it comes with the ending if the job does not stream.
+        tokens: new tokens.
+        logprobs, top_logprobs: of these tokens, if asked for.
+        ending: the answer is complete; the last update.
+    """
+
+    opened: bool = False
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Alternatives, ...] = ()
+    ending: Ending | None = None
