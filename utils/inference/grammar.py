@@ -1,0 +1,34 @@
+"""What form an answer must have. Plain data: whoever asks for an answer needs no library for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A form that an answer must have; `constraint` makes masks of tokens of it.
+
+    Attributes:
+        kind: how `text` says it.
+            "json_object": any JSON object; `text` is empty.
+            "json_schema": JSON that is valid by the schema that `text` is, as JSON.
+            "regex": text that the regular expression matches as a whole (Rust's syntax, without look-around).
+            "choice": one of the strings of `text`, a JSON list.
+            "lark": a context-free grammar in llguidance's form of Lark, whose first rule is `start`.
+        text: see kind.
+
+    Raises:
+        ValueError: a kind that is none of these.
+    """
+
+    kind: Kind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"the grammar is of kind {self.kind!r}: expected one of {', '.join(KINDS)}")
