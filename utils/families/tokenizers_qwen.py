@@ -93,6 +93,10 @@ class QwenTokenizer(Tokenizer):
             return None
         return self._names.get(token_id) or self._encoding.decode([token_id], errors="replace")
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of one token; none of an id that is unknown."""
+        return self._encoding.decode_single_token_bytes(token_id) if 0 <= token_id < self.vocabulary else b""
+
 
 def _read_ranks(source: Path) -> dict[bytes, int]:
     """Byte strings and their ids: one per line, base64 and number.
