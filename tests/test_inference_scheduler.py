@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import VOCABULARY, Letters, engine_of
 from reference_engine import FunctionEngine, random_logits
 
 from utils.inference import heads
@@ -19,24 +20,7 @@ from utils.inference.request import Request
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Event, Scheduler, Speed
 
-VOCABULARY = 24
 GREEDY = SamplingOptions(max_new_tokens=6)
-
-
-class Letters:
-    """Token i is the i-th letter; token 0 ends an answer and shows no text."""
-
-    eos_ids = (0,)
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - 96 for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(96 + token) for token in ids if token)
-
-
-def engine_of(seed: int = 1, **settings: bool | int) -> FunctionEngine:
-    return FunctionEngine(random_logits(VOCABULARY, seed), VOCABULARY, **settings)
 
 
 def looping(text: list[int]) -> np.ndarray:

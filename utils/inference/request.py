@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.errors import UserError
+from utils.inference.constraint import Constraint
 from utils.inference.engine import Logits
 from utils.inference.lookup import Lookup
 from utils.inference.sampling import RowSampler, SamplingOptions, likeliest, log_softmax
@@ -32,6 +34,8 @@ class Completion:
             likeliest first, when asked for.
         error: why there is no (whole) answer, with finish_reason "error".
         note: what the user should know although there is an answer.
+        cached_tokens: those of the prompt that were copied from another text instead of read.
+        prompt_logprobs, prompt_top_logprobs: of each token of the prompt but the first, when asked for.
     """
 
     text: str
@@ -42,6 +46,9 @@ class Completion:
     top_logprobs: tuple[Alternatives, ...] | None = None
     error: str | None = None
     note: str | None = None
+    cached_tokens: int = field(default=0, compare=False)  # depends on what else runs
+    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top_logprobs: tuple[Alternatives, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -54,10 +61,11 @@ class Request:
         budget: most tokens of the answer; fewer than asked for when the model has too few positions.
         end_ids: tokens that end the answer.
         text: turns the tokens into text as they come; None when only the whole text is wanted.
+        constraint: the form of the answer, if it must have one.
         tokens, logprobs, top_logprobs: of the answer so far.
         finish_reason: see `Completion`; None while it is in the making.
         ended: whether the last token is an end token.
-        error, note: see `Completion`.
+        error, note, cached_tokens, prompt_logprobs, prompt_top_logprobs: see `Completion`.
     """
 
     prompt: list[int]
@@ -67,6 +75,7 @@ class Request:
     budget: int
     end_ids: frozenset[int]
     text: TextStream | None
+    constraint: Constraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Alternatives] = field(default_factory=list)
@@ -74,6 +83,9 @@ class Request:
     ended: bool = False
     error: str | None = None
     note: str | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[Alternatives] = field(default_factory=list)
 
     @property
     def places(self) -> int:
@@ -180,7 +192,9 @@ class PlainAnswer(Answer):
         self.drafted = self.accepted = 0
         self._slot = slot
         self._slots = slots
-        self._sampler = RowSampler(request.options, request.prompt, request.end_ids, request.seed, request.number)
+        self._sampler = RowSampler(
+            request.options, request.prompt, request.end_ids, request.seed, request.number, request.constraint
+        )
         self._lookup = Lookup(request.prompt) if request.options.prompt_lookup_num_tokens else None
         self._draft: list[int] = []
 
@@ -218,7 +232,11 @@ class PlainAnswer(Answer):
             return False
         token = view.best(place)
         if view.values is not None:
-            token = self._sampler.choose(view.values[place])
+            try:
+                token = self._sampler.choose(view.values[place])
+            except UserError as error:
+                request.fail(str(error))
+                return False
             if request.options.logprobs:
                 own, others = alternatives(view.values[place], token, request.options.top_logprobs)
                 request.logprobs.append(own)
@@ -234,6 +252,8 @@ class PlainAnswer(Answer):
             request.text.push(token)
             if request.text.stopped:
                 request.finish_reason = "stop"
+        if request.finish_reason is None and self._sampler.ended:
+            request.finish_reason = "stop"
         if request.finish_reason is None and len(request.tokens) >= request.budget:
             request.finish_reason = "length"
         return request.finish_reason is None

@@ -1,8 +1,9 @@
 """Choosing the next token from logits: penalties, filters and one random number per token.
 
 Plain numpy on one row at a time. A row's choices depend on its own logits, history and seed alone,
-so its text is the same in any batch. The order of the steps is: repetition penalty, presence and
-frequency penalty, repeated n-grams, minimum length, temperature, top-k, top-p, min-p, draw.
+so its text is the same in any batch. The order of the steps is: the form of the answer, bias,
+repetition penalty, presence and frequency penalty, repeated n-grams, minimum length, temperature,
+top-k, top-p, min-p, draw.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import raise_if
+from utils.inference.constraint import Constraint
+from utils.inference.grammar import Grammar
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -30,7 +33,7 @@ class SamplingOptions:
     """How the tokens of one answer are chosen.
 
     Attributes:
-        max_new_tokens: most tokens to generate, the end token included.
+        max_new_tokens: most tokens to generate, the end token included; 0 only with `prompt_logprobs`.
         min_new_tokens: tokens to generate before an end token may be chosen.
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k likeliest tokens; 1 is greedy, 0 keeps all.
@@ -40,9 +43,14 @@ class SamplingOptions:
         presence_penalty, frequency_penalty: see `penalise_presence`.
         no_repeat_ngram_size: no sequence of n tokens occurs twice, prompt included; 0 allows all.
         seed: of the random numbers; None draws a fresh one. Row number and seed together decide.
+        logit_bias: (token id, what is added to its logit); also a search with beams and greedy answers heed it.
         stop: texts that end the answer; they are not part of it.
+        stop_ids: more tokens that end the answer; their text is not part of it.
+        ignore_eos: the model's end tokens do not end the answer.
+        grammar: the form that the answer must have; None is free.
         logprobs: also return the log-probability of each token under the model's own softmax.
         top_logprobs: also return that many of the likeliest tokens at each place, as OpenAI's API does.
+        prompt_logprobs: return the same of the prompt's tokens, all but the first.
         num_beams: above 1 searches for the likeliest answer with that many texts at a time; see `beams`.
         length_penalty: a beam's score is its summed log-probability / length ** length_penalty.
         early_stopping: end the search as soon as num_beams answers are complete.
@@ -64,9 +72,14 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: bool = False
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
@@ -74,9 +87,10 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         texts = not isinstance(self.stop, str) and all(isinstance(word, str) and word for word in self.stop)
+        fewest = 0 if self.prompt_logprobs else 1
         ranks = 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS
         rules = [
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (self.max_new_tokens >= fewest, "max_new_tokens", f"at least {fewest}"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "from 0 to max_new_tokens"),
             (0 <= self.temperature < np.inf, "temperature", "0 (greedy) or more"),
             (self.top_k >= 0, "top_k", "0 (off), 1 (greedy) or more"),
@@ -87,7 +101,9 @@ class SamplingOptions:
             (abs(self.frequency_penalty) <= 1e6, "frequency_penalty", "from -1e6 to 1e6"),
             (self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 (off) or more"),
             (self.seed is None or 0 <= self.seed < 2**64, "seed", "from 0 to 2**64 - 1"),
+            (_are_biases(self.logit_bias), "logit_bias", "pairs of a token id and a number from -1e6 to 1e6"),
             (texts, "stop", "a list of texts that are not empty"),
+            (all(_is_id(token) for token in self.stop_ids), "stop_ids", "token ids"),
             (ranks, "top_logprobs", f"from 0 to {MOST_TOP_LOGPROBS}"),
             (self.logprobs or not self.top_logprobs, "top_logprobs", "0 without logprobs"),
             (1 <= self.num_beams <= 1024, "num_beams", "from 1 to 1024"),
@@ -98,9 +114,12 @@ class SamplingOptions:
                 "num_beams",
                 "1 together with sampling or prompt_lookup_num_tokens",
             ),
+            (self.num_beams == 1 or self.grammar is None, "num_beams", "1 together with grammar"),
         ]
         raise_if([f"{name} is {getattr(self, name)!r}: expected {text}" for ok, name, text in rules if not ok])
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        object.__setattr__(self, "logit_bias", tuple((token, float(bias)) for token, bias in self.logit_bias))
 
     @property
     def greedy(self) -> bool:
@@ -109,13 +128,26 @@ class SamplingOptions:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether any penalty is on."""
+        """Whether any penalty or bias is on."""
         return (
-            self.repetition_penalty != 1
+            bool(self.logit_bias)
+            or self.repetition_penalty != 1
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.no_repeat_ngram_size > 0
         )
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool) and token >= 0
+
+
+def _are_biases(pairs: Sequence[tuple[int, float]]) -> bool:
+    """Whether these are numbers to add to the logits of tokens."""
+    return all(
+        len(pair) == 2 and _is_id(pair[0]) and isinstance(pair[1], (int, float)) and abs(pair[1]) <= 1e6
+        for pair in pairs
+    )
 
 
 # --- penalties: each changes `scores` [vocabulary] in place ------------------------------------------
@@ -264,11 +296,14 @@ class History:
                 self._note_ngram(token)
 
     def penalised(self, scores: Floats) -> Floats:
-        """Scores [vocabulary] after all penalties; the argument stays as it is.
+        """Scores [vocabulary] after bias and all penalties.
 
         When penalties leave no token at all (every one would repeat an n-gram), they are put aside.
         """
-        before, scores, options = scores, scores.copy(), self._options
+        scores, options = scores.copy(), self._options
+        for token, bias in options.logit_bias:
+            scores[token] += bias
+        before, scores = scores, scores.copy()
         if options.repetition_penalty != 1:
             seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
             penalise_repetition(scores, seen, options.repetition_penalty)
@@ -294,28 +329,47 @@ class RowSampler:
     """Chooses the tokens of one answer, one after another."""
 
     def __init__(
-        self, options: SamplingOptions, prompt: Sequence[int], end_ids: Collection[int], seed: int, row: int
+        self,
+        options: SamplingOptions,
+        prompt: Sequence[int],
+        end_ids: Collection[int],
+        seed: int,
+        row: int,
+        constraint: Constraint | None = None,
     ) -> None:
         """
         Args:
             options: how to choose.
             prompt, end_ids: see `History`.
             seed, row: together the key of the row's random numbers (Philox, Salmon et al. 2011).
+            constraint: the form of this answer, at its beginning; None is free.
         """
         self.options = options
+        self._constraint = constraint
         self._history = History(options, prompt, end_ids)
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, row], dtype=np.uint64)))
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the next token, and every one after it, is simply the likeliest one."""
-        return self.options.greedy and not self._history.changes_logits
+        return self.options.greedy and not self._history.changes_logits and self._constraint is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow in the form that the answer has."""
+        return self._constraint is not None and self._constraint.ended
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """The next token from the model's logits [vocabulary], which stay as they are."""
+        """The next token from the model's logits [vocabulary], which stay as they are.
+
+        Raises:
+            UserError: see `Constraint.mask`.
+        """
         if self.takes_argmax:
             return int(logits.argmax())
         scores = logits.astype(np.float64)
+        if self._constraint is not None:
+            scores[~self._constraint.mask()] = -np.inf
         if self._history.changes_logits:
             scores = self._history.penalised(scores)
         if self.options.greedy:
@@ -325,3 +379,5 @@ class RowSampler:
     def accept(self, token: int) -> None:
         """Adds a token to the history."""
         self._history.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)

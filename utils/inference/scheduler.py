@@ -5,15 +5,19 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
+from utils.errors import UserError
 from utils.inference.beams import BeamSearch
+from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine, Logits
+from utils.inference.grammar import Grammar
 from utils.inference.heads import WINDOW, Head, Heads
-from utils.inference.request import Answer, Completion, PlainAnswer, Request, views
+from utils.inference.prefill import read_with_logprobs
+from utils.inference.request import Alternatives, Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
 from utils.inference.slots import Slots
 from utils.inference.text import TextStream
@@ -59,16 +63,21 @@ class Event:
 
     Attributes:
         request: what `submit` returned.
+        opened: its prompt begins to be read: the request waits no longer.
         text: new text: whole characters, and nothing that may turn out to be a stop word. Empty until
             the end for beams and for requests that do not stream.
         tokens: new tokens; of beams, all of them at the end.
+        logprobs, top_logprobs: of these tokens, if asked for; see `Completion`.
         completion: the whole answer, once it is complete; the last event of the request.
     """
 
     request: Request
-    text: str
-    tokens: tuple[int, ...]
-    completion: Completion | None
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    completion: Completion | None = None
+    opened: bool = False
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[Alternatives, ...] = ()
 
 
 class Scheduler:
@@ -91,6 +100,7 @@ class Scheduler:
         *,
         speed: Speed | None = None,
         share_heads: bool = True,
+        constrain: Callable[[Grammar], Constraint] | None = None,
     ) -> None:
         """
         Args:
@@ -100,6 +110,8 @@ class Scheduler:
             batch_size: most slots that work at a time. A search with more beams runs alone.
             speed: where to count; None starts anew.
             share_heads: read what prompts have in common once, if the engine can copy it.
+            constrain: begins an answer of a form; it raises a UserError for one that it does not know. None: no
+                answer can be asked to have a form.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
@@ -109,6 +121,7 @@ class Scheduler:
         self._end_ids = tokenizer.eos_ids if end_ids is None else tuple(end_ids)
         self._batch_size = batch_size
         self._slots = Slots(engine)
+        self._constrain = constrain
         self._heads = Heads(self._slots) if share_heads and engine.shares_heads else None
         self._waiting: deque[Request] = deque()
         self._refused: list[Request] = []
@@ -150,11 +163,16 @@ class Scheduler:
             secrets.randbits(64) if options.seed is None else options.seed,
             number,
             budget,
-            frozenset([*self._end_ids, *specials]),
+            frozenset([*(() if options.ignore_eos else self._end_ids), *options.stop_ids, *specials]),
             TextStream(self._tokenizer.decode, options.stop) if options.stop or stream else None,
             note=note,
         )
-        fault = self._fault(prompt)
+        fault = self._fault(prompt, options)
+        if fault is None and options.grammar is not None and self._constrain is not None:
+            try:
+                request.constraint = self._constrain(options.grammar)
+            except UserError as error:
+                fault = str(error)
         if fault is None:
             self._waiting.append(request)
         else:
@@ -193,18 +211,28 @@ class Scheduler:
             self._heads.forget()
         self._slots.close()
 
-    def _fault(self, prompt: Sequence[int]) -> str | None:
+    def _fault(self, prompt: Sequence[int], options: SamplingOptions) -> str | None:
         """What keeps a prompt from being answered."""
-        limit = self._engine.max_positions
+        limit, vocabulary = self._engine.max_positions, self._engine.vocabulary
         if not len(prompt):
             return "the prompt is empty"
-        if limit is not None and len(prompt) >= limit:
+        if limit is not None and len(prompt) + min(options.max_new_tokens, 1) > limit:
             return (
                 f"the prompt has {len(prompt)} tokens and the model {limit} positions, which leaves no room "
                 "for an answer; shorten it or set a smaller src_length"
             )
-        if min(prompt) < 0 or max(prompt) >= self._engine.vocabulary:
-            return f"the prompt has token ids outside the model's vocabulary of {self._engine.vocabulary}"
+        named = {
+            "the prompt": prompt,
+            "logit_bias": [token for token, _ in options.logit_bias],
+            "stop_ids": options.stop_ids,
+        }
+        for name, tokens in named.items():
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+                return f"{name} has token ids outside the model's vocabulary of {vocabulary}"
+        if options.prompt_logprobs and not self._engine.shares_heads:
+            return "prompt_logprobs: this model reads a prompt as a whole, so that no token of it follows from others"
+        if options.grammar is not None and self._constrain is None:
+            return "grammar: answers of a given form are not available here"
         return None
 
     def _advance(self) -> list[Event]:
@@ -236,7 +264,7 @@ class Scheduler:
                 kind = BeamSearch if request.places > 1 else PlainAnswer
                 answers.append(kind(request, slot, self._slots))
             self._live += answers
-            events += self._give(answers, logits, [[1] for _ in answers])
+            events += self._give(answers, logits, [[1] for _ in answers], opened=True)
         spent = time.perf_counter() - started
         speed.prompt_tokens += sum(len(request.prompt) for request in opening)
         speed.prefill_seconds += spent
@@ -248,8 +276,13 @@ class Scheduler:
         """Reads prompts; groups of (requests, slots, the logits after each prompt)."""
         whole: list[Request] = []
         copied: dict[Head, list[Request]] = {}
+        groups: list[tuple[list[Request], list[int], Logits]] = []
         for request in opening:
             head = None
+            if request.options.prompt_logprobs:
+                slot, logits = read_with_logprobs(request, self._slots)
+                groups.append(([request], [slot], logits))
+                continue
             if self._heads is not None:
                 others = [other.prompt for other in opening if other is not request]
                 others += [other.prompt for other in islice(self._waiting, WINDOW)]
@@ -260,8 +293,8 @@ class Scheduler:
                 whole.append(request)
                 continue
             copied.setdefault(head, []).append(request)
+            request.cached_tokens = len(head.tokens)
             self.speed.shared_tokens += len(head.tokens)
-        groups = []
         if whole:
             opened, logits = self._slots.open([request.prompt for request in whole])
             groups.append((whole, opened, logits))
@@ -274,7 +307,9 @@ class Scheduler:
             groups.append((together, slots, self._slots.advance(slots, rests, last=True)))
         return groups
 
-    def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:
+    def _give(
+        self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]], *, opened: bool = False
+    ) -> list[Event]:
         """Hands each answer the logits of its texts; `counts` are their tokens."""
         flat = [count for texts in counts for count in texts]
         whole = [answer.needs_values for answer, texts in zip(answers, counts, strict=True) for _ in texts]
@@ -283,14 +318,18 @@ class Scheduler:
         for answer, texts in zip(answers, counts, strict=True):
             request = answer.request
             said, known = request.text.text if request.text else "", len(request.tokens)
-            answer.take([next(found) for _ in texts])
+            own = [next(found) for _ in texts]
+            if request.budget:
+                answer.take(own)
+            else:
+                request.finish_reason = "length"  # only the prompt was asked for
             if isinstance(answer, PlainAnswer):
                 self.speed.drafted_tokens += answer.drafted
                 self.speed.accepted_tokens += answer.accepted
                 answer.drafted = answer.accepted = 0
             if request.finish_reason is not None:
                 self._slots.free(answer.slots())
-            events.append(self._event(request, said, known))
+            events.append(self._event(request, said, known, opened=opened))
         self._live = [answer for answer in self._live if answer.request.finish_reason is None]
         return events
 
@@ -298,7 +337,7 @@ class Scheduler:
         if self._heads is not None:
             self._heads.release([request.prompt for request in self._waiting])
 
-    def _event(self, request: Request, said: str, known: int) -> Event:
+    def _event(self, request: Request, said: str, known: int, *, opened: bool = False) -> Event:
         """What is new since `said` was the text and `known` the number of tokens."""
         completion = None
         if request.finish_reason is not None:
@@ -306,7 +345,9 @@ class Scheduler:
                 request.text.finish()
             completion = self._completion(request)
         text = request.text.text[len(said) :] if request.text is not None else ""
-        return Event(request, text, tuple(request.tokens[known:]), completion)
+        tokens, logprobs = tuple(request.tokens[known:]), tuple(request.logprobs[known:])
+        others = tuple(request.top_logprobs[known:]) if request.options.top_logprobs else ()
+        return Event(request, text, tokens, completion, opened, logprobs, others)
 
     def _completion(self, request: Request) -> Completion:
         if request.text is not None:
@@ -323,4 +364,9 @@ class Scheduler:
             top_logprobs=tuple(request.top_logprobs) if asked.top_logprobs else None,
             error=request.error,
             note=request.note if request.finish_reason == "length" else None,
+            cached_tokens=request.cached_tokens,
+            prompt_logprobs=tuple(request.prompt_logprobs) if asked.prompt_logprobs else None,
+            prompt_top_logprobs=tuple(request.prompt_top_logprobs)
+            if asked.prompt_logprobs and asked.top_logprobs
+            else None,
         )
