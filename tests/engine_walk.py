@@ -8,7 +8,7 @@ import numpy as np
 from family_cases import Case, hidden_logits
 
 from utils.adapters.prefix import PrefixTuning
-from utils.inference.engine import Engine
+from utils.inference.engine import Engine, Kept
 
 TOLERANCE = 1e-4
 LONGEST = 40  # tokens of a text
@@ -16,7 +16,7 @@ ORDINARY = (3, 60)  # no special token of any case is among these ids
 
 
 class Walk:
-    """Opens, advances, rewinds, copies and frees slots at random.
+    """Opens, advances, rewinds, copies, keeps, restores and frees slots at random.
 
     What a slot should hold is kept here as a list of tokens; logits must be those of the training forward,
     which knows neither slots nor a cache.
@@ -33,6 +33,7 @@ class Walk:
         self.longest = min(LONGEST, engine.max_positions or LONGEST)
         self.texts: dict[int, list[int]] = {}
         self.least: dict[int, int] = {}  # tokens that stay when a slot is rewound
+        self.kept: list[tuple[list[int], list[int], list[Kept]]] = []  # texts, where they were cut, the pieces
         self.most_open = 0
         self.history: list[str] = []
 
@@ -52,10 +53,14 @@ class Walk:
             found.append((self.open, 3))
             if self.texts:
                 found.append((self.fork, 3))
+            if self.kept:
+                found.append((self.restore, 3))
         if self.growing():
             found.append((lambda: self.advance(self.some(self.growing())), 8))
         if self.shrinking():
             found.append((self.rewind, 3))
+        if self.texts and self.engine.shares_heads:
+            found.append((self.keep, 2))
         if self.texts:
             found.append((lambda: self.free(self.some(list(self.texts))), 1.5))
         return found
@@ -94,6 +99,29 @@ class Walk:
         assert len({*new} - {*self.texts}) == count, self.history
         for copy in new:
             self.hold(copy, self.texts[slot], self.least[slot])
+
+    def keep(self) -> None:
+        slot = self.one(self.texts)
+        length = len(self.texts[slot])
+        cuts = self.random.integers(1, length, self.random.integers(0, 3)).tolist() if length > 1 else []
+        borders = sorted({0, *cuts, length})
+        pieces = self.engine.keep(slot, borders[:2]) + (self.engine.keep(slot, borders[1:]) if borders[2:] else [])
+        self.note(f"keep({slot}, {borders})")
+        assert sum(piece.nbytes for piece in pieces) == self.engine.kept_bytes(slot, length) > 0
+        self.kept = [*self.kept[-3:], (list(self.texts[slot]), borders, pieces)]
+
+    def restore(self) -> None:
+        """The beginnings of texts whose slots may have gone on or be free by now."""
+        heads, kept = [], []
+        for _ in range(self.random.integers(1, 1 + min(2, self.slots - len(self.texts)))):
+            text, borders, pieces = self.kept[self.random.integers(len(self.kept))]
+            heads.append(text[: self.random.integers(1, 1 + len(text))])
+            kept.append(pieces[: sum(border < len(heads[-1]) for border in borders)])
+        slots = self.engine.restore(heads, kept)
+        self.note(f"restore({heads}) -> {slots}")
+        assert not {*slots} & {*self.texts}, self.history
+        for slot, head in zip(slots, heads, strict=True):
+            self.hold(slot, head, len(head))
 
     def free(self, slots: Sequence[int]) -> None:
         self.note(f"free({list(slots)})")

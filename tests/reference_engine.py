@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import paddle
 
-from utils.inference.engine import Engine, Logits
+from utils.inference.engine import Engine, Kept, Logits
 
 
 class TextEngine(Engine):
@@ -59,6 +60,24 @@ class TextEngine(Engine):
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
             del self.texts[slot]
+
+    def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
+        text = self.texts[slot]
+        assert self.shares_heads and 0 <= borders[0] and borders[-1] <= len(text) and len(borders) > 1
+        pieces = [text[start:end] for start, end in pairwise(borders)]
+        assert all(pieces)
+        return [Kept(piece, self.kept_bytes(slot, len(piece))) for piece in pieces]
+
+    def kept_bytes(self, slot: int, count: int) -> int:
+        return 10 * count
+
+    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        assert heads
+        self.calls.append(("restore", [len(head) for head in heads]))
+        for head, pieces in zip(heads, kept, strict=True):
+            tokens = [token for piece in pieces for token in piece.values]
+            assert len(head) and tokens[: len(head)] == list(head) and len(head) > len(tokens) - len(pieces[-1].values)
+        return [self._new(head) for head in heads]
 
     def _new(self, text: Sequence[int]) -> int:
         slot = next(number for number in range(len(self.texts) + 1) if number not in self.texts)

@@ -78,7 +78,7 @@ def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache], heads
     cache.reserve(2, 3)
     assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 32, WIDTH) and not contents(cache, 2).any()
     begin = random.normal(size=(2 * LAYERS, HEADS, 3, WIDTH)).astype(np.float32)
-    cache.begin(1, begin)
+    cache.put(1, 0, [begin])
     assert np.array_equal(contents(cache, 2)[:, 1, :, :3], begin) and not contents(cache, 1).any()
 
 

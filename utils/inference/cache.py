@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import paddle
@@ -24,6 +27,7 @@ class Cache(ABC):
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
         self._sizes, self._dtype, self.heads_first = (kv_heads, head_dim), dtype, heads_first
+        self._layers = layers
         self.rows = self.room = 0
 
     def reserve(self, rows: int, places: int, *, only: bool = False) -> None:
@@ -57,6 +61,12 @@ class Cache(ABC):
         self._resize(0, 0)
         self.rows = self.room = 0
 
+    @property
+    def place_bytes(self) -> int:
+        """Memory of the keys and values of one place of a row."""
+        kv_heads, head_dim = self._sizes
+        return 2 * self._layers * kv_heads * head_dim * (4 if self._dtype == "float32" else 2)
+
     def _shape(self, rows: int, room: int) -> tuple[int, int, int, int]:
         kv_heads, head_dim = self._sizes
         return (rows, kv_heads, room, head_dim) if self.heads_first else (rows, room, kv_heads, head_dim)
@@ -73,12 +83,17 @@ class Cache(ABC):
         """
 
     @abstractmethod
-    def begin(self, row: int, values: NDArray[np.float32]) -> None:
-        """Stores what a row begins with.
+    def put(self, row: int, first: int, pieces: Sequence[Any]) -> None:
+        """Stores what a row has from its place `first` on.
 
         Args:
-            values: of every layer in turn, [2 * layers, kv_heads, length, head_dim].
+            pieces: consecutive ones, each keys and values of every layer in turn, [2 * layers, kv_heads, length,
+                head_dim]: arrays, or what `take` gave.
         """
+
+    @abstractmethod
+    def take(self, row: int, borders: Sequence[int]) -> list[Any]:
+        """Copies of what a row has between places that follow one another, each as `put` takes it."""
 
     @abstractmethod
     def copy_row(self, source: int, target: int) -> None:
@@ -113,12 +128,29 @@ class HostCache(Cache):
             self._viewed = (rows, first)
         return self._views
 
-    def begin(self, row: int, values: NDArray[np.float32]) -> None:
-        for memory, layer in zip(self._memory, values.reshape(-1, 2, *values.shape[1:]), strict=True):
-            if self.heads_first:
-                memory[:, row, :, : values.shape[2]] = layer
-            else:
-                memory[:, row, : values.shape[2]] = layer.swapaxes(1, 2)
+    def put(self, row: int, first: int, pieces: Sequence[NDArray[np.float32]]) -> None:
+        for number in range(self._layers):
+            held, place = self._row(number, row), first
+            for piece in pieces:
+                held[:, :, place : place + piece.shape[2]] = piece[2 * number : 2 * number + 2]
+                place += piece.shape[2]
+
+    def take(self, row: int, borders: Sequence[int]) -> list[NDArray[np.float32]]:
+        kv_heads, head_dim = self._sizes
+        spans = list(pairwise(borders))
+        pieces = [
+            np.empty((2 * self._layers, kv_heads, end - start, head_dim), dtype=self._dtype) for start, end in spans
+        ]
+        for number in range(self._layers):
+            held = self._row(number, row)
+            for piece, (start, end) in zip(pieces, spans, strict=True):
+                piece[2 * number : 2 * number + 2] = held[:, :, start:end]
+        return pieces
+
+    def _row(self, layer: int, row: int) -> NDArray[np.float32]:
+        """The memory of keys and values of a row, [2, kv_heads, room, head_dim]."""
+        held = self._memory[layer][:, row]
+        return held if self.heads_first else held.swapaxes(1, 2)
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:
@@ -147,14 +179,27 @@ class DeviceCache(Cache):
             return self._memory
         return [memory._slice(first, first + rows) for memory in self._memory]  # always a view
 
-    def begin(self, row: int, values: NDArray[np.float32]) -> None:
+    def put(self, row: int, first: int, pieces: Sequence[Any]) -> None:
+        tensors = [piece if isinstance(piece, paddle.Tensor) else paddle.to_tensor(piece) for piece in pieces]
+        values = (tensors[0] if len(tensors) == 1 else paddle.concat(tensors, axis=2)).astype(self._dtype)
+        end = first + values.shape[2]
         if not self.heads_first:
-            values = values.swapaxes(1, 2)
-        for memory, layer in zip(self._memory, paddle.to_tensor(values).astype(self._dtype), strict=True):
+            values = values.transpose([0, 2, 1, 3])
+        for memory, layer in zip(self._memory, values, strict=True):
             if self.heads_first:
-                memory[row, :, : layer.shape[1]] = layer
+                memory[row, :, first:end] = layer
             else:
-                memory[row, : layer.shape[0]] = layer
+                memory[row, first:end] = layer
+
+    def take(self, row: int, borders: Sequence[int]) -> list[paddle.Tensor]:
+        first, end = borders[0], borders[-1]
+        if self.heads_first:
+            values = paddle.stack([memory[row, :, first:end] for memory in self._memory])
+        else:
+            values = paddle.stack([memory[row, first:end] for memory in self._memory]).transpose([0, 2, 1, 3])
+        sizes = [end - start for start, end in pairwise(borders)]
+        # parts may be views, and all of the memory would stay as long as one of them
+        return [part.contiguous() for part in values.split(sizes, axis=2)] if len(sizes) > 1 else [values.contiguous()]
 
     def copy_row(self, source: int, target: int) -> None:
         for memory in self._memory:

@@ -15,7 +15,7 @@ from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
-from utils.inference.engine import Engine, Logits, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, unused_slots
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _FEW = 16  # new tokens of a row: of an answer, and guessed ones
@@ -106,7 +106,7 @@ class CachedEngine(Engine):
         self._rows += rows
         if self._prefix is not None:
             for number in range(first, first + len(rows)):
-                self.cache.begin(number, self._prefix)
+                self.cache.put(number, 0, [self._prefix])
         step = longest if any(row.text.context for row in rows) else CHUNK
         return self._feed(rows, first, [row.text.ids for row in rows], step)
 
@@ -157,12 +157,12 @@ class CachedEngine(Engine):
         return Logits(values)
 
     def rewind(self, slot: int, count: int) -> None:
-        row = next(row for row in self._rows if row.slot == slot)
+        row = self._rows[self._find(slot)]
         row.text.truncate(len(row.text.ids) - count)
         row.length = len(row.text.ids)
 
     def fork(self, slot: int, count: int = 1) -> list[int]:
-        source = next(number for number, row in enumerate(self._rows) if row.slot == slot)
+        source = self._find(slot)
         row, new, before = self._rows[source], self._unused(count), len(self._rows)
         self.cache.reserve(before + count, self._before + row.length)
         for place in range(before, before + count):
@@ -170,12 +170,41 @@ class CachedEngine(Engine):
         self._rows += [_Row(number, row.text.copy(), row.length) for number in new]
         return new
 
+    @paddle.no_grad()
+    def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
+        number = self._find(slot)
+        pieces = self.cache.take(number, [self._before + border for border in borders])
+        return [Kept(piece, self.kept_bytes(slot, piece.shape[2])) for piece in pieces]
+
+    def kept_bytes(self, slot: int, count: int) -> int:
+        return count * self.cache.place_bytes
+
+    @paddle.no_grad()
+    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        new, before = self._unused(len(heads)), len(self._rows)
+        self.cache.reserve(before + len(heads), self._before + max(map(len, heads)))
+        for number, (head, pieces) in enumerate(zip(heads, kept, strict=True), before):
+            if self._prefix is not None:
+                self.cache.put(number, 0, [self._prefix])
+            values = [piece.values for piece in pieces]
+            over = sum(piece.shape[2] for piece in values) - len(head)
+            if over:
+                values[-1] = values[-1][:, :, :-over]
+            self.cache.put(number, self._before, values)
+        texts = [self._family.text(self._config, head) for head in heads]
+        self._rows += [_Row(slot, text, len(text.ids)) for slot, text in zip(new, texts, strict=True)]
+        return new
+
+    def _find(self, slot: int) -> int:
+        """The row of the cache that holds a slot."""
+        return next(number for number, row in enumerate(self._rows) if row.slot == slot)
+
     def _unused(self, number: int) -> list[int]:
         return unused_slots({row.slot for row in self._rows}, number)
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            number = next(number for number, row in enumerate(self._rows) if row.slot == slot)
+            number = self._find(slot)
             if number < len(self._rows) - 1:  # the last row takes its place
                 self.cache.copy_row(len(self._rows) - 1, number)
             *rest, last = self._rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import paddle
 
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.engine import Engine, Logits, Prefix, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, Prefix, unused_slots
 from utils.kernels.split import gathered
 
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
@@ -102,11 +103,7 @@ class EagerEngine(Engine):
             raise RuntimeError("the model is in training mode; call model.eval() before generating")
         slots = self._unused(len(prompts))
         texts = [self._family.text(self._config, prompt) for prompt in prompts]
-        if self._prefix is None:
-            rows = _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
-        else:
-            before = np.arange(-self._prefix.length, 0, dtype=np.int64)
-            rows = _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
+        rows = self._empty(slots)
         counts = [len(prompt) for prompt in prompts]
         hidden = self._forward(rows, texts, [text.positions() for text in texts], counts)
         self._groups.append(rows)
@@ -159,6 +156,54 @@ class EagerEngine(Engine):
         self._texts.update((number, self._texts[slot].copy()) for number in new)
         self._groups.append(copied)
         return new
+
+    @paddle.no_grad()
+    def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
+        place, row = self._find(slot)
+        group = self._groups[place]
+        keys = group.keys[row]
+        chosen = paddle.to_tensor(np.flatnonzero((keys >= borders[0]) & (keys < borders[-1])))
+        # [2 * layers, tokens, kv_heads, head_dim]
+        values = paddle.stack([tensor[row].index_select(chosen) for layer in group.cache or () for tensor in layer])
+        sizes = [end - start for start, end in pairwise(borders)]
+        # parts may be views, and all of the memory would stay as long as one of them
+        parts = [part.contiguous() for part in values.split(sizes, axis=1)] if len(sizes) > 1 else [values]
+        return [Kept(part, part.size * part.element_size()) for part in parts]
+
+    def kept_bytes(self, slot: int, count: int) -> int:
+        place, _ = self._find(slot)
+        tensors = [tensor for layer in self._groups[place].cache or () for tensor in layer]
+        return count * sum(tensor.shape[2] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
+    @paddle.no_grad()
+    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        slots, width = self._unused(len(heads)), max(map(len, heads))
+        rows = self._empty(slots)
+        keys = np.full((len(slots), width), NOWHERE, dtype=np.int64)
+        restored = []
+        for row, (head, pieces) in enumerate(zip(heads, kept, strict=True)):
+            keys[row, : len(head)] = np.arange(len(head))
+            values = [piece.values for piece in pieces]
+            restored.append(_filled(paddle.concat(values, axis=1)[:, : len(head)], width))
+        tensors = list(paddle.stack(restored, axis=1))  # of each layer in turn
+        layers = list(zip(tensors[::2], tensors[1::2], strict=True))
+        if rows.cache is not None:
+            layers = [
+                (paddle.concat([old_key, key], axis=1), paddle.concat([old_value, value], axis=1))
+                for (old_key, old_value), (key, value) in zip(rows.cache, layers, strict=True)
+            ]
+        rows.keys, rows.cache = np.concatenate([rows.keys, keys], axis=1), layers
+        self._groups.append(rows)
+        texts = [self._family.text(self._config, head) for head in heads]
+        self._texts.update(zip(slots, texts, strict=True))
+        return slots
+
+    def _empty(self, slots: list[int]) -> _Rows:
+        """Rows without tokens, which see the prefix."""
+        if self._prefix is None:
+            return _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
+        before = np.arange(-self._prefix.length, 0, dtype=np.int64)
+        return _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:

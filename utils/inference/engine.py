@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -54,6 +55,19 @@ class Prefix(Protocol):
         """Its (key, value) of every layer, each [batch, length, kv_heads, head_dim]."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A copy of what a slot holds of some consecutive tokens; it outlives the slot.
+
+    Attributes:
+        values: keys and values, in the form of the engine that made it.
+        nbytes: memory that it takes.
+    """
+
+    values: Any
+    nbytes: int
+
+
 class Engine(ABC):
     """A model with slots. A slot holds one text: its tokens so far and what the model keeps of them.
 
@@ -96,6 +110,28 @@ class Engine(ABC):
     @abstractmethod
     def fork(self, slot: int, count: int = 1) -> list[int]:
         """Opens slots that hold what this one holds, all at once, as room for them is made once; returns them."""
+
+    @abstractmethod
+    def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
+        """Copies what a slot holds of some of its tokens. Only where heads are shared.
+
+        Args:
+            borders: rising numbers of tokens. A piece has the tokens from one border up to the next.
+        """
+
+    @abstractmethod
+    def kept_bytes(self, slot: int, count: int) -> int:
+        """Memory that pieces of so many tokens of this slot take together."""
+
+    @abstractmethod
+    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        """Opens a slot for each head without reading it.
+
+        Args:
+            heads: the first tokens of texts.
+            kept: for each of them the pieces of a text that begins with it, the first one from token 0 on. The last
+                piece may go further than the head.
+        """
 
     @abstractmethod
     def free(self, slots: Sequence[int]) -> None:

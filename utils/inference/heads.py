@@ -97,10 +97,10 @@ def _shared(prompt: Sequence[int], others: Sequence[Sequence[int]], known: int) 
     mates = [other for other in others if len(other) > enough and list(other[:enough]) == start]
     if not mates or len(prompt) <= enough:
         return known
-    return min(len(prompt) - 1, *(min(_common(prompt, other), len(other) - 1) for other in mates))
+    return min(len(prompt) - 1, *(min(common_length(prompt, other), len(other) - 1) for other in mates))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # comparing slices is much faster than comparing tokens one by one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from utils.inference.engine import Engine, Logits
+from utils.inference.engine import Engine, Kept, Logits
 
 
 class Slots:
@@ -38,6 +38,12 @@ class Slots:
         copies = self.engine.fork(slot, count)
         self._open.update(copies)
         return copies
+
+    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        """See `Engine.restore`."""
+        slots = self.engine.restore(heads, kept)
+        self._open.update(slots)
+        return slots
 
     def free(self, slots: Sequence[int]) -> None:
         """See `Engine.free`; no slots at all are fine."""
