@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.arguments import FinetuneArguments, MergeLoraArguments, PredictArguments, parse
+from utils.arguments import FinetuneArguments, MergeLoraArguments, PredictArguments, ServeArguments, parse
 from utils.arguments.fields import options_of
 from utils.arguments.helptext import help_text
 from utils.errors import UserError
@@ -274,7 +274,7 @@ def test_options_without_effect_are_named(tmp_path: Path, base: dict[str, Any], 
     assert "lora_rank has no effect without lora" in said and "top_k" not in said
 
 
-@pytest.mark.parametrize("cls", [FinetuneArguments, PredictArguments, MergeLoraArguments])
+@pytest.mark.parametrize("cls", [FinetuneArguments, PredictArguments, ServeArguments, MergeLoraArguments])
 def test_help_names_every_option(cls: Any, capsys: Any) -> None:
     with pytest.raises(SystemExit) as left:
         parse(cls, ["--unknown", "--help"], "x.py")
@@ -297,7 +297,7 @@ def test_help_and_guesses_offer_nothing_that_is_refused() -> None:
     assert faults(["--sharding", "stage3_offload"])[0].count("offload") == 1  # the user's own
 
 
-@pytest.mark.parametrize("cls", [FinetuneArguments, PredictArguments, MergeLoraArguments])
+@pytest.mark.parametrize("cls", [FinetuneArguments, PredictArguments, ServeArguments, MergeLoraArguments])
 def test_defaults_pass_their_own_rules(cls: Any) -> None:
     from utils.arguments.values import from_json
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from tiny_tokenizers import TEXT, write_bpe, write_sentencepiece
+from tiny_tokenizers import TEXT, train_sentencepiece, write_bpe, write_sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from utils.families.tokenizers import Tokenizer as Loaded
@@ -20,21 +18,7 @@ LETTERS = ["▁", *"abcdefghijklmnopqrstuvwxyz<>/|_1."]
 
 def _gemma(folder: Path) -> dict[str, Any]:
     """A sentencepiece model that knows a special token as a piece of its own, as Gemma's does."""
-    content = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 8),
-        model_writer=content,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        user_defined_symbols=["<end_of_turn>"],
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(content.getvalue())
-    model = sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
+    model = train_sentencepiece(folder / "tokenizer.model", user_defined_symbols=["<end_of_turn>"])
     place = model.piece_to_id("<end_of_turn>")
     added = {str(place): {"content": "<end_of_turn>", "special": True}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))

@@ -63,6 +63,15 @@ def write_bpe(folder: Path, *, chat_template: str | None = CHATML, **settings: A
 
 def write_sentencepiece(folder: Path, name: str = "tokenizer.model", **settings: Any) -> dict[str, Any]:
     """Writes a sentencepiece model as LLaMA 2 has it; returns a config.json that fits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = train_sentencepiece(folder / name, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    return {"vocab_size": model.vocab_size(), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": -1}
+
+
+def train_sentencepiece(path: Path, **options: Any) -> Any:
+    """Writes a sentencepiece model of TEXT, with these options of its trainer; returns the model."""
     import sentencepiece
 
     content = io.BytesIO()
@@ -72,18 +81,11 @@ def write_sentencepiece(folder: Path, name: str = "tokenizer.model", **settings:
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content.getvalue())
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-    model = sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
-    return {"vocab_size": model.vocab_size(), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": -1}
+    path.write_bytes(content.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())

@@ -12,6 +12,7 @@ from utils.arguments.scripts import (
     MergeTpArguments,
     PredictArguments,
     PretrainArguments,
+    ServeArguments,
     TransToJsonArguments,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "MergeTpArguments",
     "PredictArguments",
     "PretrainArguments",
+    "ServeArguments",
     "TransToJsonArguments",
     "parse",
 ]

@@ -26,8 +26,6 @@ SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def finetune_required(run: Any) -> Iterator[str]:
-    if run.model_name_or_path is None:
-        yield "model_name_or_path is missing; name a model, such as smollm2-135m-instruct"
     tasks = [name for name in TASKS if getattr(run, name)]
     if not tasks:
         yield f"nothing to do: set one of {', '.join(TASKS)}"
@@ -230,10 +228,14 @@ def named_files(run: Any) -> Iterator[str]:
 def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
     """The folder of an adapter or prefix must hold its settings and its weights; LoRA may be in PEFT's layout."""
     folder = getattr(run, name, None)
-    if folder is None:
-        return
+    if folder is not None:
+        yield from adapter_folder(run.where(name), folder, kind)
+
+
+def adapter_folder(named: str, folder: str, kind: str) -> Iterator[str]:
+    """What is wrong with the folder of an adapter or prefix, which messages call `named`."""
     if not os.path.isdir(folder):
-        yield f"{run.where(name)}: no such folder"
+        yield f"{named}: no such folder"
         return
     files = os.listdir(folder)
     if f"{kind}_config.json" in files:
@@ -241,10 +243,10 @@ def adapter(run: Any, name: str, kind: str) -> Iterator[str]:
     elif kind == "lora" and "adapter_config.json" in files:
         weights = "adapter_model"
     else:
-        yield f"{run.where(name)} has no {kind}_config.json; name the output folder of {kind} training"
+        yield f"{named} has no {kind}_config.json; name the output folder of {kind} training"
         return
     if not any(file.startswith(weights) for file in files):
-        yield f"{run.where(name)} has no {weights}.safetensors; its training did not finish"
+        yield f"{named} has no {weights}.safetensors; its training did not finish"
 
 
 def unwritable(run: Any, name: str) -> Iterator[str]:
@@ -287,9 +289,12 @@ def _accepts_files(folder: str) -> bool:
 # --- prediction and merging ----------------------------------------------------------------------
 
 
-def predict_required(run: Any) -> Iterator[str]:
+def model_required(run: Any) -> Iterator[str]:
     if run.model_name_or_path is None:
         yield "model_name_or_path is missing; name a model, such as smollm2-135m-instruct"
+
+
+def predict_required(run: Any) -> Iterator[str]:
     # The documented commands of the inference model bring no data_file: they answer built-in prompts.
     if run.data_file is None and not (run.interactive or run.benchmark or run.inference_model):
         yield "data_file is missing; name a JSON Lines file with src, or use --interactive"

@@ -29,6 +29,7 @@ class Option:
         unit: of a number, for `--help`.
         needs: switches of which one must be on for this option to have an effect.
         path: whether the text names a file or folder, so that a leading ~ means the home folder.
+        many: of a list, whether its items may be several words of the command line.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Option:
     unit: str = ""
     needs: tuple[str, ...] = ()
     path: bool = False
+    many: bool = False
 
 
 def arg(
@@ -61,6 +63,7 @@ def arg(
     unit: str = "",
     needs: Sequence[str] = (),
     path: bool = False,
+    many: bool = False,
 ) -> Any:
     """A dataclass field that carries an option's facts; see `Option` for what they mean."""
     facts = {
@@ -74,6 +77,7 @@ def arg(
         "unit": unit,
         "needs": tuple(needs),
         "path": path,
+        "many": many,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
@@ -88,6 +92,7 @@ class Arguments:
         group: the heading in `--help` of the fields that the class itself declares.
         renamed: keys of earlier scripts and what they are called now.
         spellings: other spellings of keys, which nobody needs to hear about.
+        foreign: options of another script that commands for it may bring along; they are read and do nothing.
         checks: functions that yield what contradicts itself or is missing, one message each.
         uses_device: whether `device` has an effect; else any is accepted, for older commands.
 
@@ -98,6 +103,7 @@ class Arguments:
     group: ClassVar[str] = ""
     renamed: ClassVar[Mapping[str, str]] = {}
     spellings: ClassVar[Mapping[str, str]] = {}
+    foreign: ClassVar[Mapping[str, Option]] = {}
     checks: ClassVar[tuple[Callable[[Any], Iterator[str]], ...]] = ()
     uses_device: ClassVar[bool] = True
 

@@ -114,12 +114,17 @@ def _read_words(
             continue
         key, equals, value = word[2:].partition("=")
         key = cls.spellings.get(key, key)
-        option = options.get(cls.renamed.get(key, key))
+        known = cls.renamed.get(key, key)
+        option = options.get(known) or cls.foreign.get(known)
         following = words[at] if at < len(words) and not words[at].startswith("--") else None
         if equals:
             pass
         elif option is not None and bool in option.kinds and _stands_alone(following):
             value = "true"
+        elif option is not None and option.many and not _stands_alone(following):
+            end = next((place for place in range(at, len(words)) if _is_no_item(words[place])), len(words))
+            value = ",".join(words[at:end])
+            at = end
         elif following is not None:
             value = following
             at += 1
@@ -135,6 +140,11 @@ def _stands_alone(following: str | None) -> bool:
     return following is None or following.endswith(".json")
 
 
+def _is_no_item(word: str) -> bool:
+    """Whether a word is none of the items of a list: it is the next option, or the JSON file."""
+    return word.startswith("--") or word.endswith(".json")
+
+
 def _take(
     run: Arguments,
     source: Sequence[Given],
@@ -148,6 +158,9 @@ def _take(
     for given in source:
         key = run.renamed.get(given.key, given.key)
         option = options.get(key)
+        if option is None and key in run.foreign:
+            notice(f"{given.origin}: {key} has no effect here; it is an option of another script")
+            continue
         if option is None:
             faults.append(f"{given.origin}: unknown key {given.key}{_nearest(given.key, options, script)}")
             continue

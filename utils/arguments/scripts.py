@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from utils.arguments import checks, notices, pretrain_checks
-from utils.arguments.groups import (
-    AdapterArguments,
-    DataArguments,
-    ExportingArguments,
-    GenerateArguments,
-    MergeArguments,
-    MergeShardsArguments,
-    ModelArguments,
-    ParallelArguments,
+from utils.arguments import checks, notices, pretrain_checks, serve_checks
+from utils.arguments.fields import Option, options_of
+from utils.arguments.groups.answering import (
+    AnsweringArguments,
+    BasicSamplingArguments,
     PredictorArguments,
-    PretrainDataArguments,
-    QuantArguments,
-    ReportArguments,
     SamplingArguments,
-    TextArguments,
-    TokenFileArguments,
+)
+from utils.arguments.groups.data import DataArguments, PretrainDataArguments
+from utils.arguments.groups.model import AdapterArguments, ModelArguments
+from utils.arguments.groups.quantization import QuantArguments
+from utils.arguments.groups.serving import HttpArguments, ServedArguments
+from utils.arguments.groups.tools import TextArguments, TokenFileArguments
+from utils.arguments.groups.training import (
+    GenerateArguments,
+    ParallelArguments,
+    ReportArguments,
     TrainingArguments,
 )
+from utils.arguments.groups.weights import ExportingArguments, MergeArguments, MergeShardsArguments
 
 # Keys that argument files of earlier toolchains contain.
 RENAMED_LENGTHS = {"tgt_length": "max_length", "intokens_max_length": "max_length"}
@@ -51,6 +53,7 @@ class FinetuneArguments(
         "smooth_all_linear": "smooth_all_linears",
     }
     checks: ClassVar = (
+        checks.model_required,
         checks.finetune_required,
         checks.one_method,
         checks.starting_points,
@@ -135,6 +138,7 @@ class PredictArguments(SamplingArguments, PredictorArguments):
 
     renamed: ClassVar[dict[str, str]] = RENAMED_LENGTHS
     checks: ClassVar = (
+        checks.model_required,
         checks.predict_required,
         checks.static_folder,
         checks.low_bit_inference,
@@ -148,10 +152,7 @@ class PredictArguments(SamplingArguments, PredictorArguments):
 
     def settle(self) -> list[str]:
         """Derives decode_strategy, max_new_tokens, and a src_length that leaves room for the answer."""
-        said = []
-        if "src_length" not in self.provided and self.src_length >= self.max_length:
-            self.src_length = self.max_length // 2
-            said.append(f"src_length is {self.src_length}, half of {self.where('max_length')}")
+        said = _leave_room(self)
         if self.max_new_tokens is None:
             self.max_new_tokens = max(1, self.max_length - self.src_length)
         if self.decode_strategy is None:
@@ -170,6 +171,59 @@ class PredictArguments(SamplingArguments, PredictorArguments):
                     "--top_k 0 samples from all tokens"
                 )
         return said
+
+
+def _leave_room(run: Any) -> list[str]:
+    """Lowers a src_length that the user has not chosen where max_length leaves no room for an answer."""
+    if "src_length" in run.provided or run.src_length < run.max_length:
+        return []
+    run.src_length = run.max_length // 2
+    return [f"src_length is {run.src_length}, half of {run.where('max_length')}"]
+
+
+@dataclass
+class ServeArguments(ServedArguments, HttpArguments, BasicSamplingArguments, AnsweringArguments):
+    """Serves a model over HTTP, to OpenAI clients too, with a page to chat."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        **RENAMED_LENGTHS,
+        "base_port": "flask_port",
+        "batch_size": "max_batch_size",
+    }
+    # The toolchain's document sends readers to the options of predictor.py.
+    foreign: ClassVar[Mapping[str, Option]] = options_of(PredictArguments)
+    checks: ClassVar = (
+        checks.model_required,
+        checks.static_folder,
+        checks.low_bit_inference,
+        checks.one_adapter,
+        checks.lengths,
+        checks.named_files,
+        serve_checks.ports,
+        serve_checks.protection,
+        serve_checks.key,
+        serve_checks.origins,
+        serve_checks.names,
+        serve_checks.adapters,
+        serve_checks.page,
+    )
+
+    def settle(self) -> list[str]:
+        """Derives api_key, served_model_name, and a src_length that leaves room for the answer."""
+        said = _leave_room(self)
+        variable = serve_checks.KEY_VARIABLE
+        if self.api_key is None:
+            self.api_key = os.environ.get(variable) or None
+        elif self.origin("api_key") == "--api_key":
+            said.append(f"--api_key: the process list shows it to every user of this machine; set {variable} instead")
+        if self.served_model_name is None and self.model_name_or_path is not None:
+            self.served_model_name = serve_checks.name_of(self.model_name_or_path)
+        return said
+
+    @property
+    def adapters(self) -> list[tuple[str, str]]:
+        """(served name, folder) of each of `lora_modules`."""
+        return serve_checks.read_adapters(self.lora_modules)
 
 
 @dataclass
