@@ -63,7 +63,7 @@ class TextEngine(Engine):
 
     def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
         text = self.texts[slot]
-        assert self.shares_heads and 0 <= borders[0] and borders[-1] <= len(text) and len(borders) > 1
+        assert self.shares_heads and borders[0] >= 0 and borders[-1] <= len(text) and len(borders) > 1
         pieces = [text[start:end] for start, end in pairwise(borders)]
         assert all(pieces)
         return [Kept(piece, self.kept_bytes(slot, len(piece))) for piece in pieces]
