@@ -323,3 +323,13 @@ def test_half_a_surrogate_pair_in_a_settings_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(r'{"chat_template": "a\ud83d"}', "utf-8")
     with pytest.raises(UserError, match=r"tokenizer_config.json: .*half of a surrogate pair at character 2"):
         ChatTemplate.load(tmp_path, default=None)
+
+
+def test_a_template_may_be_given_more_values_but_not_in_place_of_its_own(tokenizers: dict[str, Tokenizer]) -> None:
+    text = "{% if loud %}!{% endif %}{% for m in messages %}{{ m.role + m.content + (m.name or '') }}{% endfor %}{{ note }}"
+    template, tokenizer = JinjaTemplate(text, "test"), tokenizers["bpe"]
+    given = template.with_values({"loud": True, "note": "<|im_end|>", "messages": [], "template": 1, "self": 2})
+    message: list[Message] = [{"role": "user", "content": "one", "name": "Ann"}]
+    assert tokenizer.decode(given.encode_prompt(tokenizer, message), skip_special=False) == "!useroneAnn<|im_end|>"
+    assert tokenizer.token_id("<|im_end|>") not in given.encode_prompt(tokenizer, message)
+    assert tokenizer.decode(template.encode_prompt(tokenizer, message), skip_special=False) == "useroneAnn"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -249,7 +249,7 @@ def names_in(text: str) -> frozenset[str]:
     return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
 
 
-def render_jinja(template: jinja2.Template, origin: str, **values: Any) -> str:
+def render_jinja(template: jinja2.Template, origin: str, values: Mapping[str, Any]) -> str:
     """The text of a compiled template.
 
     Raises:
@@ -257,7 +257,7 @@ def render_jinja(template: jinja2.Template, origin: str, **values: Any) -> str:
     """
     before = _spent.set(Spent())
     try:
-        return template.render(**values)
+        return template.render(values)
     except (Endless, RecursionError, MemoryError, OverflowError) as error:
         what = "it calls itself again and again" if isinstance(error, RecursionError) else str(error)
         what = what or "no memory is left"

@@ -25,28 +25,29 @@ class Talk:
     ) -> None:
         self.tokenizer, self.messages = tokenizer, messages
         self._template = template
-        names = ["role", "content", *template.written_keys]
+        names = ["role", "content", "name", "tool_call_id", *template.written_keys]
         shown = [{name: message[name] for name in names if name in message} for message in messages]  # type: ignore[literal-required]
         shown_tools = tools if tools and "tools" in template.written_keys else None
         special = template.special_tokens_in_text
-        self._marks = Marks(tokenizer, [shown, shown_tools], own=own, special_in_text=special)
+        values = [shown, shown_tools, dict(template.values)]
+        self._marks = Marks(tokenizer, values, own=own, special_in_text=special)
         self._own = own
 
     def _write(self, messages: list[Any], *, ask: bool) -> str:
         from utils.data.jinja import render_jinja
 
         tokenizer = self.tokenizer
-        return render_jinja(
-            self._template.compiled,
-            self._template.origin,
-            messages=messages,
-            add_generation_prompt=ask,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token,
-            pad_token=tokenizer.token(tokenizer.pad_id) or "",
-            tools=self._marks.ready[1],
-            documents=None,
-        )
+        values = {
+            **self._marks.ready[2],
+            "messages": messages,
+            "add_generation_prompt": ask,
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.token(tokenizer.pad_id) or "",
+            "tools": self._marks.ready[1],
+            "documents": None,
+        }
+        return render_jinja(self._template.compiled, self._template.origin, values)
 
     def render(self, count: int, *, ask: bool = False) -> Rendered:
         """The text of the first `count` messages; `ask` for the next answer."""

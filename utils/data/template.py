@@ -8,6 +8,7 @@ depend on what follows it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from utils.data.lines import half_of_pair
@@ -43,6 +45,7 @@ class Message(TypedDict):
         train: whether an answer is learned; it is, if nothing else is said.
         reasoning_content: what an answer's author thought before.
         tool_calls: the functions that an answer calls.
+        name, tool_call_id: of who speaks, and of the call that a "tool" answers; for templates that write them.
     """
 
     role: str
@@ -50,6 +53,8 @@ class Message(TypedDict):
     train: NotRequired[bool]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Any]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 EXAMPLE: list[Message] = [
@@ -77,10 +82,12 @@ class ChatTemplate(ABC):
     Attributes:
         special_tokens_in_text: whether special tokens that a message holds are special tokens. By default they are
             text like any other; those of the template itself are always special.
+        values: more that a Jinja template may look for, by name, such as enable_thinking.
     """
 
     source: Literal["jinja", "plain", "paddlenlp"]
     special_tokens_in_text = False
+    values: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def load(
@@ -231,6 +238,12 @@ class JinjaTemplate(ChatTemplate):
             raise UserError(f"{origin}: the chat template holds half of a surrogate pair at character {half}")
         self._examples: dict[Tokenizer, tuple[str, str]] = {}
         _ = self.compiled  # a broken template must be reported now
+
+    def with_values(self, values: Mapping[str, Any]) -> JinjaTemplate:
+        """The same template with other `values`."""
+        other = copy.copy(self)
+        other.values, other._examples = values, {}
+        return other
 
     def _identity(self) -> str:
         return f"jinja\0{self.text}"
@@ -426,24 +439,15 @@ class PaddleNLPTemplate(ChatTemplate):
 
         if self._system is None:
             return content + "\n" if content else ""
-        text = render_jinja(self._system, self.origin, system=content, is_training=False)
+        text = render_jinja(self._system, self.origin, {"system": content, "is_training": False})
         return text if content in text else content + "\n"
 
     def _part(self, part: Any, tokenizer: Tokenizer, user: str, bot: str, index: int) -> str:
         from utils.data.jinja import render_jinja
 
-        return render_jinja(
-            part,
-            self.origin,
-            user=user,
-            query=user,
-            bot=bot,
-            index=index,
-            is_first=index == 0,
-            is_training=False,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token,
-        )
+        values = {"user": user, "query": user, "bot": bot, "index": index, "is_first": index == 0, "is_training": False}
+        ends = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token}
+        return render_jinja(part, self.origin, {**values, **ends})
 
 
 def _read_template(file: Path) -> ChatTemplate:

@@ -211,7 +211,7 @@ class JsonTokenizer(Tokenizer):
         model = description["model"]
         unknown = model.get("unk_token")
         self.unknown_id = model.get("unk_id") if unknown is None else self._tokenizer.token_to_id(unknown)
-        self._twins: dict[tuple[bool, int], PlainTwin] = {}
+        self._twins: dict[tuple[bool, frozenset[str]], PlainTwin] = {}
         self._continuation = self._tokenizer
         if _drop_leading_blank(description):
             self._continuation = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -301,13 +301,14 @@ class JsonTokenizer(Tokenizer):
         if not plain and not self._in_disguise:
             return self._known(tokenizer.encode(text, add_special_tokens=False).ids)
         spans = self.special_spans(text, also=self._written)
-        self._renamed |= {text[start:end]: self._written[text[start:end]] for start, end in spans if start in plain}
+        found = {text[start:end]: self._written[text[start:end]] for start, end in spans if start in plain}
+        renamed = self._renamed = {**self._renamed, **found}  # other threads may do the same at this moment
         marked, done = "", 0
         for start, end in spans:
-            if start not in plain and text[start:end] in self._renamed:
+            if start not in plain and text[start:end] in renamed:
                 marked += text[done:start] + self._mark
                 done = start
-        return self._known(self._twin(continuation).encode(marked + text[done:]))
+        return self._known(self._twin(continuation, renamed).encode(marked + text[done:]))
 
     @cached_property
     def _mark(self) -> str:
@@ -319,10 +320,10 @@ class JsonTokenizer(Tokenizer):
         """The tokens that are text in `_twin`: the special ones, and others once a text has needed it."""
         return dict(self.written_special)
 
-    def _twin(self, continuation: bool) -> PlainTwin:
-        key = (continuation, len(self._renamed))
+    def _twin(self, continuation: bool, renamed: Mapping[str, int]) -> PlainTwin:
+        key = (continuation, frozenset(renamed))
         if key not in self._twins:
-            self._twins[key] = PlainTwin(self._described(continuation=continuation), self._renamed, self._mark)
+            self._twins[key] = PlainTwin(self._described(continuation=continuation), renamed, self._mark)
         return self._twins[key]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
