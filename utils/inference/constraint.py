@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from utils.errors import UserError
+from utils.inference.grammar import Grammar, Kind
+
+if TYPE_CHECKING:
+    from utils.families.tokenizers import Tokenizer
+
+MOST_CHARACTERS = 65_536  # of the text of a grammar
+_KEPT = 32  # forms that are ready for the next answer
+_NAMES: dict[Kind, str] = {
+    "json_object": "the JSON object",
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "choice": "the list of choices",
+    "lark": "the grammar",
+}
+# Between the parts of JSON: as models write it on one line or on many, but not without end, as a sampled answer may.
+_JSON = {"whitespace_pattern": r"\x20{1,2}|\n[\x20\t]{0,32}"}
+# Work and memory of one form: a step takes some ten milliseconds at most, its automaton about 40 MB.
+_LIMITS: dict[str, Any] = {"step_lexer_fuel": 50_000, "max_lexer_states": 20_000, "verbose_errors": False}
+_TRIAL = Path(__file__).with_name("constraint_trial.py")
+_TRIAL_SECONDS = 60.0  # for a machine that is busy: the trial limits its own processor time
+_trials = threading.BoundedSemaphore(2)
 
 
 class Constraint(Protocol):
@@ -26,3 +57,208 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> None:
         """Adds a token that `mask` allows, an end token too."""
+
+
+class Constrainer:
+    """Begins answers of a form for one tokenizer. Special tokens are in none, unless a grammar names their ids."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int]) -> None:
+        """
+        Args:
+            tokenizer: of the model.
+            vocabulary: of the logits; it may be larger than the tokenizer's.
+            end_ids: tokens that end an answer.
+        """
+        import llguidance
+
+        words = _Vocabulary(tokenizer, vocabulary, end_ids)
+        self._end_ids = frozenset(end_ids)
+        self._vocabulary = vocabulary
+        self._drops_blank = _drops_blank(tokenizer, words.tokens)
+        wrapped = llguidance.TokenizerWrapper(words)
+        self._library = llguidance.LLTokenizer(wrapped, eos_token=sorted(self._end_ids))
+        words.library = self._library
+        self._ready = lru_cache(maxsize=_KEPT)(self._compile)
+
+    def start(self, grammar: Grammar) -> Constraint:
+        """The form of an answer that begins.
+
+        Raises:
+            UserError: see `check`, which finds the same, and more, before an answer is asked for.
+        """
+        return _Walk(self._ready(grammar).deep_copy(), self._vocabulary, self._end_ids)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        import llguidance
+
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        text = _compilable(grammar, drops_blank=self._drops_blank)
+        matcher = llguidance.LLMatcher(self._library, text, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(_fault(grammar, matcher.get_error()))
+        return matcher
+
+
+class _Vocabulary:
+    """A tokenizer as the library asks for it.
+
+    Attributes:
+        tokens: the bytes of each id of the logits. Special ones have a name that is no text, each its own.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int]) -> None:
+        from utils.families.token_bytes import token_bytes
+
+        special = tokenizer.special_ids | set(end_ids)
+        texts = [b"" if place in special else token_bytes(tokenizer, place) for place in range(vocabulary)]
+        self.special_token_ids = [place for place, text in enumerate(texts) if not text]
+        self.tokens = [text or b"<|%d|>" % place for place, text in enumerate(texts)]
+        self.eos_token_id = min(end_ids)
+        self.library: Any = None
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """The tokens that the model itself would write for a text, or others that make it."""
+        text = text.decode() if isinstance(text, bytes) else text
+        ids = self._tokenizer.encode_text(text, continuation=True)
+        if b"".join(self.tokens[token] for token in ids if token < len(self.tokens)) == text.encode():
+            return ids
+        return self.library.greedy_tokenize(text) if self.library is not None else []
+
+
+class _Walk:
+    """A `Constraint` that walks through a grammar."""
+
+    def __init__(self, matcher: Any, vocabulary: int, end_ids: frozenset[int]) -> None:
+        self._matcher, self._vocabulary, self._end_ids = matcher, vocabulary, end_ids
+        self._said_end = False
+
+    @property
+    def ended(self) -> bool:
+        return self._said_end or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    def mask(self) -> NDArray[np.bool_]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            raise UserError(f"the answer's form takes too much work at this place: {_line(self._matcher.get_error())}")
+        allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
+        if not allowed.any():
+            raise UserError("the answer's form cannot be written with this model's tokens")
+        return allowed
+
+    def accept(self, token: int) -> None:
+        if token in self._end_ids:
+            self._said_end = True
+        elif not self._matcher.consume_token(token):
+            raise UserError(f"the answer's form takes too much work at this place: {_line(self._matcher.get_error())}")
+
+
+def check(grammar: Grammar) -> None:
+    """Finds out whether answers of a form can be made, in bounded time and memory whatever it says.
+
+    Raises:
+        UserError: one sentence.
+    """
+    if (fault := _checked(grammar)) is not None:
+        raise UserError(fault)
+
+
+@lru_cache(maxsize=256)
+def _checked(grammar: Grammar) -> str | None:
+    """What is wrong with a form, as a process of its own finds it: the library may take long for a hostile one, or
+    crash."""
+    try:
+        text = _compilable(grammar)
+    except UserError as error:
+        return str(error)
+    trial = json.dumps({"grammar": text, "limits": _LIMITS})
+    command = [sys.executable, "-P", str(_TRIAL)]
+    with _trials:
+        try:
+            done = subprocess.run(command, input=trial.encode(), capture_output=True, timeout=_TRIAL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return _too_much(grammar)
+    if done.returncode != 0:
+        return _too_much(grammar)
+    fault = done.stdout.decode(errors="replace")
+    return _fault(grammar, fault) if fault else None
+
+
+def _compilable(grammar: Grammar, *, drops_blank: bool = False) -> str:
+    """A form in the library's own words.
+
+    Args:
+        drops_blank: whether the blank before the first token of a text is no part of it.
+
+    Raises:
+        UserError: it is too long, or no JSON.
+    """
+    text = grammar.text
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"{_NAMES[grammar.kind]} has {len(text)} characters: expected at most {MOST_CHARACTERS}; shorten it"
+        )
+    form: dict[str, Any] = {"name": "form"}
+    blank = '" "?'
+    if grammar.kind in ("json_object", "json_schema"):
+        schema = {"type": "object"} if grammar.kind == "json_object" else _parsed(grammar)
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        if not isinstance(schema, dict):
+            raise UserError(_fault(grammar, "it is neither an object nor true"))
+        form["json_schema"] = {**schema, "x-guidance": _JSON}
+    elif grammar.kind == "lark":
+        form["lark_grammar"] = text
+    else:
+        blank = '" "'
+        if grammar.kind == "regex":
+            form["lark_grammar"] = f"start: WHOLE\nWHOLE: /{_in_slashes(text)}/"
+        else:
+            choices = _parsed(grammar)
+            if not (isinstance(choices, list) and choices and all(isinstance(one, str) and one for one in choices)):
+                raise UserError(_fault(grammar, "it is no list of texts that are not empty"))
+            form["lark_grammar"] = "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
+    first = [{"name": "answer", "lark_grammar": f"start: {blank} @form"}] if drops_blank else []
+    return json.dumps({"grammars": [*first, form]})
+
+
+def _parsed(grammar: Grammar) -> Any:
+    try:
+        return json.loads(grammar.text)
+    except (ValueError, RecursionError):
+        raise UserError(_fault(grammar, "it is no JSON, or too deep")) from None
+
+
+def _in_slashes(regex: str) -> str:
+    """A regular expression as it stands between slashes, which no other slash may end."""
+    escaped, after = "", False
+    for sign in regex:
+        escaped += "\\/" if sign == "/" and not after else "\\n" if sign == "\n" else sign
+        after = sign == "\\" and not after
+    return escaped
+
+
+def _fault(grammar: Grammar, message: str) -> str:
+    return f"{_NAMES[grammar.kind]} cannot be followed: {_line(message)}"
+
+
+def _too_much(grammar: Grammar) -> str:
+    return (
+        f"{_NAMES[grammar.kind]} takes too much work; make it simpler: fewer alternatives, references and patterns, "
+        "smaller numbers"
+    )
+
+
+def _line(message: str) -> str:
+    """The beginning of what the library says, on one line, without the lines of the grammar that it shows."""
+    text = " ".join(re.sub(r"<non-verbose/>|(?m:^\s*\d+ \| .*$)", "", message).split()).rstrip(" ^")
+    text = "nothing fits it" if text == "NoExtensionBias" else text
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _drops_blank(tokenizer: Tokenizer, tokens: list[bytes]) -> bool:
+    """Whether the blank before the first token of a text is no part of it."""
+    first = next((place for place, text in enumerate(tokens) if text.startswith(b" ") and text.strip().isalpha()), None)
+    return first is not None and not tokenizer.decode([first]).startswith(" ")
