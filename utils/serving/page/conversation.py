@@ -1,0 +1,263 @@
+"""What happens on the page: a question is asked, an answer streams in, a round is taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
+
+import gradio as gr
+import httpx
+
+from utils.serving.errors import ApiError
+from utils.serving.page.api import Api, Piece
+from utils.serving.page.texts import language_of, say
+
+SHOW_SECONDS = 0.1  # the page is drawn anew at most this often
+NOT_READY = 503
+RETRY_SECONDS = 2  # between two tries while the server is not ready, at most
+
+T = TypeVar("T")
+Message = dict[str, Any]  # as the conversation component has it
+Outputs = tuple[Any, ...]  # conversation, status, input box
+
+
+class Sampling(NamedTuple):
+    """How to answer, as the settings of the page say; in the order in which the page lists them."""
+
+    temperature: float
+    top_p: float
+    top_k: float
+    max_tokens: float
+    repetition_penalty: float
+    seed: float | None
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of a request."""
+        fields: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": int(self.top_k),
+            "max_tokens": int(self.max_tokens),
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return fields if self.seed is None else {**fields, "seed": int(self.seed)}
+
+
+def said(role: str, text: str) -> Message:
+    """A message; in this form the component takes its text as it is, spaces at the ends too."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def text_of(message: Message) -> str:
+    return "".join(part["text"] for part in message["content"])
+
+
+def before_question(history: Sequence[Message], index: int) -> tuple[list[Message], str]:
+    """The question that a message at `index` is or answers, and what was said before it."""
+    while index > 0 and history[index]["role"] != "user":
+        index -= 1
+    return list(history[:index]), text_of(history[index])
+
+
+def take_back(history: Sequence[Message], draft: str) -> tuple[list[Message], str]:
+    """A question that has no answer goes back into the input box, before what stands there."""
+    if not history or history[-1]["role"] != "user":
+        return list(history), draft
+    kept, question = before_question(history, len(history) - 1)
+    return kept, "\n".join(filter(None, (question, draft)))
+
+
+def body_of(model: str, system: str, history: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
+    """The request for the next answer."""
+    messages = [{"role": message["role"], "content": text_of(message)} for message in history]
+    if system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    return {"model": model, "messages": messages, **sampling.fields()}
+
+
+class Progress:
+    """How far an answer has come, and the line that says so."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+        self.text = ""
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._not_ready = ""
+        self._finish_reason: str | None = None
+        self._counts: tuple[int, int] | None = None
+
+    def take(self, news: Piece | ApiError | None) -> None:
+        """Takes in what has come; None: nothing."""
+        if isinstance(news, ApiError):
+            self._not_ready = str(news)
+        elif news is not None:
+            self._not_ready = ""
+            if self._first is None and news.text:
+                self._first = time.monotonic()
+            self.text += news.text
+            self._finish_reason = news.finish_reason or self._finish_reason
+            if news.prompt_tokens is not None and news.completion_tokens is not None:
+                self._counts = (news.prompt_tokens, news.completion_tokens)
+
+    def line(self) -> str:
+        """While the answer is under way."""
+        seconds = time.monotonic() - self._started
+        if self._not_ready:
+            return status(say(self.language, "loading", seconds=seconds, message=self._not_ready))
+        return status(say(self.language, "writing" if self.text else "waiting", seconds=seconds))
+
+    def last_line(self) -> str:
+        """Once it is complete: counts, and the rate from the first token on."""
+        now = time.monotonic()
+        first = now if self._first is None else self._first
+        if self._counts is None:
+            line = say(self.language, "done_uncounted", seconds=now - self._started)
+        else:
+            prompt, completion = self._counts
+            rate = (completion - 1) / (now - first) if completion > 1 and now > first else 0.0
+            wait = first - self._started
+            line = say(self.language, "done", completion=completion, rate=rate, first=wait, prompt=prompt)
+        if self._finish_reason == "length":
+            line += " · " + say(self.language, "cut")
+        return status(line)
+
+
+class Conversation:
+    """The handlers of the page's events; each request carries all that it needs, nothing is kept between them."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def opened(
+        self, request: gr.Request, history: list[Message], draft: str, model: str | None, *settings: Any
+    ) -> Outputs:
+        """The page has been opened, with what the browser has kept of the last time."""
+        line = ""
+        try:
+            models = await self._api.models()
+        except (ApiError, httpx.HTTPError, ValueError) as error:
+            models, line = [], failure(language_of(request.headers, request.cookies), error)
+        history, draft = take_back(history, draft)
+        chosen = model if model in models else next(iter(models), None)
+        return history, line, draft, gr.update(choices=models, value=chosen), *settings
+
+    async def answer(
+        self,
+        event: gr.EventData,
+        request: gr.Request,
+        history: list[Message],
+        draft: str,
+        model: str | None,
+        system: str,
+        *settings: Any,
+    ) -> AsyncGenerator[Outputs, None]:
+        """Answers what has been written, or anew: a question that was edited, or one whose answer does not please."""
+        language = language_of(request.headers, request.cookies)
+        of_message = event._data or {}  # None: the input box has nothing to add
+        if "index" not in of_message:
+            before, question, draft = history, draft, ""
+        else:
+            before, question = before_question(history, of_message["index"])
+            if "previous_value" in of_message:
+                question = str(of_message["value"])
+        if not question.strip():
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        asked = [*before, said("user", question)]
+        progress = Progress(language)
+        yield asked, progress.line(), gr.update(value=draft, submit_btn=False, stop_btn=True)
+        line = ""
+        try:
+            models = [model] if model else await self._api.models()
+            body = body_of(models[0], system, asked, Sampling(*settings))
+            async for _ in every(SHOW_SECONDS, self._patiently(body), progress.take):
+                yield with_answer(asked, progress.text), progress.line(), gr.skip()
+            line = progress.last_line()
+        except (ApiError, httpx.HTTPError, ValueError) as error:
+            line = failure(language, error)
+        history, draft = take_back(with_answer(asked, progress.text), draft)
+        yield history, line, gr.update(value=draft, submit_btn=True, stop_btn=False)
+
+    async def _patiently(self, body: dict[str, Any]) -> AsyncIterator[Piece | ApiError]:
+        """The answer; before it, what the server says as long as it is not ready."""
+        while True:
+            try:
+                async for piece in self._api.chat(body):
+                    yield piece
+                return
+            except ApiError as error:
+                if error.status != NOT_READY:
+                    raise
+                yield error
+                pause = min(error.retry_after or RETRY_SECONDS, RETRY_SECONDS)
+            await asyncio.sleep(pause)
+
+    def stopped(self, request: gr.Request, history: list[Message], draft: str) -> Outputs:
+        """The user has stopped the answer: what has come of it stays."""
+        line = status(say(language_of(request.headers, request.cookies), "stopped"))
+        history, draft = take_back(history, draft)
+        return history, line, gr.update(value=draft, submit_btn=True, stop_btn=False)
+
+    def undone(self, history: list[Message]) -> Outputs:
+        """The last round goes; its question stands in the input box again."""
+        history, question = before_question(history, len(history) - 1) if history else ([], "")
+        return history, "", gr.update(value=question, submit_btn=True, stop_btn=False)
+
+    def cleared(self) -> Outputs:
+        """A new conversation."""
+        return [], "", gr.update(submit_btn=True, stop_btn=False)
+
+
+def with_answer(asked: list[Message], text: str) -> list[Message]:
+    return [*asked, said("assistant", text)] if text else asked
+
+
+async def every(seconds: float, source: AsyncIterator[T], take: Any) -> AsyncIterator[None]:
+    """Gives all that `source` has to `take` at once, and yields every so often meanwhile, also if nothing comes.
+
+    Whoever stops listening is noticed only when this yields.
+    """
+    waiting: asyncio.Task[T] | None = None
+    shown = time.monotonic()
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(_next(source))
+            await asyncio.wait({waiting}, timeout=max(0.0, shown + seconds - time.monotonic()))
+            if waiting.done():
+                try:
+                    take(waiting.result())
+                except StopAsyncIteration:
+                    return
+                waiting = None
+            if time.monotonic() >= shown + seconds:
+                yield
+                shown = time.monotonic()
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            with suppress(BaseException):
+                await waiting
+
+
+async def _next(source: AsyncIterator[T]) -> T:
+    return await anext(source)
+
+
+def failure(language: str, error: Exception) -> str:
+    """One line on why there is no answer."""
+    if isinstance(error, ApiError):
+        return status(say(language, "refused", message=str(error)), wrong=True)
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | ValueError):
+        return status(say(language, "ended_early"), wrong=True)
+    return status(say(language, "unreachable"), wrong=True)
+
+
+def status(line: str, wrong: bool = False) -> str:
+    """The status line as HTML; `line` is plain text."""
+    attributes = ' class="wrong" role="alert"' if wrong else ""
+    return f"<p{attributes}>{html.escape(line)}</p>"
