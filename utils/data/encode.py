@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,21 @@ def note_ignored(row: Row, tokenizer: Tokenizer, template: ChatTemplate, report:
         )
     for key in sorted(unused):
         report.note(f'"{key}" ignored: the chat template does not write it', row.place)
+
+
+def forgotten_rounds(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, src_length: int) -> int:
+    """How many of the oldest rounds, a question and its answer, have to go until a conversation fits into `src_length`.
+
+    A system message and the last question stay; if they alone are too long, all rounds have to go.
+    """
+    first = 1 if messages[0]["role"] == "system" else 0
+
+    def fits(forgotten: int) -> bool:
+        kept = [*messages[:first], *messages[first + 2 * forgotten :]]
+        return len(template.encode_prompt(tokenizer, kept)) <= src_length
+
+    rounds = (len(messages) - first - 1) // 2
+    return 0 if rounds == 0 or fits(0) else bisect_left(range(rounds), True, key=fits)
 
 
 def encode_source(

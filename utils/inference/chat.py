@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from utils import signals
+from utils.data.encode import forgotten_rounds
 from utils.data.lines import naming
 from utils.data.template import Message
 from utils.errors import UserError, notice
@@ -78,11 +79,9 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         template, tokenizer = self._prepared.template, self._prepared.tokenizer
-        forgotten = 0
-        while len(self.messages) > 1 and len(template.encode_prompt(tokenizer, self.messages)) > self._src_length:
-            del self.messages[:2]
-            forgotten += 1
+        forgotten = forgotten_rounds(self.messages, tokenizer, template, self._src_length)
         if forgotten:
+            del self.messages[: 2 * forgotten]
             notice(f"{forgotten} of the oldest rounds no longer fit into src_length {self._src_length}")
         ids, was_cut = self._prepared.encode(self.messages, self._src_length)
         if was_cut:

@@ -1,0 +1,196 @@
+"""From the bytes of a request to a checked model of its fields; each fault is a 400 in one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from flask import g, request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from utils.data.lines import half_of_pair
+from utils.serving import limits
+from utils.serving.context import serving
+from utils.serving.errors import ApiError
+from utils.serving.record import log_line
+from utils.settings import shown
+
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")  # what a page elsewhere can send unasked
+MOST_NAMES = 1000  # of unknown fields that are remembered
+SHOWN_FAULTS = 5
+_TOO_DEEP = f"is nested too deeply: at most {limits.JSON_DEPTH} objects and lists in each other"
+_unknown: set[tuple[str, str]] = set()
+_lock = threading.Lock()
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]  # JSON knows one kind of number: 5.0 is a whole one
+
+
+class Body(BaseModel):
+    """Base of all bodies: types are as JSON has them (no "1" for 1), and what is unknown is left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read(kind: type[B]) -> B:
+    """The body of the request at hand.
+
+    Raises:
+        ApiError: 400, naming the field; 413; 415.
+    """
+    value = read_object()
+    _note_unknown(kind, value)
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        faults = [_fault(one) for one in error.errors(include_url=False)]
+        more = f" (and {len(faults) - SHOWN_FAULTS} more)" if len(faults) > SHOWN_FAULTS else ""
+        message = "; ".join(f"{name}: {text}" if name else text for name, text in faults[:SHOWN_FAULTS])
+        raise ApiError(400, message + more, param=faults[0][0] or None) from None
+
+
+def read_object() -> dict[str, Any]:
+    """The JSON object of the request at hand.
+
+    Raises:
+        ApiError: 400, 413, 415.
+    """
+    if request.mimetype in FORMS:
+        raise ApiError(415, "the body must be JSON; send it with the header Content-Type: application/json")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise ApiError(415, "the body must not be compressed; send it without Content-Encoding")
+    value = parse(request.get_data(cache=False))
+    if serving().settings.log_requests:
+        g.record.facts["request"] = value
+    return value
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """A JSON object, read strictly.
+
+    Raises:
+        ApiError: 400; it is not UTF-8 or no object, or as `load_json`.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8 text (byte {error.start + 1})") from None
+    value = load_json(text, "the body")
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body must be a JSON object, such as {{...}}; it is {shown(value)}")
+    return value
+
+
+def load_json(text: str, what: str) -> Any:
+    """A value from JSON, read strictly.
+
+    Args:
+        what: as errors name it.
+
+    Raises:
+        ApiError: 400; it is not JSON, nested too deeply, has a key twice, or holds what no text or number can be.
+    """
+    try:
+        value = json.loads(
+            text, parse_constant=_no_number, parse_float=_float, parse_int=_int, object_pairs_hook=_object
+        )
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"{what} is not valid JSON: {error.msg} ({place})") from None
+    except ValueError as error:
+        raise ApiError(400, f"{what} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, f"{what} {_TOO_DEEP}") from None
+    if not _is_shallow(value):
+        raise ApiError(400, f"{what} {_TOO_DEEP}")
+    if "\\ud" in text.lower() and any(half_of_pair(found) is not None for found in _strings(value)):
+        raise ApiError(400, f"{what} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.20} is beyond all numbers")
+    return value
+
+
+def _int(digits: str) -> int:
+    if len(digits) > limits.NUMBER_DIGITS:
+        raise ValueError(f"a whole number of {len(digits):,} digits; at most {limits.NUMBER_DIGITS} are taken")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the field {shown(twice)} stands twice in one object")
+    return value
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _is_shallow(value: Any) -> bool:
+    level = [value]
+    for _ in range(limits.JSON_DEPTH + 1):
+        level = [child for one in level for child in _children(one)]
+        if not level:
+            return True
+    return False
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    if isinstance(value, dict):
+        yield from value
+    for child in _children(value):
+        yield from _strings(child)
+
+
+def _fault(error: Any) -> tuple[str, str]:
+    """(name of the field, what is wrong with it) of one of pydantic's errors."""
+    name = ".".join(str(part) for part in error["loc"])
+    text = error["msg"][:1].lower() + error["msg"][1:]
+    if error["type"] == "missing":
+        return name, "is missing"
+    text = text.removeprefix("input ").removeprefix("value error, ")
+    try:
+        return name, f"{text}, found {shown(error['input'])}"
+    except (TypeError, ValueError):
+        return name, text
+
+
+def _note_unknown(kind: type[Body], value: dict[str, Any]) -> None:
+    """Logs once for each field that is left out."""
+    known = {name for name, field in kind.model_fields.items()} | {
+        str(field.alias) for field in kind.model_fields.values() if field.alias
+    }
+    for name in value.keys() - known:
+        entry = (request.path, name[:100])
+        with _lock:
+            new = entry not in _unknown and len(_unknown) < MOST_NAMES
+            if new:
+                _unknown.add(entry)
+        if new:
+            log_line(id=g.record.id, route=entry[0], ignored_field=entry[1])
