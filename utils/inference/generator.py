@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Generator as PythonGenerator
 from contextlib import closing
+from functools import partial
 
+from utils.inference.commands import Submit
 from utils.inference.engine import Engine
 from utils.inference.request import Completion
 from utils.inference.sampling import SamplingOptions
-from utils.inference.scheduler import Decoder, Scheduler, Speed
+from utils.inference.scheduler import Decoder, Event, Scheduler, Speed
+from utils.inference.service import Service
 
 __all__ = ["Completion", "Decoder", "Generator", "Speed"]
 
@@ -46,6 +49,10 @@ class Generator:
             share_heads=self.share_heads,
         )
 
+    def service(self, batch_size: int) -> Service:
+        """A service of this one model, whose name is ""; the caller closes it."""
+        return Service({"": partial(self.scheduler, batch_size)})
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -73,18 +80,17 @@ class Generator:
         if len(each) != len(prompts) or (numbers is not None and len(numbers) != len(prompts)):
             raise ValueError("options and numbers must be as many as the prompts")
         done: dict[int, Completion] = {}
-        with closing(self.scheduler(batch_size)) as scheduler:  # frees all slots even if `on_row` raises
-            places = {}
+        with closing(self.service(batch_size)) as service:  # frees all slots even if `on_row` raises
             # longest first: too little memory shows at once
             for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
                 number = index if numbers is None else numbers[index]
-                places[scheduler.submit(prompts[index], each[index], number=number)] = index
-            while scheduler.busy:
-                for event in scheduler.step():
+                service.post(Submit(index, "", prompts[index], each[index], number))
+            while service.busy:
+                for index, event in _events(service):
                     if event.completion is not None:
-                        done[places[event.request]] = event.completion
+                        done[index] = event.completion
                         if on_row is not None:
-                            on_row(places[event.request], event.completion)
+                            on_row(index, event.completion)
         return [done[index] for index in range(len(prompts))]
 
     def stream(
@@ -96,11 +102,16 @@ class Generator:
         frees the slot.
         """
         completion: Completion | None = None
-        with closing(self.scheduler(1)) as scheduler:
-            scheduler.submit(prompt, options, number=number, stream=True)
+        with closing(self.service(1)) as service:
+            service.post(Submit(0, "", prompt, options, number, stream=True))
             while completion is None:
-                (event,) = scheduler.step()
-                completion = event.completion
-                if event.text:
-                    yield event.text
+                for _, event in _events(service):
+                    completion = event.completion
+                    if event.text:
+                        yield event.text
         return completion
+
+
+def _events(service: Service) -> list[tuple[int, Event]]:
+    """What the next turn brings: (key, event)."""
+    return [(news.key, news.event) for news in service.turn() if news.event is not None]

@@ -128,6 +128,11 @@ class Scheduler:
         self._live: list[Answer] = []
 
     @property
+    def engine(self) -> Engine:
+        """Whose slots it uses."""
+        return self._engine
+
+    @property
     def busy(self) -> bool:
         """Whether any request is unanswered."""
         return bool(self._waiting or self._live or self._refused)

@@ -1,0 +1,63 @@
+"""What the process of the model has to know: which models, and how many requests at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from utils.inference.loading import Prepared, prepare
+from utils.parallel.peers import Alone
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The models of a server, without what only its HTTP side needs (the key of its API, for one).
+
+    Attributes:
+        served_name: of the model, for clients.
+        name, device, dtype, chat_template, special_tokens_in_text, lora_path, prefix_path, mode, inference_model: see
+            `utils.inference.loading.prepare`.
+        batch_size: most answers in the making.
+    """
+
+    served_name: str
+    name: str
+    device: str = "cpu"
+    dtype: str | None = None
+    chat_template: str | None = None
+    special_tokens_in_text: bool = False
+    lora_path: str | None = None
+    prefix_path: str | None = None
+    mode: str = "dynamic"
+    inference_model: bool = False
+    batch_size: int = 8
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as a JSON value."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelSettings:
+        """What `to_json` has written."""
+        return cls(**value)
+
+    def prepare(self, peers: Alone | None = None) -> dict[str, Prepared]:
+        """The models by served name, found and checked; the first is the base.
+
+        Raises:
+            UserError: see `utils.inference.loading.prepare`.
+        """
+        base = prepare(
+            self.name,
+            device=self.device,
+            dtype=self.dtype,
+            chat_template=self.chat_template,
+            special_tokens_in_text=self.special_tokens_in_text,
+            lora_path=self.lora_path,
+            prefix_path=self.prefix_path,
+            mode=self.mode,
+            inference_model=self.inference_model,
+            peers=peers,
+        )
+        return {self.served_name: base}

@@ -1,0 +1,174 @@
+"""The process of the model: python -m utils.serving.worker DESCRIPTOR, started by the HTTP side.
+
+DESCRIPTOR is the inherited end of a pair of sockets. The first value on it are the settings; then come commands, and
+news go back. It lives as long as the HTTP side: it leaves signals to that one, and ends when the line does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from utils import errors, runtime, signals
+
+if __name__ == "__main__":
+    signals.take()  # before the slow imports
+
+from utils.errors import run_script
+from utils.inference.commands import Command, from_json
+from utils.inference.loading import load
+from utils.parallel.peers import Alone, end, start
+from utils.parallel.topology import Layout
+from utils.serving.frames import Link, LinkError, pack
+from utils.serving.protocol import Ending, Update
+from utils.serving.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from utils.inference.scheduler import Event
+    from utils.inference.service import News, Service
+
+HEARTBEAT = 5.0  # seconds between turns without work: ranks that share the model wait for each other no longer
+REPORT = 0.25  # seconds between reports of steps that have brought nothing to say
+ROLE = "llm-model"
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of prctl(2)
+
+
+def main() -> None:
+    """The process of the model of a server."""
+    belong_to_parent()
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    runtime.prepare(answering=True)
+    settings = ModelSettings.from_json(link.receive())
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    threading.Thread(target=listen, args=(link, inbox), name="commands", daemon=True).start()
+    errors.silent = True  # the HTTP side has said already what there is to say of the model's files
+    layout = Layout.of_prediction()
+    peers = start(layout, settings.device)
+    try:
+        run(settings, peers, inbox, link)
+    except LinkError:  # the HTTP side is gone, or hangs
+        end(1)
+
+
+def follow(settings: ModelSettings, layout: Layout) -> None:
+    """A process that shares the model with that of a server: it takes the same steps."""
+    signals.handle(signal.SIGTERM, signal.SIG_IGN)  # the first one hears it too, and tells when all is done
+    signals.handle(signal.SIGINT, signal.SIG_IGN)
+    run(settings, start(layout, settings.device), SimpleQueue(), None)
+
+
+def run(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command], link: Link | None) -> None:
+    """Loads the models and answers until a `Stop` comes.
+
+    Args:
+        link: to the HTTP side; None in processes that only follow the first.
+
+    Raises:
+        UserError: models that cannot be loaded.
+        LinkError: the HTTP side does not listen.
+    """
+    service = open_service(settings, peers, inbox)
+    reporter = Reporter(link, service)
+    if link is not None:
+        link.send({"ready": facts(service)})
+    while not service.stopped:
+        reporter.report(service.turn(HEARTBEAT))
+
+
+def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command]) -> Service:
+    """Reads the weights of all models, and computes something with each: what is needed once has been done then."""
+    models = {}
+    for name, prepared in settings.prepare(peers).items():
+        generator = load(prepared, settings.device, warm_up=True)
+        models[name] = partial(generator.scheduler, settings.batch_size)
+    from utils.inference.service import Service
+
+    return Service(models, peers=peers, recovers=True, inbox=inbox)
+
+
+def facts(service: Service) -> dict[str, Any]:
+    """What the HTTP side has to know of the models, see `utils.serving.client.Facts`."""
+    engine = service.engine
+    return {
+        "max_positions": engine.max_positions,
+        "vocabulary": engine.vocabulary,
+        "embeds": bool(getattr(engine, "embeds", False)),
+        "models": list(service.models),
+    }
+
+
+def listen(link: Link, inbox: SimpleQueue[Command]) -> None:
+    """Puts the commands of the HTTP side into the inbox; ends the process when that side has gone."""
+    try:
+        while (value := link.receive()) is not None:
+            for command in value:
+                inbox.put(from_json(command))
+    finally:  # also after a command that cannot be read
+        end(0)
+
+
+class Reporter:
+    """Tells the HTTP side what turns have brought."""
+
+    def __init__(self, link: Link | None, service: Service) -> None:
+        self._link, self._service = link, service
+        self._held: dict[int, list[Update]] = {}  # of answers that are wanted whole
+        self._reported, self._steps = 0.0, 0
+
+    def report(self, news: list[News]) -> None:
+        """Sends the news of a turn in one value.
+
+        Raises:
+            LinkError: the HTTP side does not listen.
+        """
+        if self._link is None:
+            return
+        updates = [[one.key, *pack(update)] for one in news if (update := self._update(one)) is not None]
+        vectors = [[one.key, one.vectors.tolist()] for one in news if one.vectors is not None]
+        steps, now = self._service.steps, time.monotonic()
+        if updates or vectors or (steps != self._steps and now - self._reported > REPORT):
+            self._link.send({"steps": steps, "updates": updates, "vectors": vectors})
+            self._reported, self._steps = now, steps
+
+    def _update(self, news: News) -> Update | None:
+        if news.error is not None:
+            return Update(ending=Ending("error", 0, 0, error=news.error))
+        return None if news.event is None else update_of(news.event)
+
+
+def update_of(event: Event) -> Update:
+    """What a step has brought to an answer, for the HTTP side."""
+    completion, ending = event.completion, None
+    if completion is not None:
+        ending = Ending(
+            completion.finish_reason,
+            completion.prompt_tokens,
+            len(completion.tokens),
+            error=completion.error,
+        )
+    return Update(text=event.text, tokens=event.tokens, ending=ending)
+
+
+def belong_to_parent() -> None:
+    """Gives this process a name, leaves signals that all processes of a terminal or service get to its parent, and
+    lets the system end it with that one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signals.handle(number, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        system = ctypes.CDLL(None)
+        system.prctl(_PR_SET_NAME, ROLE.encode(), 0, 0, 0)
+        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1 and int(os.environ.get("LLM_SERVER_PROCESS", 0)) != 1:
+            end(1)
+
+
+if __name__ == "__main__":
+    run_script(main)
