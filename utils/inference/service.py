@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from utils import runtime
 from utils.errors import UserError
 from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
+from utils.inference.engine import Engine
 from utils.inference.request import Request
 from utils.inference.scheduler import Event, Scheduler
 from utils.parallel.peers import Alone
@@ -33,12 +34,14 @@ class News:
     Attributes:
         key: of the command.
         event: of the scheduler.
+        stream: whether text was asked for before the answer is complete.
         vectors: float32 [prompts, hidden] of an `Embed`.
         error: why there will be no answer.
     """
 
     key: int
     event: Event | None = None
+    stream: bool = False
     vectors: NDArray[np.float32] | None = None
     error: str | None = None
 
@@ -86,10 +89,20 @@ class Service:
         self._peers = peers or Alone()
         self._recovers = recovers
         self._inbox: SimpleQueue[Command] = SimpleQueue() if inbox is None else inbox
-        self._requests: dict[int, tuple[str, Request]] = {}
+        self._requests: dict[int, tuple[Submit, Request]] = {}
         self._keys: dict[Request, int] = {}
         self._embeddings: deque[_Embedding] = deque()
         self._failures = 0
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Served names; the first is the base."""
+        return tuple(self._schedulers)
+
+    @property
+    def engine(self) -> Engine:
+        """Of the base."""
+        return self._schedulers[self.models[0]].engine
 
     @property
     def busy(self) -> bool:
@@ -178,15 +191,15 @@ class Service:
             if not self._recovers:
                 raise
             return [News(command.key, error=str(error))]
-        self._requests[command.key] = command.model, request
+        self._requests[command.key] = command, request
         self._keys[request] = command.key
         return []
 
     def _cancel(self, key: int) -> None:
-        name, request = self._requests.pop(key, (None, None))
-        if name is not None and request is not None:
+        command, request = self._requests.pop(key, (None, None))
+        if command is not None and request is not None:
             del self._keys[request]
-            self._schedulers[name].cancel(request)
+            self._schedulers[command.model].cancel(request)
         self._embeddings = deque(one for one in self._embeddings if one.command.key != key)
 
     # --- work ----------------------------------------------------------------------------------------
@@ -201,9 +214,10 @@ class Service:
         news = []
         for event in events:
             key = self._keys[event.request]
+            command, _ = self._requests[key]
             if event.completion is not None:
                 del self._keys[event.request], self._requests[key]
-            news.append(News(key, event))
+            news.append(News(key, event, command.stream))
         return news
 
     def _failed(self, name: str, error: Exception) -> list[News]:
@@ -215,7 +229,7 @@ class Service:
         self._schedulers[name].close()
         _give_back_memory(error)
         self._schedulers[name] = self._makers[name]()
-        keys = [key for key, (model, _) in self._requests.items() if model == name]
+        keys = [key for key, (command, _) in self._requests.items() if command.model == name]
         for key in keys:
             _, request = self._requests.pop(key)
             del self._keys[request]

@@ -6,8 +6,12 @@ import json
 import socket
 import struct
 import threading
+from base64 import b64decode, b64encode
 from contextlib import suppress
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from utils.serving.protocol import Ending, Update
 
@@ -46,7 +50,7 @@ class Link:
             with self._sending:
                 self._socket.sendall(_LENGTH.pack(len(content)) + content)
         except OSError as error:
-            self.close_both_ways()  # half a value may be on its way
+            self.end()  # half a value may be on its way
             raise LinkError(f"the other process does not listen: {error.strerror or error}") from None
 
     def receive(self) -> Any:
@@ -69,15 +73,17 @@ class Link:
         except OSError:  # reset
             return None
 
-    def close_both_ways(self) -> None:
+    def end(self) -> None:
         """Ends the connection; who waits in `receive`, here and there, gets None."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Frees what the system keeps of it; nobody may be using it any more."""
-        self._stream.close()
-        self._socket.close()
+        """Ends the connection; to be called by who receives."""
+        self.end()
+        with self._sending:
+            self._stream.close()
+            self._socket.close()
 
 
 # --- updates ----------------------------------------------------------------------------------------
@@ -119,3 +125,17 @@ def _ending(values: list[Any]) -> Ending:
 
 def _ranks(values: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     return tuple(tuple((token, score) for token, score in place) for place in values)
+
+
+# --- vectors ----------------------------------------------------------------------------------------
+
+
+def pack_vectors(vectors: NDArray[np.float32]) -> tuple[int, str]:
+    """Vectors [rows, size] for a JSON value: decimal digits would take ten times as long."""
+    return vectors.shape[1], b64encode(vectors.astype("<f4").tobytes()).decode()
+
+
+def unpack_vectors(size: int, content: str) -> list[list[float]]:
+    """The vectors that `pack_vectors` has written."""
+    vectors: list[list[float]] = np.frombuffer(b64decode(content), "<f4").reshape(-1, size).tolist()
+    return vectors

@@ -7,15 +7,16 @@ news go back. It lives as long as the HTTP side: it leaves signals to that one, 
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from utils import errors, runtime, signals
 
@@ -27,11 +28,12 @@ from utils.inference.commands import Command, from_json
 from utils.inference.loading import load
 from utils.parallel.peers import Alone, end, start
 from utils.parallel.topology import Layout
-from utils.serving.frames import Link, LinkError, pack
+from utils.serving.frames import Link, LinkError, pack, pack_vectors
 from utils.serving.protocol import Ending, Update
 from utils.serving.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from utils.inference.request import Completion, Request
     from utils.inference.scheduler import Event
     from utils.inference.service import News, Service
 
@@ -49,13 +51,14 @@ def main() -> None:
     settings = ModelSettings.from_json(link.receive())
     inbox: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=listen, args=(link, inbox), name="commands", daemon=True).start()
-    errors.silent = True  # the HTTP side has said already what there is to say of the model's files
     layout = Layout.of_prediction()
     peers = start(layout, settings.device)
     try:
         run(settings, peers, inbox, link)
     except LinkError:  # the HTTP side is gone, or hangs
         end(1)
+    if not peers.several:  # or else they leave together
+        end(0)  # at once: the libraries' own shutdown takes a while
 
 
 def follow(settings: ModelSettings, layout: Layout) -> None:
@@ -85,8 +88,11 @@ def run(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command], link
 
 def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command]) -> Service:
     """Reads the weights of all models, and computes something with each: what is needed once has been done then."""
+    errors.silent = True  # the HTTP side has said already what there is to say of the models' files
+    found = settings.prepare(peers)
+    errors.silent = not peers.first
     models = {}
-    for name, prepared in settings.prepare(peers).items():
+    for name, prepared in found.items():
         generator = load(prepared, settings.device, warm_up=True)
         models[name] = partial(generator.scheduler, settings.batch_size)
     from utils.inference.service import Service
@@ -120,7 +126,7 @@ class Reporter:
 
     def __init__(self, link: Link | None, service: Service) -> None:
         self._link, self._service = link, service
-        self._held: dict[int, list[Update]] = {}  # of answers that are wanted whole
+        self._said: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # tokens of answers that are wanted whole
         self._reported, self._steps = 0.0, 0
 
     def report(self, news: list[News]) -> None:
@@ -132,29 +138,54 @@ class Reporter:
         if self._link is None:
             return
         updates = [[one.key, *pack(update)] for one in news if (update := self._update(one)) is not None]
-        vectors = [[one.key, one.vectors.tolist()] for one in news if one.vectors is not None]
+        vectors = [[one.key, *pack_vectors(one.vectors)] for one in news if one.vectors is not None]
         steps, now = self._service.steps, time.monotonic()
         if updates or vectors or (steps != self._steps and now - self._reported > REPORT):
             self._link.send({"steps": steps, "updates": updates, "vectors": vectors})
             self._reported, self._steps = now, steps
 
     def _update(self, news: News) -> Update | None:
-        if news.error is not None:
-            return Update(ending=Ending("error", 0, 0, error=news.error))
-        return None if news.event is None else update_of(news.event)
+        event = news.event
+        if event is None:
+            return None if news.error is None else Update(ending=Ending("error", 0, 0, error=news.error))
+        return streamed(event) if news.stream else self._whole(event)
 
-
-def update_of(event: Event) -> Update:
-    """What a step has brought to an answer, for the HTTP side."""
-    completion, ending = event.completion, None
-    if completion is not None:
-        ending = Ending(
-            completion.finish_reason,
-            completion.prompt_tokens,
-            len(completion.tokens),
-            error=completion.error,
+    def _whole(self, event: Event) -> Update | None:
+        """Of an answer that is wanted whole: that its prompt is read, its first token, and all the rest at the end."""
+        said = self._said.get(event.request, 0)
+        if event.completion is None:
+            if said or not (event.opened or event.tokens):
+                return None
+            self._said[event.request] = len(event.tokens)
+            return replace(streamed(event), text="")
+        done = event.completion
+        return Update(
+            event.opened,
+            done.text,
+            done.tokens[said:],
+            (done.logprobs or ())[said:],
+            (done.top_logprobs or ())[said:],
+            ending_of(done),
         )
-    return Update(text=event.text, tokens=event.tokens, ending=ending)
+
+
+def streamed(event: Event) -> Update:
+    """What a step has brought to an answer."""
+    ending = None if event.completion is None else ending_of(event.completion)
+    return Update(event.opened, event.text, event.tokens, event.logprobs, event.top_logprobs, ending)
+
+
+def ending_of(completion: Completion) -> Ending:
+    """How an answer ended, without the answer."""
+    return Ending(
+        completion.finish_reason,
+        completion.prompt_tokens,
+        len(completion.tokens),
+        completion.cached_tokens,
+        completion.error,
+        completion.prompt_logprobs,
+        completion.prompt_top_logprobs,
+    )
 
 
 def belong_to_parent() -> None:
@@ -165,9 +196,7 @@ def belong_to_parent() -> None:
     if sys.platform.startswith("linux"):
         system = ctypes.CDLL(None)
         system.prctl(_PR_SET_NAME, ROLE.encode(), 0, 0, 0)
-        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1 and int(os.environ.get("LLM_SERVER_PROCESS", 0)) != 1:
-            end(1)
+        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # if that one ends before this, so does the line
 
 
 if __name__ == "__main__":
