@@ -23,7 +23,7 @@ from utils.inference.request import Request
 from utils.inference.scheduler import Event, Scheduler
 from utils.parallel.peers import Alone
 
-MOST_FAILURES = 3  # steps in a row that raise: the engine is beyond help
+MOST_FAILURES = 3  # steps that raise while no answer gets complete: the engine is beyond help
 EMBED_TOKENS = 512  # of prompts that are turned to vectors between two steps
 
 
@@ -209,13 +209,13 @@ class Service:
             events = self._schedulers[name].step()
         except Exception as error:
             return self._failed(name, error)
-        self._failures = 0
         self.steps += 1
         news = []
         for event in events:
             key = self._keys[event.request]
             command, _ = self._requests[key]
             if event.completion is not None:
+                self._failures = 0
                 del self._keys[event.request], self._requests[key]
             news.append(News(key, event, command.stream))
         return news
