@@ -23,6 +23,16 @@ class FakeState:
     steps: int = 0
 
 
+@dataclass
+class FakeFacts:
+    """See `utils.serving.context.Facts`."""
+
+    max_positions: int | None = None
+    vocabulary: int = 0
+    embeds: bool = True
+    models: tuple[str, ...] = ()
+
+
 class FakeAnswering:
     """An answer of `length` pieces, one each `pause` seconds; text of each is "N " for the N-th."""
 
@@ -77,6 +87,7 @@ class FakeClient:
     most: int = 1000
     error: str | None = None
     state: FakeState = field(default_factory=FakeState)
+    facts: FakeFacts = field(default_factory=FakeFacts)
     given: list[FakeAnswering] = field(default_factory=list)
 
     def submit_all(self, jobs: Sequence[Job]) -> list[FakeAnswering]:

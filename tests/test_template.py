@@ -326,7 +326,11 @@ def test_half_a_surrogate_pair_in_a_settings_file(tmp_path: Path) -> None:
 
 
 def test_a_template_may_be_given_more_values_but_not_in_place_of_its_own(tokenizers: dict[str, Tokenizer]) -> None:
-    text = "{% if loud %}!{% endif %}{% for m in messages %}{{ m.role + m.content + (m.name or '') }}{% endfor %}{{ note }}"
+    text = (
+        "{% if loud %}!{% endif %}"
+        "{% for m in messages %}{{ m.role + m.content + (m.name or '') }}{% endfor %}"
+        "{{ note }}"
+    )
     template, tokenizer = JinjaTemplate(text, "test"), tokenizers["bpe"]
     given = template.with_values({"loud": True, "note": "<|im_end|>", "messages": [], "template": 1, "self": 2})
     message: list[Message] = [{"role": "user", "content": "one", "name": "Ann"}]

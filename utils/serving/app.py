@@ -9,11 +9,20 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from utils.serving import limits, operations, own
 from utils.serving.context import Served, attach
-from utils.serving.errors import ApiError
+from utils.serving.errors import ApiError, openai_body
 from utils.serving.guard import Guard
+from utils.serving.openai import chat, completions, embeddings, models, tokens
 from utils.serving.record import Record, failure, request_id
 
-BLUEPRINTS = (own.routes, operations.routes)
+BLUEPRINTS = (
+    own.routes,
+    operations.routes,
+    chat.routes,
+    completions.routes,
+    embeddings.routes,
+    models.routes,
+    tokens.routes,
+)
 
 
 def create_app(served: Served) -> Flask:
@@ -72,8 +81,7 @@ def error_body(error: ApiError, path: str) -> dict[str, Any]:
     """An error in the form of the API that the path belongs to."""
     if path.startswith("/api/"):
         return own.error_body(error)
-    fields = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
-    return {"error": fields}
+    return openai_body(error)
 
 
 def _of_http(error: HTTPException) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from utils.settings import shown
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")  # what a page elsewhere can send unasked
 MOST_NAMES = 1000  # of unknown fields that are remembered
 SHOWN_FAULTS = 5
+LENGTH = re.compile(r"\w+ should have (at \w+ \d+ \w+)")
 _TOO_DEEP = f"is nested too deeply: at most {limits.JSON_DEPTH} objects and lists in each other"
 _unknown: set[tuple[str, str]] = set()
 _lock = threading.Lock()
@@ -54,7 +56,7 @@ def read(kind: type[B]) -> B:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        faults = [_fault(one) for one in error.errors(include_url=False)]
+        faults = _faults(error, value)
         more = f" (and {len(faults) - SHOWN_FAULTS} more)" if len(faults) > SHOWN_FAULTS else ""
         message = "; ".join(f"{name}: {text}" if name else text for name, text in faults[:SHOWN_FAULTS])
         raise ApiError(400, message + more, param=faults[0][0] or None) from None
@@ -168,17 +170,47 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(child)
 
 
-def _fault(error: Any) -> tuple[str, str]:
-    """(name of the field, what is wrong with it) of one of pydantic's errors."""
-    name = ".".join(str(part) for part in error["loc"])
-    text = error["msg"][:1].lower() + error["msg"][1:]
-    if error["type"] == "missing":
-        return name, "is missing"
-    text = text.removeprefix("input ").removeprefix("value error, ")
-    try:
-        return name, f"{text}, found {shown(error['input'])}"
-    except (TypeError, ValueError):
-        return name, text
+def _faults(error: ValidationError, body: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name of the field, what is wrong with it) of each field at fault.
+
+    Of a field that may be of several types pydantic names each type; here they stand in one sentence. If parts of a
+    list or object are at fault, it is not told what could stand in its place.
+    """
+    found: dict[str, tuple[list[str], Any]] = {}
+    for one in error.errors(include_url=False):
+        name, value = _place(one["loc"], body, missing=one["type"] == "missing")
+        found.setdefault(name, ([], value))[0].append(_expected(one["type"], one["msg"]))
+    deepest = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+    return [(name, _sentence(*found[name])) for name in deepest]
+
+
+def _place(path: tuple[int | str, ...], value: Any, *, missing: bool) -> tuple[str, Any]:
+    """(name of a field as a client writes it, its value); pydantic's path names types between the keys as well."""
+    names = []
+    for number, step in enumerate(path):
+        if isinstance(value, dict) and (step in value or (missing and number == len(path) - 1)):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            continue
+        names.append(str(step))
+    return ".".join(names), value
+
+
+def _expected(type: str, message: str) -> str:
+    """What pydantic says, as the end of "expected ..."; nothing of a field that is missing."""
+    if type == "missing":
+        return ""
+    if type in ("dict_type", "model_type", "model_attributes_type"):
+        return "an object"
+    if length := LENGTH.match(message):
+        return length[1]
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _sentence(expected: list[str], value: Any) -> str:
+    return "is missing" if "" in expected else f"expected {' or '.join(dict.fromkeys(expected))}, found {shown(value)}"
 
 
 def _note_unknown(kind: type[Body], value: dict[str, Any]) -> None:

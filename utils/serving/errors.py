@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ApiError(Exception):
     """A request that is answered with an error; each API writes it in its own form.
@@ -28,3 +30,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
         self.param, self.code, self.retry_after = param, code, retry_after
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """An error in the form of OpenAI's API."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

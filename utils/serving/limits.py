@@ -11,3 +11,4 @@ ANSWERS = 64  # to all prompts of a request together
 TOP_LOGPROBS = 20
 STOP_WORDS = 64
 SCHEMA_BYTES = 64 * 2**10
+INPUTS = 256  # texts to embed

@@ -1,0 +1,240 @@
+"""From texts, ids and messages of a request to the ids that the model is asked with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from utils.data.encode import encode_source
+from utils.data.template import OPENED, ChatTemplate, JinjaTemplate, Message, Tools
+from utils.inference.loading import Prepared
+from utils.serving import limits
+from utils.serving.context import Served, reading
+from utils.serving.errors import ApiError
+from utils.serving.openai.schema import ChatMessage, Generation, Part, Templated
+
+OWN_VALUES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"}
+OWN_ROLES = {"developer": "system"}
+ARGUMENTS_AS_JSON = re.compile(r"arguments\s*\|\s*tojson")
+SHOWN_TOKENS = 8  # of a prompt, where its end is looked at
+
+
+def positions(served: Served, prepared: Prepared) -> int:
+    """Most tokens of prompt and answer together; of a model without a limit as many as max_length says."""
+    found = [limit for limit in (prepared.positions, served.client.facts.max_positions) if limit is not None]
+    return min(found, default=served.settings.max_length)
+
+
+def vocabulary(prepared: Prepared) -> int:
+    """Token ids of the model are below it."""
+    return prepared.checkpoint.family.shape(prepared.checkpoint.config).vocabulary
+
+
+def check_length(ids: Sequence[int], limit: int, field: str) -> None:
+    """
+    Args:
+        limit: most tokens of prompt and answer together.
+
+    Raises:
+        ApiError: 400, the prompt is empty, or leaves no room for an answer.
+    """
+    if not ids:
+        raise ApiError(400, f"{field}: the prompt has no tokens", param=field)
+    if len(ids) >= limit:
+        raise ApiError(
+            400,
+            f"{field}: the prompt has {len(ids)} tokens, and the model takes {limit} of prompt and answer together; "
+            "shorten it, or set truncate_prompt_tokens",
+            param=field,
+            code="context_length_exceeded",
+        )
+
+
+def check_ids(ids: Sequence[int], prepared: Prepared, field: str) -> None:
+    """
+    Raises:
+        ApiError: 400, an id that the model does not know.
+    """
+    known = vocabulary(prepared)
+    wrong = next((token_id for token_id in ids if token_id >= known), None)
+    if wrong is not None:
+        raise ApiError(400, f"{field}: the token id {wrong} is beyond the model's {known} tokens", param=field)
+
+
+def kept(asked: int | None, limit: int) -> int | None:
+    """To how many tokens a prompt is cut; None leaves it as it is."""
+    if asked is None:
+        return None
+    return limit - 1 if asked == -1 else max(1, min(asked, limit - 1))
+
+
+def encode_text(prepared: Prepared, text: str, field: str, *, special: bool | None, begin: bool | None) -> list[int]:
+    """The ids of a text without a template.
+
+    Args:
+        special: whether special tokens written in it are special; None as the server was told.
+        begin: whether the begin token comes first; None as the tokenizer does it.
+
+    Raises:
+        ApiError: 400, a text that the tokenizer cannot take.
+    """
+    tokenizer = prepared.tokenizer
+    special = prepared.template.special_tokens_in_text if special is None else special
+    begin = tokenizer.adds_bos if begin is None else begin
+    first = [tokenizer.bos_id] if begin and tokenizer.bos_id is not None else []
+    with reading(field):
+        return first + (tokenizer.encode(text) if special else tokenizer.encode_text(text))
+
+
+class Asked:
+    """A conversation that the model is asked with.
+
+    Attributes:
+        template: with the values of the request.
+        messages, tools: as the template gets them.
+    """
+
+    def __init__(self, prepared: Prepared, request: Templated, messages: Sequence[ChatMessage], tools: Tools | None):
+        """
+        Raises:
+            ApiError: 400, what this model's template cannot be given.
+        """
+        self.tokenizer = prepared.tokenizer
+        self.template = _with_values(prepared.template, request)
+        self.tools = tools
+        self._continue = bool(request.continue_final_message)
+        self._ask = request.add_generation_prompt is not False and not self._continue
+        if len(messages) > limits.MESSAGES:
+            raise ApiError(400, f"messages: at most {limits.MESSAGES} are taken", param="messages")
+        known = self.template.known_keys(self.tokenizer)
+        if tools and "tools" not in known:
+            raise ApiError(400, "tools: the chat template of this model does not know tools", param="tools")
+        self.messages = [_message(one, f"messages.{place}", known) for place, one in enumerate(messages)]
+        as_objects = isinstance(self.template, JinjaTemplate) and ARGUMENTS_AS_JSON.search(self.template.text)
+        for message in self.messages:
+            if "tool_calls" in message:
+                message["tool_calls"] = [_call(call, bool(as_objects)) for call in message["tool_calls"]]
+        self._check_order()
+
+    def ids(self, cut_to: int | None) -> list[int]:
+        """The ids of the prompt.
+
+        Args:
+            cut_to: most tokens; the oldest rounds go first, then the end of the last message.
+
+        Raises:
+            ApiError: 400, the template refuses the conversation.
+        """
+        with reading("messages"):
+            if not self._ask:
+                ids, _ = self.template.encode_conversation(self.tokenizer, self.messages, self.tools)
+                ids = ids[:-1] if self._continue else ids
+                return ids if cut_to is None else ids[-cut_to:]
+            if cut_to is None:
+                return self.template.encode_prompt(self.tokenizer, self.messages, self.tools)
+            return encode_source(self.messages, self.tokenizer, self.template, cut_to, self.tools)[0]
+
+    def opened_tag(self, ids: Sequence[int]) -> str | None:
+        """The tag of a reasoning that the prompt has begun, such as "think"."""
+        found = OPENED.search(self.tokenizer.decode(ids[-SHOWN_TOKENS:], skip_special=False))
+        return None if found is None else found[1]
+
+    def _check_order(self) -> None:
+        answered = self.messages[-1]["role"] == "assistant"
+        if answered and self._ask:
+            text = "messages: the last one is the assistant's; set continue_final_message to go on with it"
+            raise ApiError(400, text, param="messages")
+        if not answered and not self._ask:
+            field = "continue_final_message" if self._continue else "add_generation_prompt"
+            raise ApiError(400, f"{field}: the last message must be the assistant's", param=field)
+
+
+def _with_values(template: ChatTemplate, request: Templated) -> ChatTemplate:
+    """The template with what the request gives it beside the conversation.
+
+    Raises:
+        ApiError: 400, values that no template or not this one can have.
+    """
+    values = dict(request.chat_template_kwargs or {})
+    if own := OWN_VALUES & values.keys():
+        text = f"chat_template_kwargs: {', '.join(sorted(own))}: the server sets this itself"
+        raise ApiError(400, text, param="chat_template_kwargs")
+    if values and not isinstance(template, JinjaTemplate):
+        text = "chat_template_kwargs: the chat template of this model takes no values"
+        raise ApiError(400, text, param="chat_template_kwargs")
+    if request.reasoning_effort is not None:
+        if not isinstance(template, JinjaTemplate) or "reasoning_effort" not in template.text:
+            text = "reasoning_effort: the chat template of this model does not know it"
+            raise ApiError(400, text, param="reasoning_effort")
+        values.setdefault("reasoning_effort", request.reasoning_effort)
+    return template.with_values(values) if values and isinstance(template, JinjaTemplate) else template
+
+
+def _message(given: ChatMessage, place: str, known: frozenset[str]) -> Message:
+    """A message as templates take it.
+
+    Raises:
+        ApiError: 400, parts that are no text, or what the template would leave out.
+    """
+    message: Message = {"role": OWN_ROLES.get(given.role, given.role), "content": _text(given.content, place)}
+    if given.content is None and not given.tool_calls:
+        raise ApiError(400, f"{place}.content: is missing", param=f"{place}.content")
+    if given.tool_calls:
+        if given.role != "assistant":
+            text = f"{place}.tool_calls: only the assistant calls functions"
+            raise ApiError(400, text, param=f"{place}.tool_calls")
+        if "tool_calls" not in known:
+            text = f"{place}.tool_calls: the chat template of this model does not know calls of functions"
+            raise ApiError(400, text, param=f"{place}.tool_calls")
+        message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in given.tool_calls]
+    if given.role == "tool" and not known & {"tools", "tool_calls"}:
+        text = f"{place}.role: the chat template of this model does not know the role tool"
+        raise ApiError(400, text, param=f"{place}.role")
+    if given.reasoning_content and given.role == "assistant":
+        message["reasoning_content"] = given.reasoning_content
+    if given.name is not None:
+        message["name"] = given.name
+    if given.tool_call_id is not None:
+        message["tool_call_id"] = given.tool_call_id
+    return message
+
+
+def _text(content: str | list[Part] | None, place: str) -> str:
+    """
+    Raises:
+        ApiError: 400, a part that is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for number, part in enumerate(content):
+        text = part.refusal if part.type == "refusal" else part.text
+        field = f"{place}.content.{number}"
+        if part.type not in ("text", "refusal"):
+            text = f"{field}.type: this model takes text only, found {part.type!r:.60}"
+            raise ApiError(400, text, param=f"{field}.type")
+        if text is None:
+            raise ApiError(400, f"{field}.{part.type}: is missing", param=f"{field}.{part.type}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(call: Mapping[str, Any], as_object: bool) -> dict[str, Any]:
+    """A call of an earlier answer; its arguments as an object if the template itself makes JSON of them."""
+    function = dict(call["function"])
+    arguments = function["arguments"]
+    if as_object and isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):  # what a model has written is shown to it as it is
+            function["arguments"] = json.loads(arguments or "{}")
+    elif not as_object and not isinstance(arguments, str):
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return {"type": "function", **call, "function": function}
+
+
+def end_ids(prepared: Prepared, request: Generation) -> frozenset[int]:
+    """Tokens that end an answer and are no part of its text."""
+    own = () if request.ignore_eos else prepared.template.stop_ids(prepared.tokenizer)
+    return frozenset([*own, *(request.stop_token_ids or ())])
