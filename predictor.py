@@ -17,11 +17,11 @@ if __name__ == "__main__":
     signals.take()  # before the slow imports
 
 from utils.arguments import PredictArguments, parse
-from utils.errors import UserError, notice, run_script
+from utils.errors import run_script
 from utils.inference.batch import answer_file
 from utils.inference.benchmark import QUESTIONS_FILE, answer_examples, table
 from utils.inference.chat import Chat, chat_in_terminal
-from utils.inference.loading import Prepared, check_model_type, load, prepare
+from utils.inference.loading import check_model_type, fitting_src_length, load, prepare
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import start
 from utils.parallel.topology import Layout
@@ -75,26 +75,6 @@ def main() -> None:
             print(f"answers are in {run.output_file}")
     if run.benchmark:
         print(table(speed, run.device))
-
-
-def fitting_src_length(run: PredictArguments, prepared: Prepared) -> int:
-    """`src_length`, lowered where it is a default that would fill all positions of the model.
-
-    Raises:
-        UserError: a max_length that the model has no positions for.
-    """
-    positions = prepared.positions
-    if positions is None:
-        return run.src_length
-    if "max_length" in run.provided and run.max_length > positions:
-        raise UserError(
-            f"{run.where('max_length')}: {prepared.checkpoint.name} has {positions} positions for prompt and answer "
-            f"together; set it to {positions} or less"
-        )
-    if "src_length" in run.provided or run.src_length < positions:
-        return run.src_length
-    notice(f"the model has {positions} positions; src_length is {positions // 2}, half of them")
-    return positions // 2
 
 
 def sampling_options(run: PredictArguments) -> SamplingOptions:

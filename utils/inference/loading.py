@@ -20,7 +20,7 @@ from utils.adapters.prefix_files import read_prefix_settings
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message, Tools
-from utils.errors import UserError
+from utils.errors import UserError, notice
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
@@ -171,6 +171,26 @@ def check_model_type(run: Any, checkpoint: Checkpoint) -> None:
             f"{run.where('model_type')}: {checkpoint.folder} holds a {family.title} model; "
             f"leave model_type out, or write {family.name}"
         )
+
+
+def fitting_src_length(run: Any, prepared: Prepared) -> int:
+    """`src_length`, lowered where it is a default that would fill all positions of the model.
+
+    Raises:
+        UserError: a max_length that the model has no positions for.
+    """
+    positions = prepared.positions
+    if positions is None:
+        return run.src_length
+    if "max_length" in run.provided and run.max_length > positions:
+        raise UserError(
+            f"{run.where('max_length')}: {prepared.checkpoint.name} has {positions} positions for prompt and answer "
+            f"together; set it to {positions} or less"
+        )
+    if "src_length" in run.provided or run.src_length < positions:
+        return run.src_length
+    notice(f"the model has {positions} positions; src_length is {positions // 2}, half of them")
+    return positions // 2
 
 
 def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator:

@@ -23,7 +23,7 @@ LOADING_SECONDS = 5  # until a client should ask again
 _OPENED, _ENDING = 3, 6  # places in a packed update behind its key
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
     """What is known of the models once they are loaded.
 
@@ -40,7 +40,7 @@ class Facts:
     models: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """How the model is.
 
@@ -105,6 +105,7 @@ class ModelClient:
         max_queue: int = 256,
         stall_timeout: float = 60.0,
         restarts: bool = True,
+        on_ready: Callable[[], None] | None = None,
         on_failure: Callable[[int], None] | None = None,
     ) -> None:
         """
@@ -113,6 +114,7 @@ class ModelClient:
             max_queue: most jobs that may wait; 0 takes only what can begin at once.
             stall_timeout: seconds without a step, while there is work, until the state is "stalled".
             restarts: whether a process that dies is started again.
+            on_ready: called when the model is loaded for the first time.
             on_failure: called with the exit code of the server when the model cannot be kept alive.
         """
         self.facts = Facts()
@@ -121,6 +123,7 @@ class ModelClient:
         self._max_queue = max_queue
         self._stall_timeout = stall_timeout
         self._restarts = restarts
+        self._on_ready = on_ready
         self._on_failure = on_failure or (lambda code: None)
         self._changed = threading.Condition()  # guards all that follows
         self._phase = "loading"
@@ -249,7 +252,7 @@ class ModelClient:
             try:
                 link.send(commands)
             except LinkError:
-                self._kill()  # it may also hang
+                self.kill()  # it may also hang
 
     # --- the end -------------------------------------------------------------------------------------
 
@@ -268,13 +271,13 @@ class ModelClient:
             link = self._link
             self._fail("the server is stopping", list(self._answers.values()))
         if link is None:
-            self._kill()
+            self.kill()
         else:
             self._tell(link, [to_json(Stop())])
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         process = self._process
         if process is not None:
             process.kill()
@@ -350,6 +353,9 @@ class ModelClient:
             waiting = [_command(answering) for answering in self._answers.values()]
         if waiting:
             self._tell(link, waiting)
+        on_ready, self._on_ready = self._on_ready, None
+        if on_ready is not None:
+            on_ready()
 
     def _lost(self) -> None:
         """The process is gone: its answers fail, and those that waited go on waiting."""

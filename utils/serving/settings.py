@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from utils.arguments import ServeArguments
 from utils.inference.loading import Prepared, prepare
 from utils.parallel.peers import Alone
 
@@ -32,6 +33,23 @@ class ModelSettings:
     mode: str = "dynamic"
     inference_model: bool = False
     batch_size: int = 8
+
+    @classmethod
+    def of(cls, run: ServeArguments) -> ModelSettings:
+        """What the arguments of a server say."""
+        return cls(
+            str(run.served_model_name),
+            str(run.model_name_or_path),
+            run.device,
+            run.dtype,
+            run.chat_template,
+            run.special_tokens_in_text,
+            run.lora_path,
+            run.prefix_path,
+            run.mode,
+            run.inference_model,
+            run.max_batch_size,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All of it as a JSON value."""

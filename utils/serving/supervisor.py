@@ -1,4 +1,4 @@
-"""The process of the model as its parent sees it: how it starts and ends, and when it may start again."""
+"""The processes that the HTTP side starts, the model's and the page's: how they start, end, and start again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from utils.errors import EXIT_USER_ERROR
+from utils.arguments.serve_checks import KEY_VARIABLE
+from utils.errors import EXIT_USER_ERROR, notice
 from utils.serving.frames import Link
+from utils.serving.page.settings import PageSettings
 from utils.serving.settings import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +24,20 @@ GOOD_WHILE = 60.0  # seconds of service after which failures before it do not co
 MOST_FAILURES = 8  # in a row
 MOST_FAILURES_TO_START = 3  # of a model that has never been loaded
 END_SECONDS = 10.0  # for a process that was told to end
+
+
+def module(name: str, *words: object) -> list[str]:
+    """The command that runs a module of this program, wherever the user is; see `environment`."""
+    return [sys.executable, "-P", "-m", name, *map(str, words)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The variables of a process that runs a module of this program: without the key of the API."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+    if KEY_VARIABLE not in more:
+        variables.pop(KEY_VARIABLE, None)
+    return variables
 
 
 class ModelProcess:
@@ -37,13 +54,12 @@ class ModelProcess:
             OSError: the system has no room for another process.
         """
         ours, theirs = socket.socketpair()
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "utils.serving.worker", str(theirs.fileno())],
+                module("utils.serving.worker", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=environment(),
             )
         self.link = Link(ours)
         self.link.send(settings.to_json())
@@ -111,3 +127,47 @@ class Failures:
         if self.last < 0:
             return f"was ended by {signal.Signals(-self.last).name}"
         return f"ended with exit code {self.last}"
+
+
+class PageProcess:
+    """The process of the chat page; it is started again when it dies."""
+
+    def __init__(self, settings: PageSettings) -> None:
+        self._settings = settings
+        self._failures = Failures()
+        self._ended = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._live, name="page", daemon=True)
+
+    def start(self) -> None:
+        """Starts it; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends it."""
+        with self._lock:
+            self._ended.set()
+            if self._process is not None:
+                self._process.kill()  # it has nothing to lose
+        self._thread.join()
+
+    def _live(self) -> None:
+        """The thread that starts it stays as long: the system ends the process with it."""
+        while not self._ended.is_set():
+            with self._lock:
+                self._process = subprocess.Popen(
+                    module("utils.serving.page"),
+                    stdin=subprocess.DEVNULL,
+                    env=environment(**self._settings.environment()),
+                )
+            self._failures.ready()
+            code = self._process.wait()
+            if self._ended.is_set():
+                return
+            self._failures.add(code)
+            if self._failures.enough:
+                notice(f"the page {self._failures.how}, {self._failures.count} times in a row; the API goes on without")
+                return
+            notice(f"the page {self._failures.how}; starting it again in {self._failures.pause:g} s")
+            self._ended.wait(self._failures.pause)

@@ -1,7 +1,8 @@
-"""The process of the model: python -m utils.serving.worker DESCRIPTOR, started by the HTTP side.
+"""The process of the model: python -m utils.serving.worker DESCRIPTOR PARENT, started by the HTTP side.
 
-DESCRIPTOR is the inherited end of a pair of sockets. The first value on it are the settings; then come commands, and
-news go back. It lives as long as the HTTP side: it leaves signals to that one, and ends when the line does.
+DESCRIPTOR is the inherited end of a pair of sockets, PARENT the number of the process with which this one ends. The
+first value on the line are the settings; then come commands, and news go back. Signals are left to the HTTP side; this
+process ends when the line does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from utils.inference.loading import load
 from utils.parallel.peers import Alone, end, start
 from utils.parallel.topology import Layout
 from utils.serving.frames import Link, LinkError, pack, pack_vectors
+from utils.serving.parent import end_with_parent
 from utils.serving.protocol import Ending, Update
 from utils.serving.settings import ModelSettings
 
@@ -40,12 +42,12 @@ if TYPE_CHECKING:
 HEARTBEAT = 5.0  # seconds between turns without work: ranks that share the model wait for each other no longer
 REPORT = 0.25  # seconds between reports of steps that have brought nothing to say
 ROLE = "llm-model"
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of prctl(2)
+_PR_SET_NAME = 15  # of prctl(2)
 
 
 def main() -> None:
     """The process of the model of a server."""
-    belong_to_parent()
+    belong_to_parent(int(sys.argv[2]))
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     runtime.prepare(answering=True)
     settings = ModelSettings.from_json(link.receive())
@@ -188,15 +190,14 @@ def ending_of(completion: Completion) -> Ending:
     )
 
 
-def belong_to_parent() -> None:
+def belong_to_parent(parent: int) -> None:
     """Gives this process a name, leaves signals that all processes of a terminal or service get to its parent, and
     lets the system end it with that one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signals.handle(number, signal.SIG_IGN)
+    end_with_parent(parent)
     if sys.platform.startswith("linux"):
-        system = ctypes.CDLL(None)
-        system.prctl(_PR_SET_NAME, ROLE.encode(), 0, 0, 0)
-        system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # if that one ends before this, so does the line
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, ROLE.encode(), 0, 0, 0)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class ServedArguments(Arguments):
         [], "LoRA adapters served beside the model, each under a name: NAME=FOLDER NAME=FOLDER", many=True
     )
     max_batch_size: int = arg(8, "answers at a time", minimum=1, maximum=1024, unit="answers")
-    max_queue: int = arg(256, "requests that may wait; more are refused with 429", minimum=1, unit="requests")
+    max_queue: int = arg(256, "requests that may wait; more are refused with 429", minimum=0, unit="requests")
     request_timeout: float = arg(600.0, "longest time of a request, waiting included", above=0, unit="seconds")
     prefill_chunk: int = arg(
         512,
