@@ -96,6 +96,32 @@ def load_model(
     return model
 
 
+def load_beside(
+    other: Any, checkpoint: Checkpoint, dtype: str, changed: Mapping[str, LazyTensor], *, held: Held | None = None
+) -> Any:
+    """A second model of a checkpoint, in eval mode, which shares the memory of all parameters but some with the first.
+
+    Args:
+        other: the first one; its layers are those of the library.
+        checkpoint, dtype, held: as it was loaded.
+        changed: the parameters of the second one's own, in the Paddle layout.
+    """
+    model = build(checkpoint, dtype, held=held)
+    for (place, layer), (_, known) in zip(
+        model.named_sublayers(include_self=True), other.named_sublayers(include_self=True), strict=True
+    ):
+        for name in known._parameters:
+            if f"{place}.{name}" not in changed:
+                layer._parameters[name] = known._parameters[name]
+    parameters = dict(model.named_parameters())
+    for name, tensor in changed.items():
+        if held is None or held.here(name):
+            values = tensor.read()
+            fill(parameters[name], values if held is None else held.parts.cut(name, values))
+    model.eval()
+    return model
+
+
 def fill_model(
     model: Any,
     checkpoint: Checkpoint,

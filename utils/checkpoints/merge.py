@@ -79,6 +79,12 @@ def parameters(base: Checkpoint, adapter: LoraAdapter | None = None, dtype: str 
     }
 
 
+def changed_parameters(base: Checkpoint, adapter: LoraAdapter) -> set[str]:
+    """Names of the parameters that an adapter changes."""
+    layers = matrices(base)
+    return {layers[layer].parameter for layer in adapter.pairs}
+
+
 def _finite(tensor: LazyTensor, base: Checkpoint) -> LazyTensor:
     """A tensor whose reading raises `UserError` where the result would hold NaN or infinity."""
 

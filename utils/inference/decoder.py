@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
@@ -21,6 +21,7 @@ from utils.kernels.shared import SharedRows, SharedTable
 from utils.partition.parts import Parts
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
+Made = TypeVar("Made")
 
 # Layers of one choice. A static program chooses between its ways anew for each such group: Paddle's executor lists, for
 # every operator of a block, all that must run before and after it, so one block of all layers takes hundreds of MB.
@@ -78,6 +79,8 @@ class Decoder(nn.Layer):
         *,
         parts: Parts | None = None,
         group: Any = None,
+        beside: Decoder | None = None,
+        changed: Container[str] = (),
     ) -> None:
         """
         Args:
@@ -86,9 +89,14 @@ class Decoder(nn.Layer):
             dtype: of weights and hidden states.
             parts, group: what this tensor-parallel rank has of the model, and all ranks that share it; None for all
                 of it.
+            beside: a decoder that was made alike, whose weights this one shares.
+            changed: names of the parameters that differ from those of `beside`. What is joined with one of them, as
+                queries, keys and values are, is a matrix of its own too.
         """
         super().__init__()
-        weights = _Weights(architecture, parameters, read, dtype, parts, group)
+        shared = [] if beside is None else beside.weights
+        weights = _Weights(architecture, parameters, read, dtype, parts, group, shared, changed)
+        self.weights: list[Any] = weights.made
         architecture = own_architecture(architecture, parts)
         self.architecture, self.dtype = architecture, dtype
         shape = architecture.shape
@@ -96,7 +104,7 @@ class Decoder(nn.Layer):
         self.embedding = weights.table(f"{architecture.embedding}.weight")
         self.after_embedding = weights.some(architecture.embedding_norm, architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
-            self.add_parameter(f"table_{number}", kernels.fixed(weights.values(f"{table.name}.weight")))
+            self.add_parameter(f"table_{number}", weights.fixed(f"{table.name}.weight"))
         self.layers = nn.LayerList()
         for number in tqdm(range(shape.layers), desc="loading", unit="layer", delay=5, leave=False):
             self.layers.append(_Layer(weights, architecture.layer(number)))
@@ -307,17 +315,28 @@ class _Weights:
         dtype: str,
         parts: Parts | None,
         group: Any,
+        shared: Sequence[Any],
+        changed: Container[str],
     ) -> None:
         self.architecture, self._known, self._read, self._dtype = architecture, parameters, read, dtype
         self._parts, self._group = parts, group
+        self._shared, self._changed = shared, changed
+        self.made: list[Any] = []  # in the order in which every decoder of this architecture makes them
+
+    def _once(self, names: Iterable[str], make: Callable[[], Made]) -> Made:
+        """What stands at this place in the other decoder, if there is one that has the same parameters `names`."""
+        number = len(self.made)
+        same = number < len(self._shared) and not any(name in self._changed for name in names)
+        self.made.append(self._shared[number] if same else make())
+        found: Made = self.made[-1]
+        return found
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return _tensor(values, self._dtype)
 
-    def values(self, name: str, *, turned: bool = False) -> Tensor:
-        """A parameter [rows, width], or its transpose."""
-        values = self._read(name)
-        return self._tensor(values.T if turned else values)
+    def fixed(self, name: str) -> Tensor:
+        """A parameter as one that is not trained."""
+        return self._once((name,), lambda: kernels.fixed(self._tensor(self._read(name))))
 
     def bias(self, weight: str) -> Tensor | None:
         """The bias beside a parameter called "NAME.weight", if there is one."""
@@ -335,9 +354,12 @@ class _Weights:
 
     def table(self, name: str, bias: Tensor | None = None, *, turned: bool = False) -> kernels.Table | SharedTable:
         """The table [vocabulary, width] of a parameter, or of its transpose."""
-        if self._parts is None or not self._parts.shares_vocabulary:
-            return kernels.Table(self.values(name, turned=turned), bias)
+        return self._once((name,), lambda: self._table(name, bias, turned=turned))
+
+    def _table(self, name: str, bias: Tensor | None, *, turned: bool) -> kernels.Table | SharedTable:
         values = self._read(name)
+        if self._parts is None or not self._parts.shares_vocabulary:
+            return kernels.Table(self._tensor(values.T if turned else values), bias)
         own = self._tensor(self._own(values.T if turned else values, 0))
         if bias is not None:
             bias = bias.split(self._parts.degree)[self._parts.rank]
@@ -348,12 +370,18 @@ class _Weights:
         if self._parts is None:
             return self.linear(source)
         weight = f"{source}.weight"
-        return SharedRows(self._tensor(self._own(self._read(weight), 0)), self.bias(weight), self._group)
+        return self._once(
+            (weight,),
+            lambda: SharedRows(self._tensor(self._own(self._read(weight), 0)), self.bias(weight), self._group),
+        )
 
     def linear(self, source: str) -> kernels.Linear:
         return self.joined((source,))
 
     def norm(self, source: str) -> kernels.Norm:
+        return self._once((f"{source}.weight",), lambda: self._norm(source))
+
+    def _norm(self, source: str) -> kernels.Norm:
         weight = self._tensor(self._read(f"{source}.weight"))
         if self.architecture.norm == "rms":
             return kernels.RMSNorm(weight, self.architecture.epsilon)
@@ -378,6 +406,9 @@ class _Weights:
         Args:
             arrange: what becomes of their columns.
         """
+        return self._once([f"{source}.weight" for source in sources], lambda: self._joined(sources, arrange))
+
+    def _joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> kernels.Linear:
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]
         values = arrange(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1))

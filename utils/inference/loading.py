@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from utils.adapters.prefix_files import read_prefix_settings
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message, Tools
-from utils.errors import UserError, notice
+from utils.errors import UserError, notice, raise_if
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
@@ -126,11 +126,10 @@ def prepare(
     lora = None if lora_path is None else read_lora(lora_path, checkpoint)
     if prefix_path is not None:
         read_prefix_settings(Path(prefix_path), checkpoint)
-    adapter = lora_path or prefix_path
     template: ChatTemplate | None = None
-    if adapter is not None and chat_template is None:
-        template = ChatTemplate.load(Path(adapter), default=None, special_tokens_in_text=special_tokens_in_text)
-    if template is None or template.source == "plain":  # else that of the base, which may be a broken one, is not used
+    if chat_template is None:
+        template = _template_of_adapter(lora_path or prefix_path, special_tokens_in_text)
+    if template is None:  # else that of the base, which may be a broken one, is not used
         template = ChatTemplate.load(
             checkpoint.folder,
             default=checkpoint.family.chat_template,
@@ -157,6 +156,44 @@ def prepare(
     if prepared.parts is not None:
         prepared.parts.check(checkpoint.family.architecture(checkpoint.config).matrices())
     return prepared
+
+
+def prepare_beside(
+    base: Prepared,
+    adapters: Sequence[tuple[str, str]],
+    *,
+    chat_template: str | None = None,
+    special_tokens_in_text: bool = False,
+) -> dict[str, Prepared]:
+    """LoRA adapters of a model without one, ours or PEFT's, to be loaded with it by `load_all`.
+
+    Args:
+        base: not an exported model.
+        adapters: (name of one's choice, folder) of each.
+        chat_template, special_tokens_in_text: as in `prepare`.
+
+    Raises:
+        UserError: folders that hold no adapter of this model, all of them together.
+    """
+    found: dict[str, Prepared] = {}
+    faults: list[str] = []
+    for name, folder in adapters:
+        try:
+            template = None if chat_template else _template_of_adapter(folder, special_tokens_in_text)
+            lora = read_lora(folder, base.checkpoint)
+            found[name] = replace(base, lora=lora, template=template or base.template)
+        except UserError as error:
+            faults += error.faults
+    raise_if(faults)
+    return found
+
+
+def _template_of_adapter(folder: str | None, special_tokens_in_text: bool) -> ChatTemplate | None:
+    """The template that an adapter was trained with, if its folder holds one."""
+    if folder is None:
+        return None
+    template = ChatTemplate.load(Path(folder), default=None, special_tokens_in_text=special_tokens_in_text)
+    return None if template.source == "plain" else template
 
 
 def check_model_type(run: Any, checkpoint: Checkpoint) -> None:
@@ -202,20 +239,40 @@ def load(prepared: Prepared, device: str, *, warm_up: bool = False) -> Generator
     Raises:
         UserError: weights that do not fit the model or the adapter.
     """
+    return load_all({"": prepared}, device, warm_up=warm_up)[""]
+
+
+def load_all(models: Mapping[str, Prepared], device: str, *, warm_up: bool = False) -> dict[str, Generator]:
+    """A generator over each of several models: one, and adapters of it, see `prepare_beside`.
+
+    The weights are in memory once, but for those that an adapter changes (and in the inference model those that are
+    joined with them).
+
+    Args:
+        models: by names of one's choice.
+        warm_up: as in `load`.
+
+    Raises:
+        UserError: as `load`.
+    """
     started = time.perf_counter()
     runtime.use_device(device)
     from utils.inference.generator import Generator, Speed
 
     runtime.give_back_freed_memory()  # of the tokenizer's file
-    engine = make_engine(prepared, device)
+    engines = make_engines(list(models.values()), device)
     runtime.give_back_freed_memory()
-    prepared.peers.gate("waiting for the weights of all processes")
-    generator = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
+    found = {}
+    for engine, (name, prepared) in zip(engines, models.items(), strict=True):
+        prepared.peers.gate("waiting for the weights of all processes")
+        found[name] = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
     seconds = time.perf_counter() - started
-    if warm_up:
-        generator.generate([[prepared.tokenizer.eos_id] * 8] * 2, SamplingOptions(max_new_tokens=4))
-    generator.speed = Speed(load_seconds=seconds)
-    return generator
+    for name, generator in found.items():
+        if warm_up:
+            prompt = [models[name].tokenizer.eos_id] * 8
+            generator.generate([prompt] * 2, SamplingOptions(max_new_tokens=4))
+        generator.speed = Speed(load_seconds=seconds)
+    return found
 
 
 def make_engine(prepared: Prepared, device: str) -> Engine:
@@ -224,33 +281,55 @@ def make_engine(prepared: Prepared, device: str) -> Engine:
     Raises:
         UserError: as `load`.
     """
-    checkpoint, manifest = prepared.checkpoint, prepared.manifest
-    family, config = checkpoint.family, checkpoint.config
-    if manifest is None and not prepared.inference_model:
-        from utils.inference.eager import EagerEngine
+    return make_engines([prepared], device)[0]
 
-        held = _held(prepared)
-        model, prefix_tuning = _library_model(prepared, held)
-        return EagerEngine(
-            family,
-            model,
-            config,
-            prefix=prefix_tuning,
-            vocabulary_group=None if held is None else held.vocabulary_group,
-        )
+
+def make_engines(models: Sequence[Prepared], device: str) -> list[Engine]:
+    """The same for several models, as in `load_all`."""
+    if models[0].manifest is not None:
+        return [_exported_engine(prepared, prepared.manifest, device) for prepared in models if prepared.manifest]
+    engines: list[Engine] = []
+    first: Any = None
+    for prepared in models:
+        if prepared.inference_model:
+            layer, prefix = load_program(prepared, device, beside=first)
+            engines.append(engine_of(prepared, layer, prefix))
+        else:
+            layer, engine = _library_engine(prepared, first)
+            engines.append(engine)
+        if first is None:
+            first = layer
+    return engines
+
+
+def _exported_engine(prepared: Prepared, manifest: Manifest, device: str) -> Engine:
     from utils.inference.cached import CachedEngine
     from utils.inference.programs import StaticProgram
 
-    if manifest is not None:
-        folder = checkpoint.files[0].parent
-        if manifest.degree > 1:
-            from utils.parallel.groups import open_ring
+    checkpoint = prepared.checkpoint
+    folder = checkpoint.files[0].parent
+    if manifest.degree > 1:
+        from utils.parallel.groups import open_ring
 
-            open_ring(prepared.peers.groups.tensor, manifest.ring)
-        program = StaticProgram(folder, manifest, device)
-        prefix = prefix_cache(folder, manifest)
-        return CachedEngine(family, config, program, dtype=manifest.dtype, prefix=prefix, kv_heads=manifest.cache[1])
-    return engine_of(prepared, *load_program(prepared, device))
+        open_ring(prepared.peers.groups.tensor, manifest.ring)
+    return CachedEngine(
+        checkpoint.family,
+        checkpoint.config,
+        StaticProgram(folder, manifest, device),
+        dtype=manifest.dtype,
+        prefix=prefix_cache(folder, manifest),
+        kv_heads=manifest.cache[1],
+    )
+
+
+def _library_engine(prepared: Prepared, beside: Any) -> tuple[Any, Engine]:
+    """(the library's model, an engine that runs it); see `_library_model`."""
+    from utils.inference.eager import EagerEngine
+
+    checkpoint, held = prepared.checkpoint, _held(prepared)
+    model, prefix = _library_model(prepared, held, beside)
+    group = None if held is None else held.vocabulary_group
+    return model, EagerEngine(checkpoint.family, model, checkpoint.config, prefix=prefix, vocabulary_group=group)
 
 
 def _held(prepared: Prepared) -> Held | None:
@@ -277,18 +356,27 @@ def engine_of(prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None
     )
 
 
-def _library_model(prepared: Prepared, held: Held | None) -> tuple[Any, PrefixTuning | None]:
-    """The library's model with the adapter in it, and the prefix."""
-    from utils.checkpoints.load import load_model
+def _library_model(prepared: Prepared, held: Held | None, beside: Any) -> tuple[Any, PrefixTuning | None]:
+    """The library's model with the adapter in it, and the prefix.
+
+    Args:
+        beside: the same model without an adapter, whose weights this one shares, or None.
+    """
+    from utils.checkpoints.load import load_beside, load_model
 
     checkpoint, lora, prefix = prepared.checkpoint, prepared.lora, None
-    sources = None
+    sources, changed = None, set[str]()
     if lora is not None and lora.head is not None:  # which is no layer that LoRA can take the place of
-        from utils.checkpoints.merge import parameters
+        from utils.checkpoints.merge import changed_parameters, parameters
 
-        sources = parameters(checkpoint, lora.of_layers([lora.head]), "float32")
+        head = lora.of_layers([lora.head])
+        sources, changed = parameters(checkpoint, head, "float32"), changed_parameters(checkpoint, head)
         lora = lora.of_layers([layer for layer in lora.pairs if layer != lora.head])
-    model = load_model(checkpoint, prepared.dtype, held=held, sources=sources)
+    if beside is None:
+        model = load_model(checkpoint, prepared.dtype, held=held, sources=sources)
+    else:
+        own = {name: tensor for name, tensor in (sources or {}).items() if name in changed}
+        model = load_beside(beside, checkpoint, prepared.dtype, own, held=held)
     if lora is not None:
         from utils.adapters.lora import load_lora
 
@@ -303,9 +391,12 @@ def _library_model(prepared: Prepared, held: Held | None) -> tuple[Any, PrefixTu
     return model, prefix
 
 
-def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float32] | None]:
+def load_program(prepared: Prepared, device: str, *, beside: Any = None) -> tuple[Any, NDArray[np.float32] | None]:
     """One step of a model as a layer, `utils.inference.decoder.Decoder` or the library's model behind the same
     face, and the keys and values of its prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
+
+    Args:
+        beside: the `Decoder` of the same model without an adapter, whose weights this one shares, or None.
 
     Raises:
         UserError: weights that do not fit the model or the adapter.
@@ -313,7 +404,7 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
     runtime.use_device(device)
     checkpoint = prepared.checkpoint
     architecture = checkpoint.family.architecture(checkpoint.config)
-    from utils.checkpoints.merge import parameters
+    from utils.checkpoints.merge import changed_parameters, parameters
 
     known = parameters(checkpoint, prepared.lora, "float32")
     parts = prepared.parts
@@ -324,7 +415,16 @@ def load_program(prepared: Prepared, device: str) -> tuple[Any, NDArray[np.float
         from utils.inference.decoder import Decoder
 
         group = prepared.peers.groups.tensor
-        layer = Decoder(architecture, known, lambda name: known[name].read(), prepared.dtype, parts=parts, group=group)
+        layer = Decoder(
+            architecture,
+            known,
+            lambda name: known[name].read(),
+            prepared.dtype,
+            parts=parts,
+            group=group,
+            beside=beside,
+            changed=changed_parameters(checkpoint, prepared.lora) if prepared.lora else (),
+        )
         heads = heads if parts is None else parts.read_heads
         order = None if architecture.rotary is None else architecture.rotary.order
     else:
