@@ -56,7 +56,7 @@ def read(kind: type[B]) -> B:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        faults = _faults(error, value)
+        faults = faults_of(error, value)
         more = f" (and {len(faults) - SHOWN_FAULTS} more)" if len(faults) > SHOWN_FAULTS else ""
         message = "; ".join(f"{name}: {text}" if name else text for name, text in faults[:SHOWN_FAULTS])
         raise ApiError(400, message + more, param=faults[0][0] or None) from None
@@ -170,7 +170,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(child)
 
 
-def _faults(error: ValidationError, body: dict[str, Any]) -> list[tuple[str, str]]:
+def faults_of(error: ValidationError, body: dict[str, Any]) -> list[tuple[str, str]]:
     """(name of the field, what is wrong with it) of each field at fault.
 
     Of a field that may be of several types pydantic names each type; here they stand in one sentence. If parts of a
