@@ -18,11 +18,20 @@ from utils.arguments import (
     MergeTpArguments,
     PredictArguments,
     PretrainArguments,
+    ServeArguments,
     TransToJsonArguments,
 )
 from utils.arguments.fields import options_of
 
-SCRIPTS = ("finetune_generation", "run_pretrain", "predictor", "merge_lora_params", "merge_tp_params", "export_model")
+SCRIPTS = (
+    "finetune_generation",
+    "run_pretrain",
+    "predictor",
+    "flask_server",
+    "merge_lora_params",
+    "merge_tp_params",
+    "export_model",
+)
 # package -> packages that it must never import
 FORBIDDEN = {
     "arguments": {"adapters", "checkpoints", "data", "families", "inference", "kernels", "training"},
@@ -87,6 +96,7 @@ def test_nothing_imports_a_script(root: Path) -> None:
         "utils.checkpoints.locate, utils.checkpoints.fingerprint, utils.checkpoints.merge",
         "utils.data.dataset, utils.data.template, utils.families.tokenizers, utils.adapters.check",
         "finetune_generation, run_pretrain, predictor, merge_lora_params, merge_tp_params, export_model",
+        "flask_server, utils.serving.app, utils.serving.worker, utils.inference.commands",
         "utils.data.pretrain_build, utils.data.pretrain_dataset, utils.training.pretraining, utils.training.finish",
     ],
 )
@@ -101,6 +111,7 @@ PARSED = {
     "finetune_generation.py": FinetuneArguments,
     "run_pretrain.py": PretrainArguments,
     "predictor.py": PredictArguments,
+    "flask_server.py": ServeArguments,
     "export_model.py": ExportArguments,
     "merge_lora_params.py": MergeLoraArguments,
     "merge_tp_params.py": MergeTpArguments,
@@ -169,7 +180,6 @@ def test_every_option_is_read(root: Path) -> None:
     from utils.arguments import scripts
     from utils.arguments.fields import Arguments, options_of
     from utils.arguments.groups.quantization import QuantArguments
-    from utils.arguments.groups.serving import HttpArguments, ServedArguments
 
     sources = [*(root / "utils").rglob("*.py"), *root.glob("*.py"), *(root / "data" / "tools").glob("*.py")]
     text = ""
@@ -179,8 +189,6 @@ def test_every_option_is_read(root: Path) -> None:
             # plan.py lists options to leave them out of a comparison
             text += re.sub(r'"[^"\n]*"', "", own) if path.name == "plan.py" else own
     known = {*options_of(QuantArguments), "data_format", "data_impl"}  # of the last two there is one choice
-    if not (root / "flask_server.py").exists():  # which will read them
-        known |= {*options_of(HttpArguments), *options_of(ServedArguments)}
     classes = [cls for cls in vars(scripts).values() if isinstance(cls, type) and issubclass(cls, Arguments)]
     assert len(classes) > 8
     for name in {name for cls in classes for name in options_of(cls)} - known:

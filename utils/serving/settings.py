@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from utils.arguments import ServeArguments
-from utils.inference.loading import Prepared, prepare
+from utils.inference.loading import Prepared, prepare, prepare_beside
 from utils.parallel.peers import Alone
 
 
@@ -19,7 +19,10 @@ class ModelSettings:
         served_name: of the model, for clients.
         name, device, dtype, chat_template, special_tokens_in_text, lora_path, prefix_path, mode, inference_model: see
             `utils.inference.loading.prepare`.
-        batch_size: most answers in the making.
+        adapters: (served name, folder) of LoRA adapters beside it.
+        batch_size: most answers of a model in the making.
+        prefill_chunk: see `Scheduler`.
+        prompt_cache_bytes: most memory for beginnings of prompts that may come again.
     """
 
     served_name: str
@@ -32,7 +35,10 @@ class ModelSettings:
     prefix_path: str | None = None
     mode: str = "dynamic"
     inference_model: bool = False
+    adapters: tuple[tuple[str, str], ...] = ()
     batch_size: int = 8
+    prefill_chunk: int | None = None
+    prompt_cache_bytes: int = 0
 
     @classmethod
     def of(cls, run: ServeArguments) -> ModelSettings:
@@ -48,7 +54,10 @@ class ModelSettings:
             run.prefix_path,
             run.mode,
             run.inference_model,
+            tuple(run.adapters),
             run.max_batch_size,
+            run.prefill_chunk,
+            int(run.prompt_cache_gib * 2**30),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -58,13 +67,13 @@ class ModelSettings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelSettings:
         """What `to_json` has written."""
-        return cls(**value)
+        return cls(**{**value, "adapters": tuple((name, folder) for name, folder in value["adapters"])})
 
     def prepare(self, peers: Alone | None = None) -> dict[str, Prepared]:
         """The models by served name, found and checked; the first is the base.
 
         Raises:
-            UserError: see `utils.inference.loading.prepare`.
+            UserError: see `utils.inference.loading.prepare` and `prepare_beside`.
         """
         base = prepare(
             self.name,
@@ -78,4 +87,10 @@ class ModelSettings:
             inference_model=self.inference_model,
             peers=peers,
         )
-        return {self.served_name: base}
+        beside = prepare_beside(
+            base,
+            self.adapters,
+            chat_template=self.chat_template,
+            special_tokens_in_text=self.special_tokens_in_text,
+        )
+        return {self.served_name: base, **beside}

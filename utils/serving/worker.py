@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from utils.errors import run_script
 from utils.inference.commands import Command, from_json
-from utils.inference.loading import load
+from utils.inference.loading import load_all
 from utils.parallel.peers import Alone, end, start
 from utils.parallel.topology import Layout
 from utils.serving.frames import Link, LinkError, pack, pack_vectors
@@ -93,12 +93,10 @@ def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Comma
     errors.silent = True  # the HTTP side has said already what there is to say of the models' files
     found = settings.prepare(peers)
     errors.silent = not peers.first
-    models = {}
-    for name, prepared in found.items():
-        generator = load(prepared, settings.device, warm_up=True)
-        models[name] = partial(generator.scheduler, settings.batch_size)
+    generators = load_all(found, settings.device, warm_up=True)
     from utils.inference.service import Service
 
+    models = {name: partial(generator.scheduler, settings.batch_size) for name, generator in generators.items()}
     return Service(models, peers=peers, recovers=True, inbox=inbox)
 
 
