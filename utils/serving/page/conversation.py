@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import html
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import gradio as gr
@@ -33,7 +34,7 @@ class Sampling(NamedTuple):
     top_k: float
     max_tokens: float
     repetition_penalty: float
-    seed: float | None
+    seed: float  # below 0: another one each time
 
     def fields(self) -> dict[str, Any]:
         """Fields of a request."""
@@ -44,7 +45,7 @@ class Sampling(NamedTuple):
             "max_tokens": int(self.max_tokens),
             "repetition_penalty": self.repetition_penalty,
         }
-        return fields if self.seed is None else {**fields, "seed": int(self.seed)}
+        return fields if self.seed < 0 else {**fields, "seed": int(self.seed)}
 
 
 def said(role: str, text: str) -> Message:
@@ -127,11 +128,20 @@ class Progress:
         return status(line)
 
 
+@dataclass(frozen=True)
+class Running:
+    """An answer under way."""
+
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Conversation:
-    """The handlers of the page's events; each request carries all that it needs, nothing is kept between them."""
+    """The handlers of the page's events. Each brings what was said so far along; nothing of it is kept here."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._running: dict[str | None, Running] = {}  # by session: an open page
 
     async def opened(
         self, request: gr.Request, history: list[Message], draft: str, model: str | None, *settings: Any
@@ -170,18 +180,22 @@ class Conversation:
             return
         asked = [*before, said("user", question)]
         progress = Progress(language)
+        running = self._running[request.session_hash] = Running()
         yield asked, progress.line(), gr.update(value=draft, submit_btn=False, stop_btn=True)
-        line = ""
         try:
             models = [model] if model else await self._api.models()
             body = body_of(models[0], system, asked, Sampling(*settings))
-            async for _ in every(SHOW_SECONDS, self._patiently(body), progress.take):
+            async for _ in every(SHOW_SECONDS, self._patiently(body), progress.take, running.stop):
                 yield with_answer(asked, progress.text), progress.line(), gr.skip()
-            line = progress.last_line()
+            line = status(say(language, "stopped")) if running.stop.is_set() else progress.last_line()
         except (ApiError, httpx.HTTPError, ValueError) as error:
             line = failure(language, error)
-        history, draft = take_back(with_answer(asked, progress.text), draft)
-        yield history, line, gr.update(value=draft, submit_btn=True, stop_btn=False)
+        finally:
+            running.ended.set()
+            self._running.pop(request.session_hash, None)
+        history, returned = take_back(with_answer(asked, progress.text), "")
+        ready = gr.update(submit_btn=True, stop_btn=False)
+        yield history, line, {**ready, "value": returned} if returned else ready
 
     async def _patiently(self, body: dict[str, Any]) -> AsyncIterator[Piece | ApiError]:
         """The answer; before it, what the server says as long as it is not ready."""
@@ -197,11 +211,12 @@ class Conversation:
                 pause = min(error.retry_after or RETRY_SECONDS, RETRY_SECONDS)
             await asyncio.sleep(pause)
 
-    def stopped(self, request: gr.Request, history: list[Message], draft: str) -> Outputs:
-        """The user has stopped the answer: what has come of it stays."""
-        line = status(say(language_of(request.headers, request.cookies), "stopped"))
-        history, draft = take_back(history, draft)
-        return history, line, gr.update(value=draft, submit_btn=True, stop_btn=False)
+    async def stop(self, request: gr.Request) -> None:
+        """The user has had enough of the answer; returns once its connection is closed. What has come of it stays."""
+        running = self._running.get(request.session_hash)
+        if running is not None:
+            running.stop.set()
+            await running.ended.wait()
 
     def undone(self, history: list[Message]) -> Outputs:
         """The last round goes; its question stands in the input box again."""
@@ -217,31 +232,36 @@ def with_answer(asked: list[Message], text: str) -> list[Message]:
     return [*asked, said("assistant", text)] if text else asked
 
 
-async def every(seconds: float, source: AsyncIterator[T], take: Any) -> AsyncIterator[None]:
+async def every(
+    seconds: float, source: AsyncIterator[T], take: Callable[[T], None], stop: asyncio.Event
+) -> AsyncIterator[None]:
     """Gives all that `source` has to `take` at once, and yields every so often meanwhile, also if nothing comes.
 
-    Whoever stops listening is noticed only when this yields.
+    A page that has been closed is noticed only when this yields. It ends with the source, or early by `stop`; either
+    way, and when it is closed, the source is closed too.
     """
-    waiting: asyncio.Task[T] | None = None
+    stopping = asyncio.ensure_future(stop.wait())
+    coming: asyncio.Task[T] | None = None
     shown = time.monotonic()
     try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(_next(source))
-            await asyncio.wait({waiting}, timeout=max(0.0, shown + seconds - time.monotonic()))
-            if waiting.done():
+        while not stop.is_set():
+            coming = coming or asyncio.ensure_future(_next(source))
+            left = max(0.0, shown + seconds - time.monotonic())
+            await asyncio.wait({coming, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
                 try:
-                    take(waiting.result())
+                    take(coming.result())
                 except StopAsyncIteration:
                     return
-                waiting = None
+                coming = None
             if time.monotonic() >= shown + seconds:
                 yield
                 shown = time.monotonic()
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            with suppress(BaseException):
-                await waiting
+        for task in filter(None, (coming, stopping)):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
 
 async def _next(source: AsyncIterator[T]) -> T:

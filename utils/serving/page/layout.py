@@ -34,7 +34,14 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
         with gr.Row(elem_id="bar"):
             gr.HTML(f"<h1>{title}</h1>", elem_id="title")
             model = gr.Dropdown(
-                [], label=I18N("model"), show_label=False, container=False, elem_id="model", interactive=True
+                [],
+                label=I18N("model"),
+                show_label=False,
+                container=False,
+                elem_id="model",
+                interactive=True,
+                filterable=False,
+                allow_custom_value=True,  # the choices come later than what the browser has kept
             )
             new = _small_button("new_chat")
             language = _small_button("language")
@@ -60,12 +67,12 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             placeholder=I18N("message"),
             container=False,
             max_lines=10,
-            submit_btn=True,
+            submit_btn=str(I18N("send")),
             autofocus=True,
         )
         shown, asked = [chat, status, box], [chat, box, model, system, *sampling]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": True}
-        answering = gr.on(
+        gr.on(
             [box.submit, chat.retry, chat.edit],
             conversation.answer,
             asked,
@@ -74,19 +81,20 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             trigger_mode="once",
             **quiet,
         )
-        box.stop(conversation.stopped, [chat, box], shown, cancels=[answering], **quiet)
-        chat.undo(conversation.undone, [chat], shown, cancels=[answering], **quiet)
-        new.click(conversation.cleared, None, shown, cancels=[answering], **quiet)
+        box.stop(conversation.stop, **quiet)
+        new.click(conversation.stop, **quiet).then(conversation.cleared, None, shown, **quiet)
+        chat.undo(conversation.undone, [chat], shown, **quiet)
         language.click(None, js="() => page.switchLanguage()")
         theme.click(None, js="() => page.switchTheme()")
         kept = [chat, box, model, system, *sampling]
-        page.load(
+        opened = page.load(
             conversation.opened,
             kept,
             [*shown, model, system, *sampling],
             js="(...values) => page.kept(values)",
             **quiet,
         )
+        opened.success(None, js="() => page.begin()")
         gr.on([part.change for part in kept], None, kept, js="(...values) => page.keep(values)")
     return page
 
@@ -106,7 +114,7 @@ def _settings() -> tuple[gr.Textbox, list[gr.Slider | gr.Number]]:
         gr.Slider(lowest, highest, first, step=step, label=I18N(name), info=I18N(f"{name}_help"), elem_id=name)
         for name, (lowest, highest, step, first) in sliders.items()
     ]
-    controls.append(gr.Number(None, label=I18N("seed"), info=I18N("seed_help"), precision=0, elem_id="seed"))
+    controls.append(gr.Number(-1, minimum=-1, label=I18N("seed"), info=I18N("seed_help"), precision=0, elem_id="seed"))
     return system, controls
 
 

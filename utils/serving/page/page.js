@@ -3,6 +3,7 @@ const page = (() => {
   const LANGUAGE = document.documentElement.lang;
   const KEPT = "page-kept-1"; // another number when the kept values change their order or form
   const THEME = "page-theme";
+  let restored = false; // before that the parts of the page hold what they are made with
 
   for (const [name, value] of [["language", LANGUAGE], ["languages", [LANGUAGE]]]) {
     Object.defineProperty(navigator, name, { get: () => value });
@@ -19,7 +20,7 @@ const page = (() => {
 
   return {
     switchLanguage() {
-      const other = LANGUAGE === "en" ? "zh" : "en";
+      const other = LANGUAGE === "en" ? "zh-CN" : "en";
       document.cookie = `page_language=${other}; path=/; max-age=31536000; samesite=strict`;
       location.reload();
     },
@@ -29,11 +30,15 @@ const page = (() => {
     },
     // A tab goes on with its own conversation, a new tab with the last one.
     keep(values) {
+      if (!restored) return;
       for (const storage of [sessionStorage, localStorage]) {
         try {
           storage.setItem(KEPT, JSON.stringify(values));
         } catch {} // the storage is full: the page works on without
       }
+    },
+    begin() {
+      restored = true;
     },
     kept(values) {
       try {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-LANGUAGES = ("en", "zh")
+LANGUAGES = ("en", "zh-CN")  # as Gradio calls those of its own texts
 COOKIE = "page_language"  # the language that the user has chosen
 
 TEXTS = {
@@ -31,6 +31,8 @@ TEXTS = {
         "The same seed gives the same answer; empty: a new one each time",
         "相同种子得到相同回答；留空则每次随机",
     ),
+    "send": ("Send", "发送"),
+    "stop": ("Stop", "停止"),
     "message": ("Write a message …", "输入消息…"),
     "start": ("What would you like to know?", "想聊点什么？"),
     "conversation": ("Conversation", "对话"),
@@ -77,6 +79,7 @@ def language_of(headers: Mapping[str, str], cookies: Mapping[str, str]) -> str:
     if cookies.get(COOKIE) in LANGUAGES:
         return cookies[COOKIE]
     for accepted in headers.get("accept-language", "").lower().split(","):
-        if (language := accepted.strip()[:2]) in LANGUAGES:
-            return language
+        for language in LANGUAGES:
+            if accepted.strip()[:2] == language[:2]:
+                return language
     return LANGUAGES[0]
