@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,7 +52,7 @@ class Constraint(Protocol):
         At least one token may come.
 
         Raises:
-            UserError: the form takes too much work at this place.
+            UserError: the form takes too much work at this place, or the model has no token that fits.
         """
 
     def accept(self, token: int) -> None:
@@ -69,16 +69,12 @@ class Constrainer:
             vocabulary: of the logits; it may be larger than the tokenizer's.
             end_ids: tokens that end an answer.
         """
-        import llguidance
-
-        words = _Vocabulary(tokenizer, vocabulary, end_ids)
-        self._end_ids = frozenset(end_ids)
-        self._vocabulary = vocabulary
-        self._drops_blank = _drops_blank(tokenizer, words.tokens)
-        wrapped = llguidance.TokenizerWrapper(words)
-        self._library = llguidance.LLTokenizer(wrapped, eos_token=sorted(self._end_ids))
-        words.library = self._library
+        self._tokenizer, self._vocabulary, self._end_ids = tokenizer, vocabulary, frozenset(end_ids)
         self._ready = lru_cache(maxsize=_KEPT)(self._compile)
+
+    def warm_up(self) -> None:
+        """Does now what the first answer would wait for: up to a second for a large vocabulary."""
+        _ = self._words
 
     def start(self, grammar: Grammar) -> Constraint:
         """The form of an answer that begins.
@@ -88,12 +84,16 @@ class Constrainer:
         """
         return _Walk(self._ready(grammar).deep_copy(), self._vocabulary, self._end_ids)
 
+    @cached_property
+    def _words(self) -> _Vocabulary:
+        return _Vocabulary(self._tokenizer, self._vocabulary, self._end_ids)
+
     def _compile(self, grammar: Grammar) -> Any:
         import llguidance
 
         limits = llguidance.LLParserLimits(**_LIMITS)
-        text = _compilable(grammar, drops_blank=self._drops_blank)
-        matcher = llguidance.LLMatcher(self._library, text, log_level=0, limits=limits)
+        text = _compilable(grammar, drops_blank=self._words.drops_blank)
+        matcher = llguidance.LLMatcher(self._words.library, text, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(_fault(grammar, matcher.get_error()))
         return matcher
@@ -104,20 +104,28 @@ class _Vocabulary:
 
     Attributes:
         tokens: the bytes of each id of the logits. Special ones have a name that is no text, each its own.
+        library: the library's tokenizer.
+        drops_blank: whether the blank before the first token of a text is no part of it.
     """
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_ids: Collection[int]) -> None:
+        import llguidance
+
         from utils.families.token_bytes import token_bytes
 
         special = tokenizer.special_ids | set(end_ids)
         texts = [b"" if place in special else token_bytes(tokenizer, place) for place in range(vocabulary)]
+        self.drops_blank = _drops_blank(tokenizer, texts)
+        for place in _lone_blanks(tokenizer, texts) if self.drops_blank else ():
+            texts[place] = b""
         self.special_token_ids = [place for place, text in enumerate(texts) if not text]
         self.tokens = [text or b"<|%d|>" % place for place, text in enumerate(texts)]
         self.eos_token_id = min(end_ids)
-        self.library: Any = None
         self._tokenizer = tokenizer
+        self.library: Any = None
+        self.library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), eos_token=sorted(end_ids))
 
     def __call__(self, text: bytes | str) -> list[int]:
         """The tokens that the model itself would write for a text, or others that make it."""
@@ -141,18 +149,20 @@ class _Walk:
 
     def mask(self) -> NDArray[np.bool_]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise UserError(f"the answer's form takes too much work at this place: {_line(self._matcher.get_error())}")
         allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
-        if not allowed.any():
-            raise UserError("the answer's form cannot be written with this model's tokens")
+        if self._matcher.is_error() or not allowed.any():
+            said = _line(self._matcher.get_error())
+            raise UserError(
+                "the answer cannot go on in its form, which takes too much work or signs that the model's tokens lack"
+                + (f" ({said})" if said else "")
+            )
         return allowed
 
     def accept(self, token: int) -> None:
         if token in self._end_ids:
             self._said_end = True
-        elif not self._matcher.consume_token(token):
-            raise UserError(f"the answer's form takes too much work at this place: {_line(self._matcher.get_error())}")
+        else:
+            self._matcher.consume_token(token)  # what fails here, the next mask tells
 
 
 def check(grammar: Grammar) -> None:
@@ -221,7 +231,10 @@ def _compilable(grammar: Grammar, *, drops_blank: bool = False) -> str:
                 raise UserError(_fault(grammar, "it is no list of texts that are not empty"))
             form["lark_grammar"] = "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
     first = [{"name": "answer", "lark_grammar": f"start: {blank} @form"}] if drops_blank else []
-    return json.dumps({"grammars": [*first, form]})
+    try:
+        return json.dumps({"grammars": [*first, form]})
+    except RecursionError:
+        raise UserError(_fault(grammar, "it is too deep")) from None
 
 
 def _parsed(grammar: Grammar) -> Any:
@@ -258,7 +271,15 @@ def _line(message: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _drops_blank(tokenizer: Tokenizer, tokens: list[bytes]) -> bool:
+def _drops_blank(tokenizer: Tokenizer, texts: list[bytes]) -> bool:
     """Whether the blank before the first token of a text is no part of it."""
-    first = next((place for place, text in enumerate(tokens) if text.startswith(b" ") and text.strip().isalpha()), None)
+    words = (place for place, text in enumerate(texts) if text[:1] == b" " and text[1:].isalpha())
+    first = next(words, None)
     return first is not None and not tokenizer.decode([first]).startswith(" ")
+
+
+def _lone_blanks(tokenizer: Tokenizer, texts: list[bytes]) -> list[int]:
+    """Blanks that stay at the beginning of a text although others do not: the byte of that number."""
+    anchor = next(place for place, text in enumerate(texts) if text.isalpha())
+    blanks = [place for place, text in enumerate(texts) if text == b" "]
+    return [place for place in blanks if tokenizer.decode([place, anchor]).startswith(" ")]

@@ -8,7 +8,9 @@ from contextlib import closing
 from functools import partial
 
 from utils.inference.commands import Submit
+from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine
+from utils.inference.grammar import Grammar
 from utils.inference.request import Completion
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Decoder, Event, Scheduler, Speed
@@ -25,18 +27,26 @@ class Generator:
         share_heads: read what prompts have in common once, if the engine can copy it.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Decoder, end_ids: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Decoder,
+        end_ids: Collection[int] | None = None,
+        constrain: Callable[[Grammar], Constraint] | None = None,
+    ) -> None:
         """
         Args:
             engine: whose slots may also be in use by others.
             tokenizer: of the engine's model.
             end_ids: tokens that end an answer; None takes the tokenizer's.
+            constrain: see `Scheduler`.
         """
         self.engine = engine
         self.speed = Speed()
         self.share_heads = True
         self._tokenizer = tokenizer
         self._end_ids = end_ids
+        self._constrain = constrain
 
     def scheduler(self, batch_size: int = 8) -> Scheduler:
         """A scheduler for requests that come one by one; the caller closes it."""
@@ -47,6 +57,7 @@ class Generator:
             batch_size,
             speed=self.speed,
             share_heads=self.share_heads,
+            constrain=self._constrain,
         )
 
     def service(self, batch_size: int) -> Service:

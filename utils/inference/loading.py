@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,15 +258,21 @@ def load_all(models: Mapping[str, Prepared], device: str, *, warm_up: bool = Fal
     """
     started = time.perf_counter()
     runtime.use_device(device)
+    from utils.inference.constraint import Constrainer
     from utils.inference.generator import Generator, Speed
 
     runtime.give_back_freed_memory()  # of the tokenizer's file
     engines = make_engines(list(models.values()), device)
     runtime.give_back_freed_memory()
     found = {}
+    constrainer = cache(Constrainer)  # adapters share the tokenizer
     for engine, (name, prepared) in zip(engines, models.items(), strict=True):
         prepared.peers.gate("waiting for the weights of all processes")
-        found[name] = Generator(engine, prepared.tokenizer, prepared.template.stop_ids(prepared.tokenizer))
+        end_ids = prepared.template.stop_ids(prepared.tokenizer)
+        forms = constrainer(prepared.tokenizer, engine.vocabulary, end_ids)
+        if warm_up:
+            forms.warm_up()
+        found[name] = Generator(engine, prepared.tokenizer, end_ids, forms.start)
     seconds = time.perf_counter() - started
     for name, generator in found.items():
         if warm_up:
