@@ -103,11 +103,9 @@ def test_answers_of_fifty_schemas_are_valid(name: str, options: SamplingOptions,
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_of_a_real_model_are_valid(options: SamplingOptions) -> None:
-    from utils.arguments.parser import parse_one
-    from utils.arguments.scripts import PredictorArguments
     from utils.inference.loading import load, prepare
 
-    prepared = prepare(parse_one(PredictorArguments, ["--model_name_or_path", EMBEDDED]))
+    prepared = prepare(EMBEDDED, device="cpu")
     generator = load(prepared, "cpu")
     ids = prepared.encode([{"role": "user", "content": "Give me an example as JSON."}])
     each = [replace(options, grammar=of_schema(schema)) for schema in SCHEMAS.values()]
