@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from flask import Response, g, request
 
-from utils.serving.context import Answering, Served, serving
+from utils.serving.context import Served, serving
 from utils.serving.errors import ApiError
 from utils.serving.protocol import Ending, Job, Update
 from utils.serving.record import Record, failure
 
 if TYPE_CHECKING:
     from utils.inference.request import Alternatives
+    from utils.serving.client import Answering
 
 CLIENT_GONE = 499  # as nginx calls it; nobody reads such a response
 PAUSE = 0.05  # seconds between two looks at whether the client is still there

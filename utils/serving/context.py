@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flask import current_app
 
@@ -14,62 +14,14 @@ from utils.data.lines import naming
 from utils.errors import UserError
 from utils.serving.errors import ApiError
 from utils.serving.metrics import Metrics
-from utils.serving.protocol import Job, Update
 
 if TYPE_CHECKING:
+    from utils.arguments import ServeArguments
     from utils.inference.loading import Prepared
+    from utils.serving.client import ModelClient
 
 _EXTENSION = "serving"
 _FOLDERS = re.compile(r"(?<![\w/:])(?:~|\.{1,2})?/(?:[^\s/:;,]+/)*(?=[^\s/:;,])")
-
-
-class State(Protocol):
-    """How the process of the model is: `name` is loading, ready, stalled, restarting, stopping or failed."""
-
-    name: str
-    running: int
-    waiting: int
-    cache_used_bytes: int
-    steps: int
-
-
-class Facts(Protocol):
-    """What is known of the model."""
-
-    max_positions: int | None
-    vocabulary: int
-    embeds: bool
-    models: tuple[str, ...]
-
-
-class Answering(Protocol):
-    """A job on its way to an answer."""
-
-    def next(self, timeout: float) -> Update | None:
-        """The next news; None if there is none within `timeout` seconds."""
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more; may be called again, and when it is complete."""
-
-
-class ModelClient(Protocol):
-    """The process of the model, as the HTTP side sees it."""
-
-    @property
-    def state(self) -> State: ...
-
-    @property
-    def facts(self) -> Facts: ...
-
-    def submit_all(self, jobs: Sequence[Job]) -> Sequence[Answering]:
-        """Takes all jobs, or none.
-
-        Raises:
-            ApiError: 429, the queue is full; 503, the model is not there.
-        """
-
-    def embed(self, model: str, prompts: list[list[int]], timeout: float) -> list[list[float]]:
-        """The mean of the last hidden state of each prompt."""
 
 
 @dataclass
@@ -86,7 +38,7 @@ class Served:
 
     client: ModelClient
     models: dict[str, Prepared]
-    settings: Any
+    settings: ServeArguments
     metrics: Metrics
     started: float
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flask import Request, Response
 
 from utils.serving.errors import ApiError
+
+if TYPE_CHECKING:
+    from utils.arguments import ServeArguments
 
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # they tell nothing about the model or its users
 LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -31,8 +34,8 @@ class Guard:
         settings: api_key, host, cors_origins.
     """
 
-    def __init__(self, settings: Any) -> None:
-        self._key = None if not settings.api_key else _digest(settings.api_key)
+    def __init__(self, settings: ServeArguments) -> None:
+        self._key = None if not settings.api_key else _digest(settings.api_key.encode())
         self._origins = set(settings.cors_origins)
         self._host = settings.host
 
@@ -96,11 +99,12 @@ class Guard:
             )
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """Of one length whatever the key is, so that a comparison takes the same time."""
-    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return sha256(key).digest()
 
 
-def _key_of(asked: Request) -> str:
+def _key_of(asked: Request) -> bytes:
     kind, _, key = asked.headers.get("Authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else asked.headers.get("x-api-key", "")
+    found = key.strip() if kind.lower() == "bearer" else asked.headers.get("x-api-key", "")
+    return found.encode("latin-1")  # as WSGI reads headers

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from utils.serving.context import State
+    from utils.serving.client import State
 
 PREFIX = "paddle_llm:"
 # Seconds; from a small model on a GPU to a large one on a CPU with a long queue.

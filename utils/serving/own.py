@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flask import Blueprint, Response, jsonify
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from utils.data.encode import forgotten_rounds
 from utils.data.template import Message
@@ -21,12 +21,17 @@ from utils.serving.answering import Answers, answer, collect, streamed
 from utils.serving.bodies import Body, Whole, load_json, read
 from utils.serving.context import reading, serving
 from utils.serving.errors import ApiError
+from utils.serving.openapi import described
 from utils.serving.protocol import Job
+
+if TYPE_CHECKING:
+    from utils.arguments import ServeArguments
 
 routes = Blueprint("own", __name__)
 ROLES = {"user": "user", "human": "user", "bot": "assistant", "assistant": "assistant", "system": "system"}
 SAMPLING = ("top_k", "top_p", "temperature", "repetition_penalty")
 CUT_HEADER = "X-Prompt-Cut"
+NDJSON = "application/x-ndjson"
 
 
 class Turn(Body):
@@ -66,9 +71,41 @@ class ChatBody(Body):
     stream: bool | None = Field(None, description="answer in pieces, one object a line")
 
 
+class Utterance(BaseModel):
+    """What the bot says."""
+
+    role: Literal["bot"]
+    utterance: str
+
+
+class Result(BaseModel):
+    """Of a request that was answered."""
+
+    response: Utterance
+
+
+class ChatAnswer(BaseModel):
+    """The answer, or as a line of a stream the next piece of it."""
+
+    error_code: Literal[0]
+    error_msg: str
+    result: Result
+
+
+class ChatError(BaseModel):
+    """Instead of an answer, or as the last line of a stream that broke off. The code is the HTTP status."""
+
+    error_code: int
+    error_msg: str
+    result: None
+
+
 @routes.post("/api/chat")
+@described(body=ChatBody, answer=ChatAnswer, error=ChatError, stream=NDJSON)
 def chat() -> Response:
-    """Answers what a user says, after what was said before."""
+    """Answers what a user says, after what was said before. With "stream": true one object a line, each with the next
+    piece of the answer. A header X-Prompt-Cut says that the prompt was longer than src_length.
+    """
     served, body = serving(), read(ChatBody)
     name, prepared = served.model(None)
     with reading("history" if body.history else "context"):
@@ -76,7 +113,7 @@ def chat() -> Response:
     job = Job(name, prompt, _options(body, served.settings, len(prompt)), stream=bool(body.stream))
     answers = answer(served, [job])
     if job.stream:
-        response = streamed(answers, _lines(answers), "application/x-ndjson", lambda error: _line(error_body(error)))
+        response = streamed(answers, _lines(answers), NDJSON, lambda error: _line(error_body(error)))
     else:
         response = jsonify(_said(collect(answers)[0].text))
     if cut:
@@ -144,7 +181,7 @@ def _prompt(body: ChatBody, prepared: Prepared, src_length: int) -> tuple[list[i
     return ids, was_cut or forgotten > 0
 
 
-def _options(body: ChatBody, settings: Any, prompt_tokens: int) -> SamplingOptions:
+def _options(body: ChatBody, settings: ServeArguments, prompt_tokens: int) -> SamplingOptions:
     """How to answer: what the request says, and for the rest what the server was started with.
 
     Raises:

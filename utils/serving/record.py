@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from utils.serving.errors import ApiError
@@ -26,8 +27,9 @@ def log_line(**facts: Any) -> None:
     """Writes one line of JSON to standard error."""
     line = json.dumps({"time": round(time.time(), 3), **facts}, ensure_ascii=False, default=str)
     line = line.encode("utf-8", "backslashreplace").decode()
-    with _lock:
-        print(line, file=sys.stderr, flush=True)
+    with _lock, suppress(OSError, ValueError):  # whoever read the log has gone
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 class Record:
