@@ -13,11 +13,9 @@ from utils.errors import UserError
 from utils.inference.constraint import Constraint
 from utils.inference.engine import Logits
 from utils.inference.lookup import Lookup
-from utils.inference.sampling import RowSampler, SamplingOptions, likeliest, log_softmax
+from utils.inference.sampling import Alternatives, RowSampler, SamplingOptions, likeliest, log_softmax
 from utils.inference.slots import Slots
 from utils.inference.text import TextStream
-
-Alternatives = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)

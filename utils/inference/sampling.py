@@ -21,6 +21,7 @@ from utils.inference.grammar import Grammar
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
+Alternatives = tuple[tuple[int, float], ...]  # tokens at one place, the likeliest first, with their log-probabilities
 
 # top-p looks at this many of the likeliest tokens, then at 8 times as many, and so on, before it sorts
 # the whole vocabulary.

@@ -20,7 +20,7 @@ from utils.serving.protocol import Ending, Job, Update
 from utils.serving.record import Record, failure
 
 if TYPE_CHECKING:
-    from utils.inference.request import Alternatives
+    from utils.inference.sampling import Alternatives
     from utils.serving.client import Answering
 
 CLIENT_GONE = 499  # as nginx calls it; nobody reads such a response

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from utils.inference.sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from utils.inference.request import Alternatives
+    from utils.inference.sampling import Alternatives
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from utils.families.tokenizers import Tokenizer
-from utils.inference.request import Alternatives
+from utils.inference.sampling import Alternatives
 from utils.serving.answering import Answer, Answers, answer, collect
 from utils.serving.bodies import read
 from utils.serving.context import serving

@@ -9,7 +9,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from utils.inference.loading import Prepared
-from utils.inference.request import Alternatives
+from utils.inference.sampling import Alternatives
 from utils.serving import limits
 from utils.serving.answering import Answer, Answers, answer, collect
 from utils.serving.bodies import read

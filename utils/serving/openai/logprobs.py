@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.families.token_bytes import token_bytes
 from utils.families.tokenizers import Tokenizer
-from utils.inference.request import Alternatives
+from utils.inference.sampling import Alternatives
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON lacks
 
