@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from utils.inference.slots import Slots
@@ -19,37 +19,50 @@ WINDOW = 256
 
 @dataclass(eq=False)
 class Head:
-    """The beginning of some prompts, read into a slot of its own."""
+    """The beginning of some prompts, which is read into a slot of its own.
+
+    Attributes:
+        parent: the shorter head that it begins with.
+        slot: None before it is read.
+    """
 
     tokens: tuple[int, ...]
-    slot: int
+    parent: Head | None = None
+    slot: int | None = None
+    _is_claimed: bool = False
 
     def begins(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt begins with this head and goes on after it."""
         length = len(self.tokens)
         return len(prompt) > length and tuple(prompt[:length]) == self.tokens
 
+    def claim(self) -> int:
+        """How many of its tokens were read for the one that copies it now: of the first one all but what others
+        have claimed with its parents, then none."""
+        if self._is_claimed:
+            return 0
+        self._is_claimed = True
+        shorter = (0, 0) if self.parent is None else (len(self.parent.tokens), self.parent.claim())
+        return len(self.tokens) - shorter[0] + shorter[1]
+
 
 class Heads:
-    """The heads that are kept at the moment.
-
-    Attributes:
-        read: tokens that were read into heads so far.
-    """
+    """The heads that are kept at the moment, and those that are to be read."""
 
     def __init__(self, slots: Slots) -> None:
-        self.read = 0
         self._slots = slots
         self._heads: list[Head] = []
+        self._new: list[Head] = []
 
     def find(self, prompt: Sequence[int], others: Sequence[Sequence[int]]) -> Head | None:
-        """The longest head of a prompt that is kept already or that others have in common with it.
+        """The longest head of a prompt that is here already or that others have in common with it.
 
-        A head may begin with a shorter one: few-shot examples after a common system prompt.
+        Of the latter nothing is read yet, see `found_anew`. A head may begin with a shorter one: few-shot examples
+        after a common system prompt.
 
         Args:
-            prompt: to be opened now.
-            others: prompts that are opened with it or wait.
+            prompt: of which nothing is read yet.
+            others: prompts of which nothing is read either.
         """
         kept = [head for head in self._heads if head.begins(prompt)]
         found = max(kept, key=lambda head: len(head.tokens), default=None)
@@ -58,35 +71,42 @@ class Heads:
         while (common := _shared(prompt, others, known)) > known:
             lengths.append(known := common)
         for length in lengths:
-            found = self._add(tuple(prompt[:length]), found)
+            found = Head(tuple(prompt[:length]), found)
+            self._heads.append(found)
+            self._new.append(found)
         if found is not None:
             self._heads.remove(found)
             self._heads.append(found)  # used most recently
         return found
 
-    def release(self, waiting: Sequence[Sequence[int]]) -> None:
-        """Frees the heads that no waiting prompt begins with, and those beyond the most that are kept."""
-        kept = [head for head in self._heads if any(head.begins(prompt) for prompt in waiting)][-MOST:]
-        unused = [head.slot for head in self._heads if head not in kept]
+    def found_anew(self) -> list[Head]:
+        """The heads that were found since the last call, in the order in which they can be read."""
+        new, self._new = self._new, []
+        return new
+
+    def has(self, head: Head) -> bool:
+        """Whether it is still needed."""
+        return head in self._heads
+
+    def release(self, waiting: Sequence[Sequence[int]], starting: Collection[Head] = ()) -> None:
+        """Frees the heads that no waiting prompt begins with, and those beyond the most that are kept.
+
+        Args:
+            starting: heads that will be copied next. They stay.
+        """
+        needed = set(starting)
+        for head in reversed(self._heads):  # a parent comes before those that begin with it
+            if head in needed and head.slot is None and head.parent is not None:
+                needed.add(head.parent)
+        useful = [head for head in self._heads if any(head.begins(prompt) for prompt in waiting)][-MOST:]
+        kept = [head for head in self._heads if head in needed or head in useful]
+        unused = [head.slot for head in self._heads if head not in kept and head.slot is not None]
         self._heads = kept
         self._slots.free(unused)
 
     def forget(self) -> None:
         """Knows no heads any more; their slots are freed by who closes all."""
-        self._heads = []
-
-    def _add(self, tokens: tuple[int, ...], parent: Head | None) -> Head:
-        if parent is None:
-            (slot,), _ = self._slots.open([tokens])
-            self.read += len(tokens)
-        else:
-            (slot,) = self._slots.fork(parent.slot)
-            rest = tokens[len(parent.tokens) :]
-            self._slots.advance([slot], [rest], last=True)
-            self.read += len(rest)
-        head = Head(tokens, slot)
-        self._heads.append(head)
-        return head
+        self._heads, self._new = [], []
 
 
 def _shared(prompt: Sequence[int], others: Sequence[Sequence[int]], known: int) -> int:

@@ -1,38 +1,247 @@
-"""Reading prompts into slots."""
+"""Reading prompts into slots: whole, or in chunks between the steps of the answers in the making."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 from utils.inference.engine import Logits
+from utils.inference.heads import WINDOW, Head, Heads
 from utils.inference.request import Request, alternatives
 from utils.inference.slots import Slots
 
-# Tokens whose logits are on the host at a time: 128 of a vocabulary of 150,000 take 77 MB.
-_PIECE = 128
+# Tokens of a prompt whose logits are on the host at a time: 128 of a vocabulary of 150,000 take 77 MB.
+_WITH_LOGITS = 128
 
 
-def read_with_logprobs(request: Request, slots: Slots) -> tuple[int, Logits]:
-    """Reads a prompt and notes the log-probability of each of its tokens but the first.
+@dataclass(eq=False)
+class _Reading:
+    """A text on its way into a slot.
 
-    Returns:
-        The slot, and the logits [1, vocabulary] after the prompt.
+    Attributes:
+        tokens: of the text.
+        owner: whose prompt it is, or the head that it becomes.
+        head: its beginning, which is copied once it is read; None if there is none.
+        slot: None as long as nothing of it is read.
+        done: tokens that are in the slot, or will come with the head.
     """
-    prompt = request.prompt
-    (slot,), logits = slots.open([prompt[:1]])
-    for start in range(1, len(prompt), _PIECE):
-        part = prompt[start : start + _PIECE]
-        _note(request, logits, part[:1])
-        logits = slots.advance([slot], [part])
-        if len(part) > 1:
-            _note(request, logits, part[1:])
-            logits = logits.take([len(part) - 1])
-    return slot, logits
+
+    tokens: Sequence[int]
+    owner: Request | Head
+    head: Head | None = None
+    slot: int | None = None
+    done: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can go on: its head is read."""
+        return self.slot is not None or self.head is None or self.head.slot is not None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return isinstance(self.owner, Request) and self.owner.options.prompt_logprobs
+
+    def begin_with(self, head: Head | None) -> None:
+        self.head, self.done = head, 0 if head is None else len(head.tokens)
 
 
-def _note(request: Request, logits: Logits, tokens: Sequence[int]) -> None:
-    """Notes the log-probabilities of tokens; `logits` are those before each of them, and maybe more."""
-    for values, token in zip(logits.numpy(), tokens, strict=False):
-        own, others = alternatives(values, token, request.options.top_logprobs)
-        request.prompt_logprobs.append(own)
-        request.prompt_top_logprobs.append(others)
+@dataclass(frozen=True)
+class Read:
+    """Prompts that are read.
+
+    Attributes:
+        requests, slots: of the same length.
+        logits: after each prompt, [requests, vocabulary].
+    """
+
+    requests: list[Request]
+    slots: list[int]
+    logits: Logits
+
+
+class Prefill:
+    """The prompts that are being read.
+
+    With a limit, each step reads either one chunk of the prompt that came first of those with more than one chunk to
+    go, or the rests of as many others as the limit allows, in the order in which they came. The two take turns. So a
+    short prompt waits for one chunk of a long one at most, and a long one is never left behind. A chunk begins a
+    multiple of the limit after the beginning of what is read, whatever else is read or answered.
+
+    Without a limit a step reads all there is. Models whose whole prompt decides what its beginning means (prefix
+    language models) read each prompt whole in any case: there the limit holds for the sum of short prompts alone.
+    """
+
+    def __init__(self, slots: Slots, heads: Heads | None, chunk: int | None) -> None:
+        """
+        Args:
+            heads: that prompts have in common; None reads each prompt from its first token on.
+            chunk: most tokens of a step; None has no limit.
+        """
+        self._slots, self._heads, self._chunk = slots, heads, chunk
+        self._whole = chunk is None or not slots.engine.shares_heads
+        self._readings: list[_Reading] = []
+        self._long_is_next = False
+
+    @property
+    def requests(self) -> list[Request]:
+        """Whose prompts are being read."""
+        return [reading.owner for reading in self._readings if isinstance(reading.owner, Request)]
+
+    def begin(self, request: Request) -> None:
+        """Adds a prompt, of which nothing is read yet."""
+        self._readings.append(_Reading(request.prompt, request))
+
+    def read(self, waiting: Collection[Request]) -> Iterator[Read]:
+        """One step; yields the prompts that are complete now.
+
+        Args:
+            waiting: those whose turn has not come: what they share with the prompts here is read for all of them.
+        """
+        while picked := self._pick(waiting):
+            yield from self._forward(picked)
+            if self._chunk is not None:
+                break
+        self.release(waiting)
+
+    def cancel(self, request: Request, waiting: Collection[Request]) -> None:
+        """Forgets a prompt, if it is here, and frees its slot."""
+        self._drop([reading for reading in self._readings if reading.owner is request])
+        self.release(waiting)
+
+    def release(self, waiting: Collection[Request]) -> None:
+        """Frees the heads that nobody needs any more."""
+        if self._heads is None:
+            return
+        starting = [reading.head for reading in self._readings if reading.slot is None and reading.head is not None]
+        self._heads.release([request.prompt for request in waiting], starting)
+        self._drop([r for r in self._readings if isinstance(r.owner, Head) and not self._heads.has(r.owner)])
+
+    def forget(self) -> None:
+        """Knows no prompts any more; their slots are freed by who closes all."""
+        self._readings = []
+        if self._heads is not None:
+            self._heads.forget()
+
+    def _drop(self, readings: Sequence[_Reading]) -> None:
+        self._readings = [reading for reading in self._readings if reading not in readings]
+        self._slots.free([reading.slot for reading in readings if reading.slot is not None])
+
+    # --- what is read next ----------------------------------------------------------------------------
+
+    def _pick(self, waiting: Collection[Request]) -> list[_Reading]:
+        if self._heads is not None:
+            self._find_heads(self._heads, waiting)
+        ready = [reading for reading in self._readings if reading.is_ready]
+        if self._chunk is None:
+            return ready
+        short = [reading for reading in ready if self._end(reading) == len(reading.tokens)]
+        long = [reading for reading in ready if reading not in short]
+        if long and (self._long_is_next or not short):
+            self._long_is_next = False
+            return long[:1]
+        self._long_is_next = True
+        picked, room = short[:1], self._chunk - sum(self._size(reading) for reading in short[:1])
+        for reading in short[1:]:
+            room -= self._size(reading)
+            if room < 0:
+                break
+            picked.append(reading)
+        return picked
+
+    def _end(self, reading: _Reading) -> int:
+        """How far a text is read in the next step."""
+        most = len(reading.tokens) if self._whole or self._chunk is None else self._chunk
+        if reading.wants_logprobs:
+            most = min(most, _WITH_LOGITS) if reading.done else 1
+        return min(reading.done + most, len(reading.tokens))
+
+    def _size(self, reading: _Reading) -> int:
+        return self._end(reading) - reading.done
+
+    def _find_heads(self, heads: Heads, waiting: Collection[Request]) -> None:
+        """Finds out what the texts of which nothing is read yet begin with; adds heads that are not read either."""
+        starting = [
+            reading
+            for reading in self._readings
+            if reading.slot is None and isinstance(reading.owner, Request) and not reading.wants_logprobs
+        ]
+        later = [request.prompt for request in islice(waiting, WINDOW) if not request.options.prompt_logprobs]
+        for reading in starting:
+            others = [other.tokens for other in starting if other is not reading]
+            reading.begin_with(heads.find(reading.tokens, [*others, *later]))
+            place = self._readings.index(reading)
+            for head in heads.found_anew():
+                self._readings.insert(place, new := _Reading(head.tokens, head))
+                new.begin_with(head.parent)
+                place += 1
+
+    # --- reading --------------------------------------------------------------------------------------
+
+    def _forward(self, picked: Sequence[_Reading]) -> Iterator[Read]:
+        """Reads a part of each of these texts."""
+        self._copy_heads([reading for reading in picked if reading.slot is None and reading.head is not None])
+        plain = [reading for reading in picked if not reading.wants_logprobs]
+        new = [reading for reading in plain if reading.slot is None]
+        begun = [reading for reading in plain if reading.slot is not None]
+        if new:
+            slots, logits = self._slots.open([self._part(reading) for reading in new])
+            for reading, slot in zip(new, slots, strict=True):
+                reading.slot = slot
+            yield from self._advanced(new, logits)
+        if begun:
+            slots = [reading.slot for reading in begun if reading.slot is not None]
+            logits = self._slots.advance(slots, [self._part(reading) for reading in begun], last=True)
+            yield from self._advanced(begun, logits)
+        for reading in picked:
+            if reading.wants_logprobs:
+                yield from self._advanced([reading], self._with_logprobs(reading))
+
+    def _part(self, reading: _Reading) -> Sequence[int]:
+        return reading.tokens[reading.done : self._end(reading)]
+
+    def _copy_heads(self, readings: Sequence[_Reading]) -> None:
+        alike: dict[Head, list[_Reading]] = {}
+        for reading in readings:
+            if reading.head is not None:
+                alike.setdefault(reading.head, []).append(reading)
+        for head, group in alike.items():
+            assert head.slot is not None
+            for reading, slot in zip(group, self._slots.fork(head.slot, len(group)), strict=True):
+                reading.slot = slot
+                if isinstance(reading.owner, Request):
+                    reading.owner.cached_tokens = len(head.tokens) - head.claim()
+
+    def _advanced(self, readings: Sequence[_Reading], logits: Logits) -> Iterator[Read]:
+        """Notes how far texts are read; yields the prompts that are complete."""
+        for reading in readings:
+            reading.done = self._end(reading)
+        complete = [row for row, reading in enumerate(readings) if reading.done == len(reading.tokens)]
+        rows, requests, slots = [], [], []
+        for row in complete:
+            owner, slot = readings[row].owner, readings[row].slot
+            assert slot is not None
+            self._readings.remove(readings[row])
+            if isinstance(owner, Head):
+                owner.slot = slot
+            else:
+                rows.append(row)
+                requests.append(owner)
+                slots.append(slot)
+        if rows:
+            yield Read(requests, slots, logits.take(rows))
+
+    def _with_logprobs(self, reading: _Reading) -> Logits:
+        """Reads a part of a prompt and notes the log-probability of each of its tokens but the first."""
+        part = list(self._part(reading))
+        if reading.slot is None:
+            (reading.slot,), logits = self._slots.open([part])
+        else:
+            logits = self._slots.advance([reading.slot], [part])
+        assert isinstance(reading.owner, Request)
+        following = reading.tokens[reading.done + 1 : reading.done + len(part) + 1]
+        for values, token in zip(logits.numpy(), following, strict=False):
+            own, others = alternatives(values, token, reading.owner.options.top_logprobs)
+            reading.owner.prompt_logprobs.append(own)
+            reading.owner.prompt_top_logprobs.append(others)
+        return logits.take([len(part) - 1])

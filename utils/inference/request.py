@@ -60,6 +60,7 @@ class Request:
         end_ids: tokens that end the answer.
         text: turns the tokens into text as they come; None when only the whole text is wanted.
         constraint: the form of the answer, if it must have one.
+        opened: when its turn came, by `time.perf_counter`.
         tokens, logprobs, top_logprobs: of the answer so far.
         finish_reason: see `Completion`; None while it is in the making.
         ended: whether the last token is an end token.
@@ -74,6 +75,7 @@ class Request:
     end_ids: frozenset[int]
     text: TextStream | None
     constraint: Constraint | None = None
+    opened: float = 0.0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Alternatives] = field(default_factory=list)

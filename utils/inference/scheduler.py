@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Protocol
 
 from utils.errors import UserError
@@ -15,8 +14,8 @@ from utils.inference.beams import BeamSearch
 from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine, Logits
 from utils.inference.grammar import Grammar
-from utils.inference.heads import WINDOW, Head, Heads
-from utils.inference.prefill import read_with_logprobs
+from utils.inference.heads import Heads
+from utils.inference.prefill import Prefill
 from utils.inference.request import Alternatives, Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
 from utils.inference.slots import Slots
@@ -43,7 +42,7 @@ class Speed:
         shared_tokens: those of `prompt_tokens` that were copied from another prompt instead of read.
         decode_tokens, decode_seconds: tokens of answers (of beams, of one) by all further forwards.
         drafted_tokens, accepted_tokens: guessed by prompt lookup, and how many of them were right.
-        first_token_seconds: of each time that prompts were opened, until their first tokens.
+        first_token_seconds: of each time that prompts were complete, since the first of them was opened.
     """
 
     load_seconds: float = 0.0
@@ -63,7 +62,7 @@ class Event:
 
     Attributes:
         request: what `submit` returned.
-        opened: its prompt begins to be read: the request waits no longer.
+        opened: its turn has come: it waits no longer, and its prompt is read from the next step on.
         text: new text: whole characters, and nothing that may turn out to be a stop word. Empty until
             the end for beams and for requests that do not stream.
         tokens: new tokens; of beams, all of them at the end.
@@ -83,6 +82,8 @@ class Event:
 class Scheduler:
     """Runs requests on an engine: `submit` any time, `step` until `busy` is false, `close` in the end.
 
+    The first event of a request says that it is opened, unless it cannot be answered at all.
+
     At most `batch_size` slots work at a time; when an answer is complete, the next prompt that waits
     takes its place. Requests are answered in the order in which they came, and the answers do not
     depend on what runs beside them. Not for use by several threads at once.
@@ -100,6 +101,7 @@ class Scheduler:
         *,
         speed: Speed | None = None,
         share_heads: bool = True,
+        prefill_chunk: int | None = None,
         constrain: Callable[[Grammar], Constraint] | None = None,
     ) -> None:
         """
@@ -110,11 +112,15 @@ class Scheduler:
             batch_size: most slots that work at a time. A search with more beams runs alone.
             speed: where to count; None starts anew.
             share_heads: read what prompts have in common once, if the engine can copy it.
+            prefill_chunk: most tokens of prompts that are read in one step, so that a long prompt does not hold up
+                other answers; see `Prefill`. None reads prompts whole, all that there are places for.
             constrain: begins an answer of a form; it raises a UserError for one that it does not know. None: no
                 answer can be asked to have a form.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk is {prefill_chunk}: expected at least 1")
         self.speed = Speed() if speed is None else speed
         self._engine = engine
         self._tokenizer = tokenizer
@@ -122,10 +128,12 @@ class Scheduler:
         self._batch_size = batch_size
         self._slots = Slots(engine)
         self._constrain = constrain
-        self._heads = Heads(self._slots) if share_heads and engine.shares_heads else None
+        heads = Heads(self._slots) if share_heads and engine.shares_heads else None
+        self._prefill = Prefill(self._slots, heads, prefill_chunk)
         self._waiting: deque[Request] = deque()
         self._refused: list[Request] = []
         self._live: list[Answer] = []
+        self._has_read = False  # since all answers have moved on
 
     @property
     def engine(self) -> Engine:
@@ -135,7 +143,17 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any request is unanswered."""
-        return bool(self._waiting or self._live or self._refused)
+        return bool(self.waiting or self.running)
+
+    @property
+    def running(self) -> int:
+        """How many requests are being answered, or their prompts read."""
+        return len(self._live) + len(self._prefill.requests)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place."""
+        return len(self._waiting) + len(self._refused)
 
     def submit(
         self, prompt: Sequence[int], options: SamplingOptions, *, number: int = 0, stream: bool = False
@@ -186,23 +204,25 @@ class Scheduler:
         return request
 
     def step(self) -> list[Event]:
-        """Moves every answer on by one forward, then opens prompts in the places that are free.
+        """One of three: gives free places to requests that wait, reads prompts, or moves every answer on.
 
-        When the engine raises an error, it comes out of here, and all that is left to do is `close`.
+        After each reading all answers move on before the next one. Places are given at once, and that is told before
+        anything is read, which may take its time. When the engine raises an error, it comes out of here, and all that
+        is left to do is `close`.
         """
-        events = [self._event(request, "", 0) for request in self._refused]
-        self._refused = []
-        if self._live:
-            events += self._advance()
-        if self._waiting:
-            events += self._admit()
-        return events
+        if events := self._admit():
+            return events
+        if self._prefill.requests and not (self._live and self._has_read):
+            self._has_read = True
+            return self._read()
+        self._has_read = False
+        return self._advance() if self._live else []
 
     def cancel(self, request: Request) -> None:
         """Forgets a request and frees its slots; there are no more events of it. Any time, any number of times."""
         if request in self._waiting:
             self._waiting.remove(request)
-            self._release_heads()
+        self._prefill.cancel(request, self._waiting)
         self._refused = [one for one in self._refused if one is not request]
         for answer in [answer for answer in self._live if answer.request is request]:
             self._live.remove(answer)
@@ -212,8 +232,7 @@ class Scheduler:
         """Forgets all requests and frees all slots."""
         self._waiting.clear()
         self._refused, self._live = [], []
-        if self._heads is not None:
-            self._heads.forget()
+        self._prefill.forget()
         self._slots.close()
 
     def _fault(self, prompt: Sequence[int], options: SamplingOptions) -> str | None:
@@ -253,68 +272,41 @@ class Scheduler:
         return events
 
     def _admit(self) -> list[Event]:
-        """Opens as many of the waiting prompts as there are places."""
-        free = self._batch_size - sum(answer.request.places for answer in self._live)
-        opening: list[Request] = []
-        while self._waiting and (self._waiting[0].places <= free or not (self._live or opening)):
-            opening.append(self._waiting.popleft())
-            free -= opening[-1].places
-        if not opening:
-            return []
+        """Gives the places that are free to requests that wait; also tells of those that cannot be answered."""
+        events = [self._event(request, "", 0) for request in self._refused]
+        self._refused = []
+        taken = [answer.request.places for answer in self._live]
+        taken += [request.places for request in self._prefill.requests]
+        free, alone = self._batch_size - sum(taken), not taken
+        while self._waiting and (self._waiting[0].places <= free or alone):
+            request = self._waiting.popleft()
+            free, alone = free - request.places, False
+            request.opened = time.perf_counter()
+            self._prefill.begin(request)
+            events.append(Event(request, opened=True))
+        return events
+
+    def _read(self) -> list[Event]:
+        """Reads prompts; those that are complete get their first tokens."""
         started, speed = time.perf_counter(), self.speed
-        events = []
-        for requests, slots, logits in self._open(opening):
+        events, done = [], []
+        for read in self._prefill.read(self._waiting):
             answers: list[Answer] = []
-            for request, slot in zip(requests, slots, strict=True):
+            for request, slot in zip(read.requests, read.slots, strict=True):
                 kind = BeamSearch if request.places > 1 else PlainAnswer
                 answers.append(kind(request, slot, self._slots))
             self._live += answers
-            events += self._give(answers, logits, [[1] for _ in answers], opened=True)
-        spent = time.perf_counter() - started
-        speed.prompt_tokens += sum(len(request.prompt) for request in opening)
-        speed.prefill_seconds += spent
-        speed.first_token_seconds.append(spent)
-        self._release_heads()
+            done += read.requests
+            events += self._give(answers, read.logits, [[1] for _ in answers])
+        ended = time.perf_counter()
+        speed.prompt_tokens += sum(len(request.prompt) for request in done)
+        speed.shared_tokens += sum(request.cached_tokens for request in done)
+        speed.prefill_seconds += ended - started
+        if done:
+            speed.first_token_seconds.append(ended - min(request.opened for request in done))
         return events
 
-    def _open(self, opening: Sequence[Request]) -> list[tuple[list[Request], list[int], Logits]]:
-        """Reads prompts; groups of (requests, slots, the logits after each prompt)."""
-        whole: list[Request] = []
-        copied: dict[Head, list[Request]] = {}
-        groups: list[tuple[list[Request], list[int], Logits]] = []
-        for request in opening:
-            head = None
-            if request.options.prompt_logprobs:
-                slot, logits = read_with_logprobs(request, self._slots)
-                groups.append(([request], [slot], logits))
-                continue
-            if self._heads is not None:
-                others = [other.prompt for other in opening if other is not request]
-                others += [other.prompt for other in islice(self._waiting, WINDOW)]
-                before = self._heads.read
-                head = self._heads.find(request.prompt, others)
-                self.speed.shared_tokens -= self._heads.read - before
-            if head is None:
-                whole.append(request)
-                continue
-            copied.setdefault(head, []).append(request)
-            request.cached_tokens = len(head.tokens)
-            self.speed.shared_tokens += len(head.tokens)
-        if whole:
-            opened, logits = self._slots.open([request.prompt for request in whole])
-            groups.append((whole, opened, logits))
-        if copied:
-            together, slots, rests = [], [], []
-            for head, requests in copied.items():
-                together += requests
-                slots += self._slots.fork(head.slot, len(requests))
-                rests += [request.prompt[len(head.tokens) :] for request in requests]
-            groups.append((together, slots, self._slots.advance(slots, rests, last=True)))
-        return groups
-
-    def _give(
-        self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]], *, opened: bool = False
-    ) -> list[Event]:
+    def _give(self, answers: Sequence[Answer], logits: Logits, counts: Sequence[Sequence[int]]) -> list[Event]:
         """Hands each answer the logits of its texts; `counts` are their tokens."""
         flat = [count for texts in counts for count in texts]
         whole = [answer.needs_values for answer, texts in zip(answers, counts, strict=True) for _ in texts]
@@ -334,15 +326,11 @@ class Scheduler:
                 answer.drafted = answer.accepted = 0
             if request.finish_reason is not None:
                 self._slots.free(answer.slots())
-            events.append(self._event(request, said, known, opened=opened))
+            events.append(self._event(request, said, known))
         self._live = [answer for answer in self._live if answer.request.finish_reason is None]
         return events
 
-    def _release_heads(self) -> None:
-        if self._heads is not None:
-            self._heads.release([request.prompt for request in self._waiting])
-
-    def _event(self, request: Request, said: str, known: int, *, opened: bool = False) -> Event:
+    def _event(self, request: Request, said: str, known: int) -> Event:
         """What is new since `said` was the text and `known` the number of tokens."""
         completion = None
         if request.finish_reason is not None:
@@ -352,7 +340,7 @@ class Scheduler:
         text = request.text.text[len(said) :] if request.text is not None else ""
         tokens, logprobs = tuple(request.tokens[known:]), tuple(request.logprobs[known:])
         others = tuple(request.top_logprobs[known:]) if request.options.top_logprobs else ()
-        return Event(request, text, tokens, completion, opened, logprobs, others)
+        return Event(request, text, tokens, completion, False, logprobs, others)
 
     def _completion(self, request: Request) -> Completion:
         if request.text is not None:
