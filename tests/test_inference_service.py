@@ -126,6 +126,7 @@ def test_a_cancelled_request_is_gone_at_once() -> None:
     engine = Engine()
     service = Service({"one": maker(engine, 2)})
     service.post(*(ask(key, options=replace(SAMPLED, seed=key)) for key in range(4)))
+    service.turn()  # gives places
     service.turn()
     assert len(engine.texts) == 2
     service.post(Cancel(0), Cancel(3), Cancel(0), Cancel(99))  # one that runs, one that waits, again, unknown

@@ -48,8 +48,8 @@ class Generator:
         self._end_ids = end_ids
         self._constrain = constrain
 
-    def scheduler(self, batch_size: int = 8) -> Scheduler:
-        """A scheduler for requests that come one by one; the caller closes it."""
+    def scheduler(self, batch_size: int = 8, prefill_chunk: int | None = None) -> Scheduler:
+        """A scheduler for requests that come one by one, see there; the caller closes it."""
         return Scheduler(
             self.engine,
             self._tokenizer,
@@ -57,6 +57,7 @@ class Generator:
             batch_size,
             speed=self.speed,
             share_heads=self.share_heads,
+            prefill_chunk=prefill_chunk,
             constrain=self._constrain,
         )
 

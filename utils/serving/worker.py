@@ -96,7 +96,10 @@ def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Comma
     generators = load_all(found, settings.device, warm_up=True)
     from utils.inference.service import Service
 
-    models = {name: partial(generator.scheduler, settings.batch_size) for name, generator in generators.items()}
+    models = {
+        name: partial(generator.scheduler, settings.batch_size, settings.prefill_chunk)
+        for name, generator in generators.items()
+    }
     return Service(models, peers=peers, recovers=True, inbox=inbox)
 
 
