@@ -48,7 +48,7 @@ def create_app(served: Served) -> Flask:
         response.headers["X-Content-Type-Options"] = "nosniff"
         guard.allow(request, response)
         route = request.url_rule.rule if request.url_rule is not None else "unknown"
-        quiet = route in operations.QUIET and response.status_code < 500
+        quiet = route in operations.QUIET and response.status_code != 500
 
         @response.call_on_close
         def close() -> None:
