@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.components.chatbot import ChatbotDataMessages, Message, TextMessage
 
 from utils.serving.page.conversation import Conversation
+from utils.serving.page.markup import SHOWN_AS_TEXT
 from utils.serving.page.texts import LANGUAGES, translations
 
 FOLDER = Path(__file__).parent
@@ -54,6 +55,7 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             editable="user",
             buttons=["copy"],
             placeholder=str(I18N("start")),
+            allow_tags=SHOWN_AS_TEXT,
             feedback_options=None,
             group_consecutive_messages=False,
             layout="bubble",
