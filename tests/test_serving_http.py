@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from flask import Response, jsonify
 from schemathesis.specs.openapi import definitions
+from serving_cases import SECONDS, Asked, request_bytes, until
 from serving_fake import FakeClient
 from tiny_models import write_tiny_llama
 
@@ -30,53 +31,13 @@ from utils.serving.http import HttpServer
 from utils.serving.metrics import Metrics
 from utils.serving.protocol import Job
 
-SECONDS = 20.0  # after which something will never happen
-
 
 @dataclass
-class Running:
+class Running(Asked):
     """A server in this process."""
 
-    port: int
     client: FakeClient
     served: Served
-
-    def ask(
-        self, method: str, path: str, body: bytes | Any = None, **headers: str
-    ) -> tuple[int, dict[str, str], bytes]:
-        """(status, headers with small letters, content)."""
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-        if body is not None:
-            sent.setdefault("Content-Type", "application/json")
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
-            connection.request(method, path, body, sent)
-            response = connection.getresponse()
-            return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-        finally:
-            connection.close()
-
-    def chat(self, **fields: Any) -> tuple[int, Any]:
-        status, _, content = self.ask("POST", "/api/chat", {"context": "say", **fields})
-        return status, json.loads(content)
-
-    def raw(self, content: bytes) -> socket.socket:
-        """A connection on which `content` has been sent."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
-        connection.sendall(content)
-        return connection
-
-
-def until(condition: Any, seconds: float = SECONDS) -> bool:
-    """Whether a condition comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return bool(condition())
 
 
 class Log:
@@ -389,14 +350,6 @@ def test_other_sites_are_allowed_by_name_only(prepared: Prepared) -> None:
 # --- clients that leave, and answers that do not come -------------------------------------------------
 
 
-def request(path: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
-    return head.encode() + b"\r\n\r\n" + content
-
-
 @pytest.mark.parametrize(
     ("path", "body", "count"),
     [
@@ -409,7 +362,7 @@ def test_an_answer_is_cancelled_when_its_client_has_gone(
     prepared: Prepared, path: str, body: dict[str, Any], count: int, log: Log
 ) -> None:
     with running(prepared, FakeClient(pause=0.05, length=10_000)) as server:
-        connection = server.raw(request(path, body))
+        connection = server.raw(request_bytes(path, body))
         assert until(lambda: len(server.client.given) == count)
         time.sleep(0.2)
         assert not any(one.cancelled.is_set() for one in server.client.given)
