@@ -20,6 +20,7 @@ from utils.serving.openai.prompts import Asked, check_length, end_ids, kept, pos
 from utils.serving.openai.schema import ChatRequest, tools_of
 from utils.serving.openai.stream import Head, event_stream, usage_of
 from utils.serving.openai.thoughts import Thoughts
+from utils.serving.openapi import described
 from utils.serving.protocol import Job
 
 routes = Blueprint("chat completions", __name__)
@@ -83,6 +84,7 @@ class Choice:
 
 
 @routes.post("/v1/chat/completions")
+@described(body=ChatRequest, stream="text/event-stream")
 def complete_chat() -> Response:
     """Answers a conversation."""
     request = read(ChatRequest)

@@ -20,6 +20,7 @@ from utils.serving.openai.options import ANSWER_TOKENS, answer_budget, grammar_o
 from utils.serving.openai.prompts import check_ids, check_length, encode_text, end_ids, kept, positions
 from utils.serving.openai.schema import CompletionRequest
 from utils.serving.openai.stream import Head, event_stream, usage_of
+from utils.serving.openapi import described
 from utils.serving.protocol import Ending, Job
 
 routes = Blueprint("completions", __name__)
@@ -81,6 +82,7 @@ class Choice:
 
 
 @routes.post("/v1/completions")
+@described(body=CompletionRequest, stream="text/event-stream")
 def complete() -> Response:
     """Goes on with one or more prompts."""
     request = read(CompletionRequest)

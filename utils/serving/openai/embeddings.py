@@ -15,11 +15,13 @@ from utils.serving.context import serving
 from utils.serving.errors import ApiError
 from utils.serving.openai.prompts import check_ids, check_length, encode_text, kept, positions
 from utils.serving.openai.schema import EmbeddingRequest
+from utils.serving.openapi import described
 
 routes = Blueprint("embeddings", __name__)
 
 
 @routes.post("/v1/embeddings")
+@described(body=EmbeddingRequest)
 def embed() -> Response:
     """A vector for each text."""
     request = read(EmbeddingRequest)

@@ -8,11 +8,13 @@ from flask import Blueprint, Response, jsonify
 
 from utils.serving.context import Served, serving
 from utils.serving.openai.prompts import positions
+from utils.serving.openapi import described
 
 routes = Blueprint("models", __name__)
 
 
 @routes.get("/v1/models")
+@described()
 def list_models() -> Response:
     """The models that are served: the base first, then its adapters."""
     served = serving()
@@ -20,6 +22,7 @@ def list_models() -> Response:
 
 
 @routes.get("/v1/models/<path:name>")
+@described()
 def show_model(name: str) -> Response:
     """One of them."""
     served = serving()

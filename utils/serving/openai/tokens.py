@@ -16,11 +16,13 @@ from utils.serving.errors import ApiError
 from utils.serving.openai.logprobs import bytes_of, shown
 from utils.serving.openai.prompts import Asked, check_ids, encode_text, positions
 from utils.serving.openai.schema import DetokenizeRequest, TemplateRequest, TokenizeRequest, tools_of
+from utils.serving.openapi import described
 
 routes = Blueprint("tokens", __name__)
 
 
 @routes.post("/tokenize")
+@described(body=TokenizeRequest)
 def tokenize() -> Response:
     """The ids of a text, or of a conversation as the model is asked with it."""
     request = read(TokenizeRequest)
@@ -62,6 +64,7 @@ def _piece(prepared: Prepared, token: int) -> dict[str, Any]:
 
 
 @routes.post("/detokenize")
+@described(body=DetokenizeRequest)
 def detokenize() -> Response:
     """The text of ids, special tokens included."""
     request = read(DetokenizeRequest)
@@ -72,6 +75,7 @@ def detokenize() -> Response:
 
 
 @routes.post("/apply-template")
+@described(body=TemplateRequest)
 def apply_template() -> Response:
     """What the model is asked with, as text."""
     request = read(TemplateRequest)
