@@ -6,6 +6,7 @@ several processes (`python -m paddle.distributed.launch`) that share the model, 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -83,7 +84,8 @@ class Server:
         )
         self._page: PageProcess | None = None
         if not run.no_ui:
-            page = PageSettings(sockets.url(run.host, run.flask_port), run.host, run.port, run.title, run.api_key or "")
+            api = sockets.url(run.host, run.flask_port)
+            page = PageSettings(api, run.host, run.port, run.title, run.api_key or "", parent=os.getpid())
             self._page = PageProcess(page)
 
     def run(self) -> int:

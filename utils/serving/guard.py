@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from hashlib import sha256
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -11,20 +10,12 @@ from urllib.parse import urlsplit
 from flask import Request, Response
 
 from utils.serving.errors import ApiError
+from utils.serving.sockets import is_loopback
 
 if TYPE_CHECKING:
     from utils.arguments import ServeArguments
 
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # they tell nothing about the model or its users
-LOCAL = {"localhost", "127.0.0.1", "::1"}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address means this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() in LOCAL or host.lower().endswith(".localhost")
 
 
 class Guard:

@@ -1,12 +1,23 @@
-"""Where the server listens."""
+"""Where the server listens, and what addresses mean."""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from contextlib import ExitStack, closing
 
 from utils.errors import UserError
+
+LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in LOCAL or host.lower().endswith(".localhost")
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

@@ -1,7 +1,7 @@
 """python -m utils.serving.page: serves the chat page until it is ended; `PageSettings` lists its variables.
 
-It prints nothing while all is well. SIGTERM and SIGINT end it at once. It ends with the process that
-LLM_PAGE_PARENT names. The address it listens on has to be free.
+It prints nothing while all is well. SIGTERM ends it at once. It ends with the process that LLM_PAGE_PARENT names, and
+leaves Ctrl-C to it. The address it listens on has to be free.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from utils.serving.parent import end_with_parent
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     settings = PageSettings.from_environment()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if settings.parent else signal.SIG_DFL)
     if settings.parent:
         end_with_parent(settings.parent)
     warnings.simplefilter("ignore")  # of libraries, which nobody here can mend

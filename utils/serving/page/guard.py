@@ -8,14 +8,16 @@ import html
 import re
 import secrets
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from utils.serving.page.settings import PageSettings
 from utils.serving.page.texts import language_of, say
+from utils.serving.sockets import is_loopback
 
 FOLDER = Path(__file__).parent
 # All that the page needs of Gradio. Uploads, files, proxies, descriptions of the API and the like are not among it.
@@ -31,12 +33,12 @@ SESSION = "page_session"
 class Guard:
     """An ASGI application around Gradio's.
 
-    Args:
-        key: whoever opens the page has to know it; empty: no question.
+    Where a key is set, whoever opens the page has to name it: the page passes it on to the API, and it would be a
+    way around it. That holds on a loopback address too, as other users of the machine and proxies reach it there.
     """
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key
+    def __init__(self, app: ASGIApp, settings: PageSettings) -> None:
+        self._app, self._settings, self._key = app, settings, settings.api_key
         self._session = secrets.token_urlsafe(32)  # what the browser shows once it has named the key
         self._script = (FOLDER / "page.js").read_text("utf-8")
 
@@ -56,6 +58,8 @@ class Guard:
             answer = await self._login(request)
         elif not ROUTES.fullmatch(request.url.path):
             answer = PlainTextResponse("not found", 404)
+        elif _is_elsewhere(request, self._settings):
+            answer = PlainTextResponse("this page answers under its own address only", 403)
         elif not self._is_known(request):
             answer = self._question(request) if request.url.path == "/" else PlainTextResponse("no key", 401)
         elif request.url.path == "/":
@@ -112,6 +116,16 @@ class Guard:
         plain = [(name, value) for name, value in request.scope["headers"] if name != b"accept-encoding"]
         await self._app({**request.scope, "method": "GET", "headers": plain}, request.receive, keep)
         return b"".join(parts).decode("utf-8")
+
+
+def _is_elsewhere(request: Request, settings: PageSettings) -> bool:
+    """Whether a page of another site asks, or one whose name leads to this machine without being its own."""
+    host = request.headers.get("host", "")
+    name = urlsplit(f"//{host}").hostname or ""
+    if not settings.api_key and is_loopback(settings.host) and not (is_loopback(name) or name == settings.host):
+        return True
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != host
 
 
 def policy(scripts: str) -> str:

@@ -32,4 +32,4 @@ def serve(settings: PageSettings) -> None:
         theme=gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=["sans-serif"], font_mono=["monospace"]),
         css=(FOLDER / "page.css").read_text("utf-8"),
     )
-    uvicorn.run(Guard(app, settings.api_key), host=settings.host, port=settings.port, log_level="error")
+    uvicorn.run(Guard(app, settings), host=settings.host, port=settings.port, log_level="error")
