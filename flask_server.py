@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from utils import runtime, signals
 
@@ -24,14 +25,14 @@ from utils.inference.loading import check_model_type, fitting_src_length
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 from utils.serving import sockets, worker
-from utils.serving.app import create_app
 from utils.serving.client import ModelClient
 from utils.serving.context import Served
-from utils.serving.http import HttpServer
-from utils.serving.metrics import Metrics
 from utils.serving.page.settings import PageSettings
 from utils.serving.settings import ModelSettings
 from utils.serving.supervisor import PageProcess
+
+if TYPE_CHECKING:
+    from utils.serving.http import HttpServer
 
 FLUSH_SECONDS = 5.0  # for responses that are complete to reach their clients
 
@@ -50,6 +51,10 @@ def main() -> None:
     base = next(iter(models.values()))
     check_model_type(run, base.checkpoint)
     run.src_length = fitting_src_length(run, base)
+
+    from utils.serving.app import create_app  # slow to import: faults of arguments do not wait
+    from utils.serving.http import HttpServer
+    from utils.serving.metrics import Metrics
 
     server = Server(run, settings, layout)
     metrics = Metrics(list(models), lambda: server.client.state)

@@ -378,11 +378,13 @@ def run_script(root: Path, command: str, folder: Path) -> tuple[subprocess.Compl
     [
         ("finetune_generation.py --help", 0),
         ("predictor.py --help", 0),
+        ("flask_server.py --help", 0),
         ("merge_lora_params.py --help", 0),
         ("merge_tp_params.py --help", 0),
         ("finetune_generation.py --learning_rat 1 --output_dir out", 2),
         (f"finetune_generation.py {WRONG}", 2),
         ("predictor.py --batch_size 0 --model_name_or_path ./absent", 2),
+        ("flask_server.py --host 0.0.0.0 --max_queue -1 --model_name_or_path ./absent --no_ui", 2),
         ("merge_lora_params.py --lora_path ./absent --merge_model_path out", 2),
         ("merge_tp_params.py --model_name_or_path ./absent --max_shard_size 5XB", 2),
     ],

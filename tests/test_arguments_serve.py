@@ -129,7 +129,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--flask_port", "0"], "--flask_port: expected a whole number at least 1 and at most 65535, found 0"),
     (["--port", "65536"], "--port: expected a whole number at least 1 and at most 65535, found 65536"),
     (["--max_batch_size", "-1"], "--max_batch_size: expected a whole number at least 1"),
-    (["--max_queue", "-1"], "--max_queue: expected a whole number at least 1"),
+    (["--max_queue", "-1"], "--max_queue: expected a whole number at least 0"),
     (["--request_timeout", "-5"], "--request_timeout: expected a number above 0"),
     (["--prefill_chunk", "0"], "--prefill_chunk: expected a whole number at least 1"),
     (["--prompt_cache_gib", "-1"], "--prompt_cache_gib: expected a number at least 0"),
