@@ -48,7 +48,9 @@ class Generator:
         self._end_ids = end_ids
         self._constrain = constrain
 
-    def scheduler(self, batch_size: int = 8, prefill_chunk: int | None = None) -> Scheduler:
+    def scheduler(
+        self, batch_size: int = 8, prefill_chunk: int | None = None, prompt_cache_bytes: int = 0
+    ) -> Scheduler:
         """A scheduler for requests that come one by one, see there; the caller closes it."""
         return Scheduler(
             self.engine,
@@ -58,6 +60,7 @@ class Generator:
             speed=self.speed,
             share_heads=self.share_heads,
             prefill_chunk=prefill_chunk,
+            prompt_cache_bytes=prompt_cache_bytes,
             constrain=self._constrain,
         )
 

@@ -24,11 +24,13 @@ class Head:
     Attributes:
         parent: the shorter head that it begins with.
         slot: None before it is read.
+        known: how many of its tokens were not read, as they were kept before.
     """
 
     tokens: tuple[int, ...]
     parent: Head | None = None
     slot: int | None = None
+    known: int = 0
     _is_claimed: bool = False
 
     def begins(self, prompt: Sequence[int]) -> bool:
@@ -42,6 +44,8 @@ class Head:
         if self._is_claimed:
             return 0
         self._is_claimed = True
+        if self.known:
+            return len(self.tokens) - self.known
         shorter = (0, 0) if self.parent is None else (len(self.parent.tokens), self.parent.claim())
         return len(self.tokens) - shorter[0] + shorter[1]
 
@@ -54,7 +58,7 @@ class Heads:
         self._heads: list[Head] = []
         self._new: list[Head] = []
 
-    def find(self, prompt: Sequence[int], others: Sequence[Sequence[int]]) -> Head | None:
+    def find(self, prompt: Sequence[int], others: Sequence[Sequence[int]], known: int = 0) -> Head | None:
         """The longest head of a prompt that is here already or that others have in common with it.
 
         Of the latter nothing is read yet, see `found_anew`. A head may begin with a shorter one: few-shot examples
@@ -63,10 +67,11 @@ class Heads:
         Args:
             prompt: of which nothing is read yet.
             others: prompts of which nothing is read either.
+            known: tokens of the prompt that need not be read in any case.
         """
         kept = [head for head in self._heads if head.begins(prompt)]
         found = max(kept, key=lambda head: len(head.tokens), default=None)
-        known = len(found.tokens) if found else 0
+        known = max(known, len(found.tokens) if found else 0)
         lengths = []
         while (common := _shared(prompt, others, known)) > known:
             lengths.append(known := common)

@@ -45,7 +45,6 @@ class KeptHeads:
     Attributes:
         limit: most bytes.
         nbytes: bytes in use, never more than that.
-        queries, hits: tokens of prompts that were looked up, and those of them that were known.
     """
 
     def __init__(self, slots: Slots, limit: int) -> None:
@@ -54,7 +53,7 @@ class KeptHeads:
             slots: of an engine that shares heads.
         """
         self.limit = limit
-        self.nbytes = self.queries = self.hits = 0
+        self.nbytes = 0
         self._slots = slots
         self._root = _Block()
         # The least recently used first. A block's parents are used after it, so that none comes before its children:
@@ -63,7 +62,6 @@ class KeptHeads:
 
     def find(self, prompt: Sequence[int]) -> Known | None:
         """The longest known head of a prompt; None if it is not worth a copy."""
-        self.queries += len(prompt)
         chain, length = self._chain(prompt)
         rest = tuple(prompt[length : length + BLOCK])
         alike = [block for tokens, block in chain[-1].children.items() if tokens[:1] == rest[:1]]
@@ -74,7 +72,6 @@ class KeptHeads:
         length = min(length, len(prompt) - 1)  # logits come from tokens that are read
         if length < SHORTEST:
             return None
-        self.hits += length
         self._use(chain)
         blocks = chain[1 : 1 - (-length // BLOCK)]
         return Known(length, [block.state for block in blocks if block.state is not None])
@@ -105,7 +102,7 @@ class KeptHeads:
         self._use(chain)
 
     def clear(self) -> None:
-        """Forgets everything but the counts."""
+        """Forgets everything."""
         self._root.children.clear()
         self._blocks.clear()
         self.nbytes = 0

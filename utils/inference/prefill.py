@@ -8,6 +8,7 @@ from itertools import islice
 
 from utils.inference.engine import Logits
 from utils.inference.heads import WINDOW, Head, Heads
+from utils.inference.kept import KeptHeads
 from utils.inference.request import Request, alternatives
 from utils.inference.slots import Slots
 
@@ -23,6 +24,7 @@ class _Reading:
         tokens: of the text.
         owner: whose prompt it is, or the head that it becomes.
         head: its beginning, which is copied once it is read; None if there is none.
+        known: tokens of its beginning that are kept from earlier texts, where these are more than those of a head.
         slot: None as long as nothing of it is read.
         done: tokens that are in the slot, or will come with the head.
     """
@@ -30,6 +32,7 @@ class _Reading:
     tokens: Sequence[int]
     owner: Request | Head
     head: Head | None = None
+    known: int = 0
     slot: int | None = None
     done: int = 0
 
@@ -42,8 +45,11 @@ class _Reading:
     def wants_logprobs(self) -> bool:
         return isinstance(self.owner, Request) and self.owner.options.prompt_logprobs
 
-    def begin_with(self, head: Head | None) -> None:
-        self.head, self.done = head, 0 if head is None else len(head.tokens)
+    def begin_with(self, head: Head | None, known: int) -> None:
+        if head is not None and len(head.tokens) > known:
+            self.head, self.known, self.done = head, 0, len(head.tokens)
+        else:
+            self.head, self.known, self.done = None, known, known
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,14 @@ class Prefill:
     language models) read each prompt whole in any case: there the limit holds for the sum of short prompts alone.
     """
 
-    def __init__(self, slots: Slots, heads: Heads | None, chunk: int | None) -> None:
+    def __init__(self, slots: Slots, heads: Heads | None, chunk: int | None, kept: KeptHeads | None = None) -> None:
         """
         Args:
             heads: that prompts have in common; None reads each prompt from its first token on.
+            kept: what is known from earlier texts.
             chunk: most tokens of a step; None has no limit.
         """
-        self._slots, self._heads, self._chunk = slots, heads, chunk
+        self._slots, self._heads, self._chunk, self._kept = slots, heads, chunk, kept
         self._whole = chunk is None or not slots.engine.shares_heads
         self._readings: list[_Reading] = []
         self._long_is_next = False
@@ -169,18 +176,27 @@ class Prefill:
         later = [request.prompt for request in islice(waiting, WINDOW) if not request.options.prompt_logprobs]
         for reading in starting:
             others = [other.tokens for other in starting if other is not reading]
-            reading.begin_with(heads.find(reading.tokens, [*others, *later]))
+            known = self._known(reading)
+            reading.begin_with(heads.find(reading.tokens, [*others, *later], known), known)
             place = self._readings.index(reading)
             for head in heads.found_anew():
-                self._readings.insert(place, new := _Reading(head.tokens, head))
-                new.begin_with(head.parent)
+                self._readings.insert(place, _Reading(head.tokens, head))
                 place += 1
+        for reading in self._readings:
+            if reading.slot is None and isinstance(reading.owner, Head):
+                reading.begin_with(reading.owner.parent, self._known(reading))
+
+    def _known(self, reading: _Reading) -> int:
+        """How many tokens a text begins with that are kept from earlier ones."""
+        known = None if self._kept is None else self._kept.find(reading.tokens)
+        return 0 if known is None else known.length
 
     # --- reading --------------------------------------------------------------------------------------
 
     def _forward(self, picked: Sequence[_Reading]) -> Iterator[Read]:
         """Reads a part of each of these texts."""
         self._copy_heads([reading for reading in picked if reading.slot is None and reading.head is not None])
+        self._restore([reading for reading in picked if reading.slot is None and reading.known])
         plain = [reading for reading in picked if not reading.wants_logprobs]
         new = [reading for reading in plain if reading.slot is None]
         begun = [reading for reading in plain if reading.slot is not None]
@@ -211,6 +227,20 @@ class Prefill:
                 reading.slot = slot
                 if isinstance(reading.owner, Request):
                     reading.owner.cached_tokens = len(head.tokens) - head.claim()
+
+    def _restore(self, readings: Sequence[_Reading]) -> None:
+        """Gives slots to texts whose beginning is kept from earlier ones."""
+        if self._kept is None or not readings:
+            return
+        found = [self._kept.find(reading.tokens) for reading in readings]
+        states = [known.states for known in found if known is not None]
+        slots = self._slots.restore([reading.tokens[: reading.known] for reading in readings], states)
+        for reading, slot in zip(readings, slots, strict=True):
+            reading.slot = slot
+            if isinstance(reading.owner, Request):
+                reading.owner.cached_tokens = reading.known
+            else:
+                reading.owner.known = reading.known
 
     def _advanced(self, readings: Sequence[_Reading], logits: Logits) -> Iterator[Read]:
         """Notes how far texts are read; yields the prompts that are complete."""

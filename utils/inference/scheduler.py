@@ -15,6 +15,7 @@ from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine, Logits
 from utils.inference.grammar import Grammar
 from utils.inference.heads import Heads
+from utils.inference.kept import KeptHeads
 from utils.inference.prefill import Prefill
 from utils.inference.request import Alternatives, Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
@@ -102,6 +103,7 @@ class Scheduler:
         speed: Speed | None = None,
         share_heads: bool = True,
         prefill_chunk: int | None = None,
+        prompt_cache_bytes: int = 0,
         constrain: Callable[[Grammar], Constraint] | None = None,
     ) -> None:
         """
@@ -114,6 +116,8 @@ class Scheduler:
             share_heads: read what prompts have in common once, if the engine can copy it.
             prefill_chunk: most tokens of prompts that are read in one step, so that a long prompt does not hold up
                 other answers; see `Prefill`. None reads prompts whole, all that there are places for.
+            prompt_cache_bytes: most memory for what the model keeps of prompts and answers when they are complete, so
+                that later prompts which begin alike need not read that again, if the engine can copy it.
             constrain: begins an answer of a form; it raises a UserError for one that it does not know. None: no
                 answer can be asked to have a form.
         """
@@ -128,8 +132,9 @@ class Scheduler:
         self._batch_size = batch_size
         self._slots = Slots(engine)
         self._constrain = constrain
-        heads = Heads(self._slots) if share_heads and engine.shares_heads else None
-        self._prefill = Prefill(self._slots, heads, prefill_chunk)
+        shares = share_heads and engine.shares_heads
+        self._kept = KeptHeads(self._slots, prompt_cache_bytes) if shares and prompt_cache_bytes else None
+        self._prefill = Prefill(self._slots, Heads(self._slots) if shares else None, prefill_chunk, self._kept)
         self._waiting: deque[Request] = deque()
         self._refused: list[Request] = []
         self._live: list[Answer] = []
@@ -203,6 +208,11 @@ class Scheduler:
             self._refused.append(request)
         return request
 
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """Memory in use for what is kept of complete prompts and answers."""
+        return 0 if self._kept is None else self._kept.nbytes
+
     def step(self) -> list[Event]:
         """One of three: gives free places to requests that wait, reads prompts, or moves every answer on.
 
@@ -233,6 +243,8 @@ class Scheduler:
         self._waiting.clear()
         self._refused, self._live = [], []
         self._prefill.forget()
+        if self._kept is not None:
+            self._kept.clear()
         self._slots.close()
 
     def _fault(self, prompt: Sequence[int], options: SamplingOptions) -> str | None:
@@ -293,6 +305,8 @@ class Scheduler:
         for read in self._prefill.read(self._waiting):
             answers: list[Answer] = []
             for request, slot in zip(read.requests, read.slots, strict=True):
+                if self._kept is not None:
+                    self._kept.store(slot, request.prompt)
                 kind = BeamSearch if request.places > 1 else PlainAnswer
                 answers.append(kind(request, slot, self._slots))
             self._live += answers
@@ -325,10 +339,18 @@ class Scheduler:
                 self.speed.accepted_tokens += answer.accepted
                 answer.drafted = answer.accepted = 0
             if request.finish_reason is not None:
+                self._keep(answer)
                 self._slots.free(answer.slots())
             events.append(self._event(request, said, known))
         self._live = [answer for answer in self._live if answer.request.finish_reason is None]
         return events
+
+    def _keep(self, answer: Answer) -> None:
+        """Keeps a complete answer and its prompt: the next prompt of a chat begins with them."""
+        request = answer.request
+        if self._kept is not None and isinstance(answer, PlainAnswer) and request.error is None:
+            (slot,) = answer.slots()
+            self._kept.store(slot, [*request.prompt, *request.tokens[:-1]])  # the last token is not in the slot
 
     def _event(self, request: Request, said: str, known: int) -> Event:
         """What is new since `said` was the text and `known` the number of tokens."""
