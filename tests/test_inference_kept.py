@@ -167,13 +167,13 @@ def test_the_next_turn_of_a_chat_reads_what_is_new(chunk: int | None) -> None:
         assert found == replace(alone(history, GREEDY), cached_tokens=known) and not engine.texts
         assert engine.read - before == len(history) - known + len(found.tokens) - 1
         known = len(history) + len(found.tokens) - 1
-        assert scheduler.prompt_cache_bytes == TOKEN * known
+        assert scheduler.cache_bytes == TOKEN * known
         history = [*history, *request.tokens, *tokens_of(len(history), 20)]
     assert (
         scheduler.speed.shared_tokens == sum((0, 55, 81, 107)) and scheduler.speed.prompt_tokens == 50 + 76 + 102 + 128
     )
     scheduler.close()
-    assert scheduler.prompt_cache_bytes == 0
+    assert scheduler.cache_bytes == 0
 
 
 @pytest.mark.parametrize("chunk", [None, 30])
@@ -204,7 +204,7 @@ def test_a_prompt_that_is_cancelled_half_way_leaves_nothing() -> None:
         for _ in range(steps):
             scheduler.step()
         scheduler.cancel(request)
-        assert not engine.texts and not scheduler.busy and scheduler.prompt_cache_bytes == 0
+        assert not engine.texts and not scheduler.busy and scheduler.cache_bytes == 0
 
 
 def test_without_a_bound_nothing_outlives_a_request() -> None:
@@ -213,7 +213,7 @@ def test_without_a_bound_nothing_outlives_a_request() -> None:
     for _ in range(2):
         scheduler.submit(tokens_of(1, 50), GREEDY)
         finish(scheduler)
-    assert engine.read == 2 * 55 and scheduler.prompt_cache_bytes == 0
+    assert engine.read == 2 * 55 and scheduler.cache_bytes == 0
 
 
 @pytest.mark.parametrize(("chunk", "limit"), [(None, 200), (7, 400), (40, 3000)])

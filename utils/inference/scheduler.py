@@ -209,9 +209,12 @@ class Scheduler:
         return request
 
     @property
-    def prompt_cache_bytes(self) -> int:
-        """Memory in use for what is kept of complete prompts and answers."""
-        return 0 if self._kept is None else self._kept.nbytes
+    def cache_bytes(self) -> int:
+        """Memory in use for keys and values: of answers in the making, and of what is kept."""
+        kept = 0 if self._kept is None else self._kept.nbytes
+        texts = [(slot, answer.request) for answer in self._live for slot in answer.slots()]
+        tokens = sum(len(request.prompt) + len(request.tokens) for _, request in texts)
+        return kept + (self._engine.kept_bytes(texts[0][0], tokens) if texts else 0)
 
     def step(self) -> list[Event]:
         """One of three: gives free places to requests that wait, reads prompts, or moves every answer on.

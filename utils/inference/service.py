@@ -105,6 +105,11 @@ class Service:
         return self._schedulers[self.models[0]].engine
 
     @property
+    def cache_bytes(self) -> int:
+        """Of all schedulers, see there."""
+        return sum(scheduler.cache_bytes for scheduler in self._schedulers.values())
+
+    @property
     def busy(self) -> bool:
         """Whether a turn has anything to do."""
         return self._working or not self._inbox.empty()

@@ -96,8 +96,9 @@ def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Comma
     generators = load_all(found, settings.device, warm_up=True)
     from utils.inference.service import Service
 
+    share = settings.prompt_cache_bytes // len(generators)  # each model computes keys and values of its own
     models = {
-        name: partial(generator.scheduler, settings.batch_size, settings.prefill_chunk)
+        name: partial(generator.scheduler, settings.batch_size, settings.prefill_chunk, share)
         for name, generator in generators.items()
     }
     return Service(models, peers=peers, recovers=True, inbox=inbox)
@@ -144,7 +145,8 @@ class Reporter:
         vectors = [[one.key, *pack_vectors(one.vectors)] for one in news if one.vectors is not None]
         steps, now = self._service.steps, time.monotonic()
         if updates or vectors or (steps != self._steps and now - self._reported > REPORT):
-            self._link.send({"steps": steps, "updates": updates, "vectors": vectors})
+            used = self._service.cache_bytes
+            self._link.send({"steps": steps, "cache": used, "updates": updates, "vectors": vectors})
             self._reported, self._steps = now, steps
 
     def _update(self, news: News) -> Update | None:
