@@ -8,10 +8,10 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from flask import g, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from utils.data.lines import half_of_pair
 from utils.serving import limits
@@ -23,17 +23,11 @@ from utils.settings import shown
 FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")  # what a page elsewhere can send unasked
 MOST_NAMES = 1000  # of unknown fields that are remembered
 SHOWN_FAULTS = 5
+EXACT = 2.0**53  # below it a float holds every whole number
 LENGTH = re.compile(r"\w+ should have (at \w+ \d+ \w+)")
 _TOO_DEEP = f"is nested too deeply: at most {limits.JSON_DEPTH} objects and lists in each other"
 _unknown: set[tuple[str, str]] = set()
 _lock = threading.Lock()
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]  # JSON knows one kind of number: 5.0 is a whole one
 
 
 class Body(BaseModel):
@@ -125,11 +119,12 @@ def _no_number(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number")
 
 
-def _float(digits: str) -> float:
+def _float(digits: str) -> float | int:
+    """JSON has one kind of number: 5.0 is a whole one."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(f"{digits:.20} is beyond all numbers")
-    return value
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
 
 
 def _int(digits: str) -> int:

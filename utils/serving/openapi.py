@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 REFERENCE = "#/components/schemas/{model}"
+FAR = 2**31 - 1  # bounds beyond it tell people nothing
 TITLE = "LLM server"
 _PARAMETER = re.compile(r"<(?:\w+:)?(\w+)>")
 View = TypeVar("View", bound=Callable[..., Any])
@@ -137,7 +139,8 @@ def _operation(path: str, text: str, known: Described) -> dict[str, Any]:
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-code { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+code { font-family: ui-monospace, monospace; }
+td code { white-space: nowrap; }
 h2 { border-top: 1px solid #8884; padding-top: 1rem; font-size: 1.1rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -155,20 +158,30 @@ def page(api: dict[str, Any]) -> str:
         "<p>The same for programs: <a href='openapi.json'>openapi.json</a>.</p>",
     ]
     schemas = api["components"]["schemas"]
+    bodies = set()
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2>")
             parts.append(f"<p>{escape(operation['description'])}</p>")
             if "requestBody" in operation:
-                reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-                parts.append(_table(schemas[reference.rsplit("/", 1)[1]]))
+                body = _name(operation["requestBody"]["content"]["application/json"]["schema"])
+                bodies.add(body)
+                parts.append(_table(schemas[body]))
+    parts.append("<h1>Parts</h1>")
+    for name, schema in schemas.items():
+        if name not in bodies:
+            parts.append(f"<h2 id='{name}'>{name}</h2><p>{escape(schema.get('description', ''))}</p>{_table(schema)}")
     return "".join([*parts, "</body></html>"])
+
+
+def _name(reference: dict[str, Any]) -> str:
+    return str(reference["$ref"]).rsplit("/", 1)[1]
 
 
 def _table(schema: dict[str, Any]) -> str:
     needed = set(schema.get("required", []))
     rows = [
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(_kind(field))}{', needed' if name in needed else ''}</td>"
+        f"<tr><td><code>{escape(name)}</code></td><td>{_kind(field)}{', needed' if name in needed else ''}</td>"
         f"<td>{escape(field.get('description', ''))}</td></tr>"
         for name, field in schema.get("properties", {}).items()
     ]
@@ -176,22 +189,19 @@ def _table(schema: dict[str, Any]) -> str:
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """A type in words."""
+    """A type in words, as HTML."""
     if "$ref" in field:
-        return str(field["$ref"].rsplit("/", 1)[1])
+        return f"<a href='#{_name(field)}'>{_name(field)}</a>"
     if "anyOf" in field:
         kinds = [_kind(one) for one in field["anyOf"] if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in field:
-        return " or ".join(repr(one) for one in field["enum"])
+        return " or ".join(escape(json.dumps(one)) for one in field["enum"])
     if "const" in field:
-        return repr(field["const"])
+        return escape(json.dumps(field["const"]))
     kind = str(field.get("type", "any"))
     if kind == "array":
         return f"list of {_kind(field.get('items', {}))}"
-    bounds = [
-        f"{sign} {field[name]:g}"
-        for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-        if name in field
-    ]
+    signs = {"minimum": "≥", "exclusiveMinimum": "&gt;", "maximum": "≤", "exclusiveMaximum": "&lt;"}
+    bounds = [f"{sign} {field[name]:g}" for name, sign in signs.items() if abs(field.get(name, FAR)) < FAR]
     return f"{kind} {', '.join(bounds)}".strip()

@@ -18,7 +18,7 @@ from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
 from utils.serving import limits
 from utils.serving.answering import Answers, answer, collect, streamed
-from utils.serving.bodies import Body, Whole, load_json, read
+from utils.serving.bodies import Body, load_json, read
 from utils.serving.context import reading, serving
 from utils.serving.errors import ApiError
 from utils.serving.openapi import described
@@ -58,14 +58,14 @@ class ChatBody(Body):
             description='earlier utterances in turn, {"role": "user" or "bot", "utterance": TEXT}; also as a JSON text',
         )
     )
-    top_k: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="1 is greedy, 0 is off")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="1 is greedy, 0 is off")
     top_p: float | None = Field(None, ge=0, le=1)
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy")
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6, description="1 is off")
-    max_length: Annotated[Whole, Field(ge=2, le=2**31 - 1)] | None = Field(
+    max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
         None, description="most tokens of prompt and answer together"
     )
-    src_length: Annotated[Whole, Field(ge=1, le=2**31 - 1)] | None = Field(
+    src_length: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
         None, description="most tokens of the prompt; of a longer one the oldest rounds go first, then its end"
     )
     stream: bool | None = Field(None, description="answer in pieces, one object a line")

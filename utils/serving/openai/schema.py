@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from utils.serving import bodies, limits
-from utils.serving.bodies import Whole
 from utils.serving.errors import ApiError
 
 MOST_STOP_WORDS = 16
@@ -45,7 +44,7 @@ _REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": (),
 }
 
-TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopWord = Annotated[str, Field(min_length=1)]
 
 
@@ -107,8 +106,8 @@ class Generation(Request):
     model: str | None = Field(None, description="a name of /v1/models; the first of them if left out")
     stream: bool | None = Field(None, description="send the answer in pieces, as server-sent events")
     stream_options: StreamOptions | None = None
-    n: Whole | None = Field(None, ge=1, le=limits.ANSWERS, description="answers to each prompt")
-    seed: Whole | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer")
+    n: int | None = Field(None, ge=1, le=limits.ANSWERS, description="answers to each prompt")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer")
     stop: StopWord | Annotated[list[StopWord], Field(max_length=MOST_STOP_WORDS)] | None = Field(
         None, description="texts that end the answer and are no part of it"
     )
@@ -119,13 +118,13 @@ class Generation(Request):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="what is added to the logits of tokens, by their ids"
     )
-    top_k: Whole | None = Field(None, ge=-1, description="-1 and 0 keep all tokens")
+    top_k: int | None = Field(None, ge=-1, description="-1 and 0 keep all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=1000)
-    min_tokens: Whole | None = Field(None, ge=0, description="tokens before the answer may end")
+    min_tokens: int | None = Field(None, ge=0, description="tokens before the answer may end")
     stop_token_ids: list[TokenId] | None = Field(None, description="more tokens that end the answer")
     ignore_eos: bool | None = Field(None, description="the model's end tokens do not end the answer")
-    truncate_prompt_tokens: Whole | None = Field(
+    truncate_prompt_tokens: int | None = Field(
         None, ge=-1, description="cut the prompt to so many tokens; -1 to what the model can take"
     )
     response_format: ResponseFormat | None = None
@@ -133,7 +132,7 @@ class Generation(Request):
     guided_regex: str | None = Field(None, description="a regular expression that the answer matches")
     guided_grammar: str | None = Field(None, description="a grammar of the answer in llguidance's form of Lark")
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="all possible answers")
-    best_of: Whole | None = Field(None, description="only the same as n")
+    best_of: int | None = Field(None, description="only the same as n")
     user: Any = Field(None, description="of the client's own; it changes nothing, as the next ones")
     metadata: Any = None
     safety_identifier: Any = None
@@ -153,9 +152,9 @@ class CompletionRequest(Generation):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
         description="a text, its token ids, or a list of either"
     )
-    max_tokens: Whole | None = Field(None, ge=0, description="16 if left out; 0 only with echo and logprobs")
+    max_tokens: int | None = Field(None, ge=0, description="16 if left out; 0 only with echo and logprobs")
     echo: bool | None = Field(None, description="begin the text with the prompt")
-    logprobs: Whole | None = Field(
+    logprobs: int | None = Field(
         None, ge=0, le=limits.TOP_LOGPROBS, description="so many likeliest tokens at each place"
     )
     parse_special: bool | None = Field(None, description="special tokens written in the prompt are special")
@@ -234,10 +233,10 @@ class ChatRequest(Generation, Templated):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: Whole | None = Field(None, ge=1, description="what is left of the model's positions if left out")
-    max_completion_tokens: Whole | None = Field(None, ge=1, description="the newer name of max_tokens")
+    max_tokens: int | None = Field(None, ge=1, description="what is left of the model's positions if left out")
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
     logprobs: bool | None = None
-    top_logprobs: Whole | None = Field(None, ge=0, le=limits.TOP_LOGPROBS, description="needs logprobs")
+    top_logprobs: int | None = Field(None, ge=0, le=limits.TOP_LOGPROBS, description="needs logprobs")
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -252,7 +251,7 @@ class EmbeddingRequest(Request):
     model: str | None = None
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
-    truncate_prompt_tokens: Whole | None = Field(None, ge=-1)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     user: Any = None
 
     @classmethod
