@@ -15,7 +15,7 @@ from tiny_tokenizers import write_bpe, write_sentencepiece
 
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.sampling import log_softmax
-from utils.serving.bodies import faults_of
+from utils.serving.bodies import faults_of, load_json
 from utils.serving.errors import ApiError
 from utils.serving.openai.embeddings import unit
 from utils.serving.openai.logprobs import LOWEST, CompletionLogprobs, chat_entries
@@ -86,7 +86,9 @@ def test_null_is_the_same_as_a_field_left_out() -> None:
 
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
-    assert ChatRequest.model_validate({**HELLO, "max_tokens": 5.0}).max_tokens == 5
+    body = load_json(json.dumps({**HELLO, "max_tokens": 5.0, "temperature": 1.5}), "the body")
+    request = ChatRequest.model_validate(body)
+    assert request.max_tokens == 5 and request.temperature == 1.5
 
 
 @pytest.mark.parametrize(
