@@ -100,7 +100,7 @@ class Running:
 
         def there() -> bool:
             assert self.process.poll() is None, self.said
-            return self.status == "ready"
+            return self.status == "ok"
 
         until(there, READY_SECONDS)
 

@@ -175,7 +175,7 @@ def load_library() -> None:
     """Imports Paddle and PaddleNLP without their start-up noise. PaddleNLP takes seconds and 250 MB: only what
     runs its models or its trainer calls this."""
     load_paddle()
-    with _without_noise(), _without_images():
+    with _without_noise(), _without_images(), signals.kept(signal.SIGTERM):  # the system's own would be in force
         quiet_libraries()
 
 

@@ -1,0 +1,332 @@
+"""The process of the model: what it says, and what becomes of its jobs when it dies, hangs, or is cancelled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from serving_processes import READY_SECONDS, Running, processes, server, until
+from tiny_models import write_tiny_llama
+
+from utils.inference.sampling import SamplingOptions
+from utils.serving.client import Answering, ModelClient
+from utils.serving.errors import ApiError
+from utils.serving.protocol import Job, Update
+from utils.serving.settings import ModelSettings
+
+LONG = SamplingOptions(max_new_tokens=3000, min_new_tokens=3000)
+SHORT = SamplingOptions(max_new_tokens=12, min_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("served") / "tiny", max_position_embeddings=4096)
+
+
+def settings(model: Path) -> ModelSettings:
+    return ModelSettings("tiny", str(model), dtype="float32", batch_size=4)
+
+
+@contextmanager
+def running(client: ModelClient) -> Iterator[ModelClient]:
+    client.start()
+    try:
+        until(lambda: client.state.name == "ready", READY_SECONDS)
+        yield client
+    finally:
+        client.stop()
+
+
+@pytest.fixture(scope="module")
+def client(model: Path) -> Iterator[ModelClient]:
+    """A model that is there; tests may kill its process."""
+    with running(ModelClient(settings(model), max_queue=4, stall_timeout=1.0)) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def at_rest(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test has begun it has also ended."""
+    yield
+    if "client" in request.fixturenames:
+        client: ModelClient = request.getfixturevalue("client")
+        until(lambda: client.state.name == "ready", READY_SECONDS)
+        assert (client.state.running, client.state.waiting) == (0, 0)
+
+
+def job(options: SamplingOptions = SHORT, *, stream: bool = True, prompt: tuple[int, ...] = (5, 6, 7)) -> Job:
+    return Job("tiny", list(prompt), options, stream=stream)
+
+
+def all_of(answering: Answering, seconds: float = 60) -> list[Update]:
+    """Every update until the ending."""
+    updates: list[Update] = []
+    while not updates or updates[-1].ending is None:
+        update = answering.next(seconds)
+        assert update is not None, f"nothing new for {seconds} s"
+        updates.append(update)
+    return updates
+
+
+def text(updates: list[Update]) -> str:
+    return "".join(update.text for update in updates)
+
+
+def first(answering: Answering) -> Update:
+    update = answering.next(60)
+    assert update is not None and update.opened and update.ending is None
+    return update
+
+
+# --- answers ------------------------------------------------------------------------------------------
+
+
+def test_streams_and_whole_answers_are_the_same(client: ModelClient) -> None:
+    options = replace(SHORT, logprobs=True, top_logprobs=2, prompt_logprobs=True)
+    stream, whole = all_of(client.submit(job(options))), all_of(client.submit(job(options, stream=False)))
+    assert len(stream) > 6 and len(whole) == 2  # that it is opened, and the answer
+    assert text(stream) == text(whole) == whole[-1].text
+    for updates in (stream, whole):
+        assert [update.opened for update in updates] == [True] + [False] * (len(updates) - 1)
+        tokens = [token for update in updates for token in update.tokens]
+        logprobs = [value for update in updates for value in update.logprobs]
+        tops = [top for update in updates for top in update.top_logprobs]
+        ending = updates[-1].ending
+        assert ending is not None and ending.prompt_logprobs is not None
+        assert len(tokens) == len(logprobs) == len(tops) == ending.completion_tokens == 12
+        assert [top[0][0] for top in tops] == tokens  # greedy
+        assert (ending.finish_reason, ending.prompt_tokens, len(ending.prompt_logprobs)) == ("length", 3, 2)
+    assert stream[0].tokens == whole[0].tokens
+
+
+def test_what_the_http_side_knows(client: ModelClient) -> None:
+    assert client.facts.max_positions == 4096 and client.facts.models == ("tiny",) and client.facts.vocabulary > 300
+    before = client.state.steps
+    all_of(client.submit(job()))
+    assert client.state.steps >= before + 12
+
+
+def test_vectors(client: ModelClient) -> None:
+    assert client.facts.embeds
+    one, two = client.embed("tiny", [[5, 6, 7], [8]], 60)
+    assert len(one) == len(two) == 32 and one != two
+    assert client.embed("tiny", [[8]], 60) == [two]
+
+
+def test_a_prompt_that_cannot_be_answered(client: ModelClient) -> None:
+    (update,) = all_of(client.submit(job(prompt=(5, 10**6))))
+    assert update.ending is not None and "vocabulary" in str(update.ending.error)
+
+
+# --- the queue ----------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses(client: ModelClient) -> None:
+    answers = client.submit_all([job(LONG) for _ in range(8)])  # four run, four wait
+    with pytest.raises(ApiError) as fault:
+        client.submit_all([job()])
+    assert (fault.value.status, fault.value.kind) == (429, "rate_limit_error") and fault.value.retry_after
+    for answering in answers[:4]:
+        first(answering)
+    assert (client.state.running, client.state.waiting) == (4, 4)
+    answers[0].cancel()
+    first(answers[4])
+    answers += client.submit_all([job(SHORT)])  # one place is free again
+    for answering in answers:
+        answering.cancel()
+        answering.cancel()
+
+
+def test_all_jobs_or_none(client: ModelClient) -> None:
+    with pytest.raises(ApiError):
+        client.submit_all([job(LONG) for _ in range(9)])
+    assert client.state.running + client.state.waiting == 0
+
+
+def test_without_a_queue_only_what_can_begin_is_taken(model: Path) -> None:
+    with running(ModelClient(settings(model), max_queue=0)) as client:
+        answers = [client.submit(job()) for _ in range(4)]
+        with pytest.raises(ApiError):
+            client.submit(job())
+        assert len({text(all_of(answering)) for answering in answers}) == 1
+        assert all_of(client.submit(job()))
+
+
+# --- cancelling ---------------------------------------------------------------------------------------
+
+
+def memory(number: int) -> int:
+    """KiB of a process that are in memory."""
+    with open(f"/proc/{number}/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def cancel(client: ModelClient, count: int) -> None:
+    """Some in the queue or while their prompt is read, others while they run."""
+    for number in range(count):
+        answering = client.submit(job(LONG, stream=number % 2 == 0, prompt=(5, 6, number % 300)))
+        if number % 3:
+            first(answering)
+        answering.cancel()
+
+
+def test_a_thousand_cancels_leave_nothing(client: ModelClient) -> None:
+    cancel(client, 100)
+    assert client.pid is not None
+    before = memory(client.pid)
+    cancel(client, 1000)
+    assert memory(client.pid) <= 1.02 * before
+    assert (client.state.running, client.state.waiting) == (0, 0)
+
+
+def test_others_do_not_notice_a_cancel(client: ModelClient) -> None:
+    options = replace(SHORT, max_new_tokens=400, min_new_tokens=400)
+    alone = text(all_of(client.submit(job(options))))
+    beside = client.submit(job(options))
+    cancel(client, 40)
+    assert text(all_of(beside)) == alone
+
+
+# --- death --------------------------------------------------------------------------------------------
+
+
+def test_a_killed_process(client: ModelClient) -> None:
+    """Answers under way fail at once, those that wait are given after the restart, and the state is true."""
+    whole = text(all_of(client.submit(job())))
+    running_ones = client.submit_all([job(LONG) for _ in range(4)])
+    for answering in running_ones:
+        first(answering)
+    waiting = client.submit_all([job(), job()])
+    killed = client.pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    started = time.monotonic()
+    for answering in running_ones:
+        last = all_of(answering, 1)[-1]
+        assert last.ending is not None and last.ending.finish_reason == "error"
+        assert last.ending.error == "the process of the model has ended; send the request again"
+    assert time.monotonic() - started < 1
+    assert client.state.name == "restarting" and (client.state.running, client.state.waiting) == (0, 2)
+    with pytest.raises(ApiError) as fault:
+        client.submit(job())
+    assert fault.value.status == 503 and fault.value.retry_after
+    for answering in waiting:
+        assert text(all_of(answering, READY_SECONDS)) == whole
+    assert client.state.name == "ready" and client.pid != killed
+    assert text(all_of(client.submit(job()))) == whole
+
+
+def test_a_process_that_hangs_is_told_of(client: ModelClient) -> None:
+    answering = client.submit(job(LONG))
+    first(answering)
+    assert client.state.name == "ready" and client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    try:
+        until(lambda: client.state.name == "stalled", 20)
+        time.sleep(0.5)
+        assert client.state.name == "stalled"
+    finally:
+        os.kill(client.pid, signal.SIGCONT)
+    until(lambda: client.state.name == "ready", 20)
+    answering.cancel()
+    time.sleep(1.5)  # longer than stall_timeout
+    assert client.state.name == "ready"  # without work nothing has to move
+
+
+def test_weights_that_cannot_be_read_end_the_server(model: Path, tmp_path: Path) -> None:
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with server(tmp_path, "--model_name_or_path", tmp_path, wait=False) as running:
+        assert running.process.wait(READY_SECONDS) == 2
+        assert running.said.count("error: ") == 1 and "Traceback" not in running.said
+        running.gone()
+
+
+# --- the server around it -------------------------------------------------------------------------------
+
+CHAT = {"context": "Hello", "max_length": 3000, "stream": True}
+
+
+def serving(model: Path, folder: Path, *options: object) -> AbstractContextManager[Running]:
+    words = ("--model_name_or_path", model, "--max_length", 3000, "--src_length", 100, "--dtype", "float32")
+    return server(folder, *words, *options)
+
+
+def test_a_server_from_start_to_end(model: Path, tmp_path: Path) -> None:
+    """A signal lets what runs finish, refuses what comes, and leaves nothing behind. The process of the model does not
+    heed signals: Ctrl-C goes to all processes of a terminal, and a service manager's SIGTERM to all of a service.
+    """
+    with serving(model, tmp_path) as running:
+        assert "try it: curl " in running.said
+        status, found = running.ask("/api/chat", {"context": "Hello", "max_length": 60})
+        assert status == 200 and found["result"]["response"]["utterance"]
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with running.open("/api/chat", {**CHAT, "max_length": 600}) as stream:
+            lines = [stream.readline()]
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(running.worker(), number)
+            running.process.send_signal(signal.SIGTERM)
+            until(lambda: running.status in ("stopping", ""))
+            assert running.ask("/api/chat", {"context": "Hello"})[0] == 503
+            lines += stream.readlines()
+        assert b'"error_code": 0' in lines[-1] and len(lines) > 100
+        assert running.process.wait(30) == 0
+        running.gone()
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert "Traceback" not in running.said
+
+
+@pytest.mark.parametrize("how", ["time is over", "second signal"])
+def test_an_end_that_does_not_wait(model: Path, tmp_path: Path, how: str) -> None:
+    limit = 1 if how == "time is over" else 60
+    with serving(model, tmp_path, "--shutdown_timeout", limit) as running, running.open("/api/chat", CHAT) as stream:
+        stream.readline()
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        if how == "time is over":
+            assert b"the server is stopping" in stream.readlines()[-1]
+            assert running.process.wait(30) == 0 and time.monotonic() - started >= 1
+        else:
+            until(lambda: running.status == "stopping")
+            assert running.end(signal.SIGINT, 10) == 128 + signal.SIGINT
+        running.gone()
+
+
+def test_a_signal_while_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    with server(tmp_path, "--model_name_or_path", model, wait=False) as running:
+        until(lambda: running.status == "loading", READY_SECONDS)
+        assert running.end(signal.SIGTERM, 20) == 0
+        running.gone()
+
+
+def test_killed_processes(model: Path, tmp_path: Path) -> None:
+    """Clients hear at once that the process of the model has gone; that of the server leaves none behind."""
+    with serving(model, tmp_path, "--max_batch_size", 4) as running:
+        streams = [running.open("/api/chat", CHAT) for _ in range(4)]
+        for stream in streams:
+            stream.readline()
+        killed = running.worker()
+        os.kill(killed, signal.SIGKILL)
+        started = time.monotonic()
+        until(lambda: running.status == "restarting", 1)
+        for stream in streams:
+            assert b"the process of the model has ended" in stream.readlines()[-1]
+        assert time.monotonic() - started < 1
+        running.ready()
+        assert running.ask("/api/chat", {"context": "Hello", "max_length": 60})[0] == 200
+        assert running.worker() != killed
+        with running.open("/api/chat", CHAT) as stream:
+            stream.readline()
+            assert len(processes(running.mark)) == 2
+            running.process.kill()
+            running.process.wait()
+            running.gone()
