@@ -107,7 +107,7 @@ def test_answers_of_a_real_model_are_valid(options: SamplingOptions) -> None:
 
     prepared = prepare(EMBEDDED, device="cpu")
     generator = load(prepared, "cpu")
-    ids = prepared.encode([{"role": "user", "content": "Give me an example as JSON."}])
+    ids = prepared.encode([{"role": "user", "content": "Give me an example as JSON."}], 512)[0]
     each = [replace(options, grammar=of_schema(schema)) for schema in SCHEMAS.values()]
     for (key, schema), found in zip(SCHEMAS.items(), generator.generate([ids] * 50, each), strict=True):
         assert found.finish_reason == "stop", (key, found.text)
