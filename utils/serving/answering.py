@@ -175,8 +175,7 @@ class Answers:
                 metrics.prompt_lengths.labels(model).observe(len(answer.job.prompt))
         if update.tokens:
             metrics.generation_tokens.labels(model).inc(len(update.tokens))
-            if answer.job.stream:
-                self._time(answer, len(update.tokens), now)
+            self._time(answer, len(update.tokens), now)
         answer.text += update.text
         answer.tokens += update.tokens
         answer.logprobs += update.logprobs

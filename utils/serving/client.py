@@ -181,11 +181,14 @@ class ModelClient:
         """A vector for each prompt.
 
         Raises:
-            ApiError: 503 when the model is not there or takes longer than `timeout` seconds, 500 when it fails.
+            ApiError: 400 when the model gives none, 503 when it is not there or takes longer than `timeout` seconds,
+                500 when it fails.
         """
         found: SimpleQueue[Any] = SimpleQueue()
         with self._changed:
             self._check_phase()
+            if not self.facts.embeds:
+                raise ApiError(400, f"{model} gives no vectors", param="model", code="unsupported_model")
             key, link = next(self._keys), self._link
             self._vectors[key] = found
         self._tell(link, [to_json(Embed(key, model, prompts))])
@@ -330,7 +333,8 @@ class ModelClient:
         self._steps, self._cache_bytes = value["steps"], value.get("cache", 0)
         for update in value["updates"]:
             answering = self._answers.get(update[0])
-            if answering is None:  # cancelled
+            if answering is None:
+                self._fail_vectors(update)  # or else it is of an answer that was cancelled
                 continue
             if len(update) > _OPENED and update[_OPENED]:
                 answering.opened = True
@@ -342,6 +346,12 @@ class ModelClient:
         for key, *vectors in value["vectors"]:
             if (waiter := self._vectors.get(key)) is not None:
                 waiter.put(vectors)
+
+    def _fail_vectors(self, update: list[Any]) -> None:
+        """Vectors have no update but that they have failed."""
+        waiter, ending = self._vectors.get(update[0]), unpack(update[1:]).ending
+        if waiter is not None and ending is not None:
+            waiter.put(ApiError(500, ending.error or "the model has failed", kind="server_error"))
 
     def _ready(self, facts: dict[str, Any], link: Link) -> None:
         self.failures.ready()

@@ -2,8 +2,8 @@
 
 Prompt tokens count once per prompt, as in `usage`: n answers to one prompt read it once. The counters hold the tokens
 of every prompt that was opened and every token that has reached the HTTP side, so they equal the summed `usage` of
-all answers that were complete, plus what answers that broke off had got until then (a plain one gets its tokens with
-its ending, so it adds none).
+all answers that were complete, plus what answers that broke off had got until then (one that is wanted whole gets its
+first token at once and the others with its ending).
 """
 
 from __future__ import annotations
