@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,18 @@ from typing import Any
 import jsonschema_rs
 import numpy as np
 import pytest
+from dice import MORE, dice, generator_of
 from family_cases import WITH_TOKENIZER, case
 from numpy.typing import NDArray
-from reference_engine import FunctionEngine, random_logits
 from schemas import SCHEMAS
 from tiny_tokenizers import write_bpe, write_sentencepiece
 
 from utils.checkpoints.embedded import NAME as EMBEDDED
 from utils.checkpoints.locate import locate
 from utils.errors import UserError
-from utils.families.token_bytes import token_bytes
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.constraint import MOST_CHARACTERS, Constrainer, check
-from utils.inference.generator import Completion, Generator
+from utils.inference.generator import Completion
 from utils.inference.grammar import Grammar
 from utils.inference.sampling import SamplingOptions
 
@@ -33,7 +31,6 @@ from utils.inference.sampling import SamplingOptions
 CANNOT = {"chatglm_tiny", "glm_tiny"}
 GREEDY = SamplingOptions(max_new_tokens=300)
 SAMPLED = replace(GREEDY, top_k=0, temperature=1.5, seed=3)
-MORE = 5  # logits beyond the tokenizer's vocabulary
 
 
 def tokenizer_of(name: str, folder: Path) -> Tokenizer:
@@ -44,21 +41,6 @@ def tokenizer_of(name: str, folder: Path) -> Tokenizer:
         write = write_bpe if name == "bpe" else write_sentencepiece
         return load_tokenizer(folder, write(folder))
     return load_tokenizer(case(name).folder, case(name).checkpoint.config)
-
-
-def dice(tokenizer: Tokenizer, seed: int = 1) -> Callable[[list[int]], NDArray[np.float64]]:
-    """A model by dice that likes to close what is open and to end, so that its answers are not long."""
-    vocabulary = tokenizer.vocabulary + MORE
-    closing = {b'"', b"}", b"]"}
-    bonus = np.array([4.0 if token_bytes(tokenizer, place).strip() in closing else 0.0 for place in range(vocabulary)])
-    bonus[list(tokenizer.eos_ids)] = 4.0
-    function = random_logits(vocabulary, seed)
-    return lambda text: function(text) + bonus
-
-
-def generator_of(tokenizer: Tokenizer, function: Callable[[list[int]], NDArray[np.float64]]) -> Generator:
-    engine = FunctionEngine(function, tokenizer.vocabulary + MORE)
-    return Generator(engine, tokenizer, None, Constrainer(tokenizer, engine.vocabulary, tokenizer.eos_ids).start)
 
 
 def fits(schema: Any, text: str) -> bool:
