@@ -34,6 +34,7 @@ from utils.serving.supervisor import PageProcess
 if TYPE_CHECKING:
     from utils.serving.http import HttpServer
 
+AGAIN_SECONDS = 1.0  # after a signal in which the same one counts once: launchers send it several times
 FLUSH_SECONDS = 5.0  # for responses that are complete to reach their clients
 
 
@@ -78,7 +79,7 @@ class Server:
     def __init__(self, run: ServeArguments, settings: ModelSettings, layout: Layout) -> None:
         self._run = run
         self._code = 0
-        self._ending = False
+        self._ending: float | None = None  # since when
         self.client = ModelClient(
             settings,
             max_queue=run.max_queue,
@@ -112,10 +113,12 @@ class Server:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         """A handler of signals: the first one lets running requests finish, a second one ends at once."""
-        if self._ending:
-            self.client.kill()
-            signals.end(number)
-        self._ending = True
+        if self._ending is not None:
+            if time.monotonic() - self._ending > AGAIN_SECONDS:
+                self.client.kill()
+                signals.end(number)
+            return
+        self._ending = time.monotonic()
         signals.notice(
             f"ending after {signals.name(number)}: running requests have {self._run.shutdown_timeout:g} s to finish; "
             "a second signal ends at once"

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +120,19 @@ class Running:
 
 
 @contextmanager
-def server(folder: Path, *options: object, launcher: Sequence[str] = (), wait: bool = True) -> Iterator[Running]:
+def server(
+    folder: Path,
+    *options: object,
+    launcher: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    wait: bool = True,
+) -> Iterator[Running]:
     """flask_server.py with these options, until the block ends; without a page unless they give its port.
 
     Args:
         folder: for its log.
         launcher: words between python and the script.
+        environment: more variables.
         wait: until the model is there.
     """
     port = free_port()
@@ -138,7 +145,12 @@ def server(folder: Path, *options: object, launcher: Sequence[str] = (), wait: b
     name, value = mark.split("=")
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, name: value}, stdout=output, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=folder,
+            env={**os.environ, name: value, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     running = Running(process, port, log, mark)
     try:

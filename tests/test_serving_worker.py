@@ -295,7 +295,7 @@ def test_an_end_that_does_not_wait(model: Path, tmp_path: Path, how: str) -> Non
             assert b"the server is stopping" in stream.readlines()[-1]
             assert running.process.wait(30) == 0 and time.monotonic() - started >= 1
         else:
-            until(lambda: running.status == "stopping")
+            until(lambda: running.status == "stopping" and time.monotonic() - started > 1.5)
             assert running.end(signal.SIGINT, 10) == 128 + signal.SIGINT
         running.gone()
 

@@ -1,0 +1,104 @@
+"""A server whose model two processes share, against one process; what becomes of all when one has died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_processes import Running, processes, server, until
+from tiny_models import write_tiny_llama
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ("--max_length", 600, "--src_length", 100, "--dtype", "float32", "--max_batch_size", 4)
+CHAT = {"context": "Hello", "max_length": 600, "stream": True}
+# greedy, sampled with a seed that all processes have to know, and more than there are places
+ASKED: list[dict[str, Any]] = [
+    *({"context": f"Say {number}", "max_length": 90 + number} for number in range(6)),
+    {"context": "Draw", "top_k": 0, "temperature": 1.5, "max_length": 200},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("shared") / "tiny", max_position_embeddings=4096)
+
+
+def launched(folder: Path, model: Path) -> Any:
+    launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(folder / "log"))
+    return server(
+        folder, "--model_name_or_path", model, *OPTIONS, launcher=launcher, environment={"OMP_NUM_THREADS": "1"}
+    )
+
+
+def answers(running: Running) -> list[str]:
+    """To all that is asked, at the same time."""
+    found: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        status, said = running.ask("/api/chat", ASKED[number])
+        assert status == 200, said
+        found[number] = said["result"]["response"]["utterance"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(ASKED))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(len(ASKED))]
+
+
+def rank_of(running: Running, rank: int) -> int:
+    """The number of the process of a rank that the launcher has started."""
+    numbers = processes(f"PADDLE_TRAINER_ID={rank}")
+    (found,) = [
+        number for number, line in processes(running.mark).items() if number in numbers and "worker" not in line
+    ]
+    return found
+
+
+def test_two_processes_answer_as_one(model: Path, tmp_path: Path) -> None:
+    with server(tmp_path, "--model_name_or_path", model, *OPTIONS) as alone:
+        wanted = answers(alone)
+        assert alone.end() == 0
+    with launched(tmp_path, model) as running:
+        found = answers(running)
+        assert found[:-1] == wanted[:-1] and found[-1]
+        with running.open("/api/chat", CHAT) as stream:  # a client that goes
+            stream.readline()
+        time.sleep(7)  # longer than the pause of processes that have nothing to do
+        assert answers(running)[:-1] == wanted[:-1]
+        with running.open("/api/chat", {**CHAT, "max_length": 200}) as stream:
+            stream.readline()
+            running.process.send_signal(signal.SIGTERM)  # to the launcher, which tells all, several times
+            assert b'"error_code": 0' in stream.readlines()[-1]
+        running.process.wait(40)
+        running.gone()
+        assert "Traceback" not in running.said + (tmp_path / "log" / "workerlog.1").read_text()
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "model of rank 0"])
+def test_a_rank_that_dies_ends_all(model: Path, tmp_path: Path, victim: str) -> None:
+    with launched(tmp_path, model) as running, running.open("/api/chat", CHAT) as stream:
+        stream.readline()
+        os.kill(rank_of(running, 1) if victim == "rank 1" else running.worker(), signal.SIGKILL)
+        last = stream.readlines()[-1:]
+        assert not last or b"has ended" in last[0]
+        assert running.process.wait(60) != 0
+        running.gone()
+        said = running.said
+        assert "rank" in said or "the process of the model" in said
+        assert "Traceback" not in said
+
+
+def test_idle_ranks_end_too(model: Path, tmp_path: Path) -> None:
+    with launched(tmp_path, model) as running:
+        os.kill(rank_of(running, 1), signal.SIGKILL)
+        assert running.process.wait(60) != 0
+        running.gone()
+        until(lambda: "Container failed" in running.said)
