@@ -6,11 +6,15 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from serving_processes import Running, free_port, server
 from tiny_models import write_tiny_llama
 
 from utils.checkpoints import locate, shards
@@ -23,6 +27,10 @@ SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulatio
 LINKED = ("utils", "data/tools", "finetune_generation.py", "run_pretrain.py", "predictor.py", "merge_lora_params.py")
 LINKED += ("export_model.py", "merge_tp_params.py")
 PARAGRAPHS = 60
+SERVER, DOCUMENTED = "flask_server.py", "http://127.0.0.1:8010"
+ASKED = (
+    f"""curl {DOCUMENTED}/api/chat -H "Content-Type: application/json" -d '{{"context": "Hello", "max_length": 128}}'"""
+)
 
 
 def commands(readme: Path) -> list[str]:
@@ -79,11 +87,38 @@ def run(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def serve(words: list[str], folder: Path, asked: list[str]) -> None:
+    """Starts a server, on other ports than written; asks it what the commands behind it ask; ends it."""
+    at = words.index(SERVER)
+    given = dict(zip(words[at + 1 :], [*words[at + 2 :], ""], strict=True))
+    options = ["--model_name_or_path", given["--model_name_or_path"]]
+    options += ["--inference_model"] if "--inference_model" in given else []
+    options += ["--port", str(free_port())] if "--port" in given else []  # else without a page, as written
+    with server(folder, *options, launcher=words[:at]) as running:
+        said = [curl(shlex.split(line), running) for line in asked or [ASKED]]
+        assert all(answer.get("error_code") == 0 or answer["choices"] for answer in said)
+        assert running.end() == (
+            signal.SIGTERM if "paddle.distributed.launch" in words else 0
+        )  # as the launcher has it
+        running.gone()
+
+
+def curl(words: list[str], running: Running) -> Any:
+    """The answer to a command of README.md; nobody needs to have curl."""
+    assert words[0] == "curl" and words[1].startswith(DOCUMENTED)
+    assert words[2:4] == ["-H", "Content-Type: application/json"] and words[4] == "-d"
+    status, answer = running.ask(words[1].removeprefix(DOCUMENTED), json.loads(words[5]))
+    assert status == 200, answer
+    return answer
+
+
 def test_every_command_runs(root: Path, workplace: Path) -> None:
     found = commands(root / "README.md")
     assert len(found) >= 12
-    for line in found:
+    for place, line in enumerate(found):
         words = shlex.split(line)
+        if words[0] == "curl":
+            continue  # asked where its server is started
         if words[0] == "make":
             # what it would do; the demo itself runs below, and the suite is what you are reading
             recipe = subprocess.run(["make", "-n", *words[1:]], cwd=root, capture_output=True, text=True, check=True)
@@ -91,6 +126,9 @@ def test_every_command_runs(root: Path, workplace: Path) -> None:
             continue
         assert words[0] == "python", line
         words = [str(workplace / "model") if word in MODELS else word for word in words[1:]]
+        if SERVER in words:
+            serve(words, workplace, list(takewhile(lambda line: line.startswith("curl "), found[place + 1 :])))
+            continue
         run([sys.executable, *words], workplace)
     written = workplace / "checkpoints"
     assert (written / "llama_lora_2" / "lora_model_state.safetensors").is_file()
