@@ -5,18 +5,24 @@ A case is a folder of tests/fixtures with a reference.npz; a new family needs no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_walk import TOLERANCE, Walk
 from family_cases import ENGINES, NAMES, Case, Maker, cached, case, hidden_logits, random_prefix
+from letters import Letters
 
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
 from utils.families import FAMILIES
 from utils.families.base import Context
+from utils.inference.generator import Completion, Generator
+from utils.inference.sampling import SamplingOptions
+from utils.inference.scheduler import Scheduler
 
 
 @pytest.fixture(params=NAMES)
@@ -151,6 +157,36 @@ def test_slots_are_independent_on_long_walks(engine: str, seed: int) -> None:
     """The case has a window and grouped heads."""
     one = case("mistral")
     Walk(one, ENGINES[engine](one), seed, slots=9).run(120)
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_a_chat_goes_on_from_what_was_kept(any_engine: tuple[Case, Maker], with_prefix: bool) -> None:
+    """Two prompts that begin with an earlier prompt and its answer, each cut off at another token."""
+    one, make = any_engine
+    engine = make(one, random_prefix(one.checkpoint) if with_prefix else None)
+    generator, options = Generator(engine, Letters(), ()), SamplingOptions(max_new_tokens=5)
+    random = np.random.default_rng(2)
+    first = [*random.integers(3, 60, 20).tolist(), *one.rows[0].tolist()]
+    with closing(generator.scheduler(2, 7, 1 << 20)) as scheduler:
+        (answer,) = finish(scheduler, [first], options)
+        prompts, lengths = [first], [0]
+        if engine.shares_heads:
+            known = [*first, *answer.tokens]
+            prompts += [[*known[:-cut], *random.integers(3, 60, 4).tolist()] for cut in (1, 9)]
+            lengths = [len(first) - 1, len(known) - 1, len(known) - 9]
+        found = finish(scheduler, prompts, options)
+        assert [completion.cached_tokens for completion in found] == lengths
+        assert (scheduler.cache_bytes > 0) == engine.shares_heads
+    wanted = generator.generate(prompts, options, 1)
+    assert [completion.tokens for completion in found] == [completion.tokens for completion in wanted]
+
+
+def finish(scheduler: Scheduler, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Completion]:
+    """Answers of requests that come at the same time."""
+    requests, found = [scheduler.submit(prompt, options) for prompt in prompts], {}
+    while scheduler.busy:
+        found.update({event.request: event.completion for event in scheduler.step() if event.completion})
+    return [found[request] for request in requests]
 
 
 def test_a_prefix_is_the_same_in_training_and_in_generation(any_engine: tuple[Case, Maker]) -> None:
