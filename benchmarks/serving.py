@@ -196,6 +196,7 @@ def assemble(
 
 def main() -> None:
     chosen = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers end too
     threads = len(os.sched_getaffinity(0))
     if report.PEER in chosen.sides:
         peer.server()
