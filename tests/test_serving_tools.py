@@ -59,14 +59,14 @@ def form(template: JinjaTemplate, tokenizer: Tokenizer) -> CallForm:
 
 
 def answer_of(
-    template: JinjaTemplate, tokenizer: Tokenizer, form: CallForm, calls: list[tuple[str, Any]], content: str = ""
+    template: JinjaTemplate, tokenizer: Tokenizer, calls: list[tuple[str, Any]], content: str = ""
 ) -> list[int]:
     """The tokens that a template writes for an answer that calls functions, without its end."""
     written: list[Any] = [
         {
             "id": f"call{place:05}",
             "type": "function",
-            "function": {"name": name, "arguments": arguments if form.as_objects else json.dumps(arguments)},
+            "function": {"name": name, "arguments": arguments if place else json.dumps(arguments)},
         }
         for place, (name, arguments) in enumerate(calls)
     ]
@@ -110,7 +110,7 @@ def test_calls_that_a_template_writes_are_read_again(
     template: JinjaTemplate, tokenizer: Tokenizer, form: CallForm, calls: list[tuple[str, Any]], sizes: list[int]
 ) -> None:
     calls = calls if form.between is not None else calls[:1]
-    tokens = answer_of(template, tokenizer, form, calls)
+    tokens = answer_of(template, tokenizer, calls)
     text = Visible(form, tokenizer).push(tokens, last=True)
     content, found = read_answer(form, TOOLS, text)
     assert content == "" and pairs(found) == calls

@@ -161,7 +161,7 @@ def encode_source(
     the last question leave it no room, the oldest of them go first.
 
     Args:
-        messages: end with a turn of the user.
+        messages: end with a turn of the user, or of a tool.
         tokenizer, template: of the checkpoint.
         src_length: the limit, in tokens.
         tools: of the row, see `Row`.
@@ -181,9 +181,10 @@ def encode_source(
         if fits:
             return ids, True
         first = 1 if kept[0]["role"] == "system" else 0
-        if len(kept) - first <= 1:
+        later = (place for place, message in enumerate(kept) if place > first and message["role"] == "user")
+        if (second := next(later, None)) is None:
             break
-        del kept[first : first + 2]  # the oldest question and its answer
+        del kept[first:second]  # the oldest question and its answer
         ids = template.encode_prompt(tokenizer, kept, tools)
         if len(ids) <= src_length:
             return ids, True

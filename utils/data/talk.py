@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from utils.data.calls import with_arguments
 from utils.data.marks import Marks, Rendered
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class Talk:
         self._template = template
         names = ["role", "content", "name", "tool_call_id", *template.written_keys]
         shown = [{name: message[name] for name in names if name in message} for message in messages]  # type: ignore[literal-required]
+        for message in shown:
+            if "tool_calls" in message:
+                message["tool_calls"] = with_arguments(message["tool_calls"], as_text=template.calls_as_text)
         shown_tools = tools if tools and "tools" in template.written_keys else None
         special = template.special_tokens_in_text
         values = [shown, shown_tools, dict(template.values)]

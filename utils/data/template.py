@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from utils.data.calls import takes_text
 from utils.data.lines import half_of_pair
 from utils.data.marks import Marks, Rendered
 from utils.data.talk import Talk
@@ -44,7 +45,8 @@ class Message(TypedDict):
         content: the text.
         train: whether an answer is learned; it is, if nothing else is said.
         reasoning_content: what an answer's author thought before.
-        tool_calls: the functions that an answer calls.
+        tool_calls: the functions that an answer calls, as OpenAI's messages have them; their arguments are JSON text
+            or objects, whatever the template takes.
         name, tool_call_id: of who speaks, and of the call that a "tool" answers; for templates that write them.
     """
 
@@ -271,6 +273,11 @@ class JinjaTemplate(ChatTemplate):
         from utils.data.jinja import names_in
 
         return names_in(self.text) & {"tools", "tool_calls", "reasoning_content"}
+
+    @cached_property
+    def calls_as_text(self) -> bool:
+        """See `takes_text`."""
+        return takes_text(self.compiled, self.origin)
 
     def _example(self, tokenizer: Tokenizer) -> tuple[str, str]:
         """The text of a short question, and that with its answer."""

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
 
 from utils.data.encode import encode_source
 from utils.data.template import OPENED, ChatTemplate, JinjaTemplate, Message, Tools
@@ -18,7 +14,6 @@ from utils.serving.openai.schema import ChatMessage, Generation, Part, Templated
 
 OWN_VALUES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"}
 OWN_ROLES = {"developer": "system"}
-ARGUMENTS_AS_JSON = re.compile(r"arguments\s*\|\s*tojson")
 SHOWN_TOKENS = 8  # of a prompt, where its end is looked at
 
 
@@ -113,10 +108,6 @@ class Asked:
         if tools and "tools" not in known:
             raise ApiError(400, "tools: the chat template of this model does not know tools", param="tools")
         self.messages = [_message(one, f"messages.{place}", known) for place, one in enumerate(messages)]
-        as_objects = isinstance(self.template, JinjaTemplate) and ARGUMENTS_AS_JSON.search(self.template.text)
-        for message in self.messages:
-            if "tool_calls" in message:
-                message["tool_calls"] = [_call(call, bool(as_objects)) for call in message["tool_calls"]]
         self._check_order()
 
     def ids(self, cut_to: int | None) -> list[int]:
@@ -189,7 +180,9 @@ def _message(given: ChatMessage, place: str, known: frozenset[str]) -> Message:
         if "tool_calls" not in known:
             text = f"{place}.tool_calls: the chat template of this model does not know calls of functions"
             raise ApiError(400, text, param=f"{place}.tool_calls")
-        message["tool_calls"] = [call.model_dump(exclude_unset=True) for call in given.tool_calls]
+        message["tool_calls"] = [
+            {"type": "function", **call.model_dump(exclude_unset=True)} for call in given.tool_calls
+        ]
     if given.role == "tool" and not known & {"tools", "tool_calls"}:
         text = f"{place}.role: the chat template of this model does not know the role tool"
         raise ApiError(400, text, param=f"{place}.role")
@@ -220,18 +213,6 @@ def _text(content: str | list[Part] | None, place: str) -> str:
             raise ApiError(400, f"{field}.{part.type}: is missing", param=f"{field}.{part.type}")
         texts.append(text)
     return "".join(texts)
-
-
-def _call(call: Mapping[str, Any], as_object: bool) -> dict[str, Any]:
-    """A call of an earlier answer; its arguments as an object if the template itself makes JSON of them."""
-    function = dict(call["function"])
-    arguments = function["arguments"]
-    if as_object and isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):  # what a model has written is shown to it as it is
-            function["arguments"] = json.loads(arguments or "{}")
-    elif not as_object and not isinstance(arguments, str):
-        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return {"type": "function", **call, "function": function}
 
 
 def end_ids(prepared: Prepared, request: Generation) -> frozenset[int]:

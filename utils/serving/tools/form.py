@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.data.template import ChatTemplate, Message, Tools
+from utils.data.calls import IDS, KEY, NAMES, VALUE, example_calls, example_tools
+from utils.data.template import ChatTemplate, Message
 from utils.errors import UserError
 from utils.inference.grammar import Grammar
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
 
-NAMES = ("zqfirstqz", "zqsecondqz")
-KEY, VALUE = "zqkeyqz", "zqvalueqz"
-IDS = ("zq7first9", "zq7secnd9")  # nine letters and digits, as some templates insist
 ID = "\0"  # stands for the id of a call in the parts of a form
 MOST_CALLS = 16  # of an answer that must call
 NAME_KEY = re.compile(r'"(\w+)"\s*:\s*"\Z')
@@ -40,7 +38,6 @@ class CallForm:
         between: None if an answer has one call at most.
         special: the special tokens of these parts, text to id; decoded answers do not show them.
         name_key, arguments_key: of the JSON object that a call is, if it is one.
-        as_objects: whether the template takes the arguments of earlier calls as objects; else as JSON text.
     """
 
     before: str
@@ -50,7 +47,6 @@ class CallForm:
     special: Mapping[str, int]
     name_key: str | None
     arguments_key: str | None
-    as_objects: bool
 
     @property
     def is_json(self) -> bool:
@@ -107,54 +103,29 @@ def form_of(template: ChatTemplate, tokenizer: Tokenizer) -> CallForm | None:
     """How a template writes calls; None if it does not, or in no form that is understood."""
     if not {"tools", "tool_calls"} <= template.known_keys(tokenizer):
         return None
-    for as_objects in (True, False):
-        one = _example(template, tokenizer, 1, as_objects)
-        if one is None or (cut := _cut(one, 1)) is None:
-            continue
-        before, middle, _, after = cut
-        between = None
-        two = _example(template, tokenizer, 2, as_objects)
-        several = None if two is None else _cut(two, 2)
-        if several is not None and (several[0], several[1], several[3]) == (before, middle, after):
-            between = several[2]
-        name, arguments = NAME_KEY.search(before), ARGUMENTS_KEY.search(middle)
-        written = before + middle + (between or "") + after
-        hidden = tokenizer.special_ids
-        special = {token: place for token, place in tokenizer.written_special.items() if place in hidden}
-        return CallForm(
-            before,
-            middle,
-            between,
-            after,
-            {token: place for token, place in special.items() if token in written},
-            name and name[1],
-            arguments and arguments[1],
-            as_objects,
-        )
-    return None
+    one = _example(template, tokenizer, 1)
+    if one is None or (cut := _cut(one, 1)) is None:
+        return None
+    before, middle, _, after = cut
+    between = None
+    two = _example(template, tokenizer, 2)
+    several = None if two is None else _cut(two, 2)
+    if several is not None and (several[0], several[1], several[3]) == (before, middle, after):
+        between = several[2]
+    name, arguments = NAME_KEY.search(before), ARGUMENTS_KEY.search(middle)
+    written = before + middle + (between or "") + after
+    special = {token: place for token, place in tokenizer.written_special.items() if token in written}
+    return CallForm(before, middle, between, after, special, name and name[1], arguments and arguments[1])
 
 
-def _example(template: ChatTemplate, tokenizer: Tokenizer, count: int, as_objects: bool) -> str | None:
+def _example(template: ChatTemplate, tokenizer: Tokenizer, count: int) -> str | None:
     """What a template writes for an answer with so many calls, without the token that ends it; None if it refuses."""
-    arguments = {KEY: VALUE}
-    calls = [
-        {
-            "id": IDS[place],
-            "type": "function",
-            "function": {"name": NAMES[place], "arguments": arguments if as_objects else json.dumps(arguments)},
-        }
-        for place in range(count)
-    ]
-    parameters = {"type": "object", "properties": {KEY: {"type": "string"}}, "required": [KEY]}
-    tools: Tools = [
-        {"type": "function", "function": {"name": name, "description": "a", "parameters": parameters}} for name in NAMES
-    ]
     messages: list[Message] = [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": "", "tool_calls": example_calls(count)},
     ]
     try:
-        rounds, _ = template.rounds(tokenizer, messages, tools)
+        rounds, _ = template.rounds(tokenizer, messages, example_tools())
     except UserError:
         return None
     return REASONING.sub("", tokenizer.decode(rounds[-1].answer[:-1], skip_special=False))
