@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from utils.checkpoints import embedded
 from utils.data.rows import read_rows
+from utils.data.template import Message
 from utils.inference.export import export
 from utils.inference.loading import load, prepare
 from utils.inference.sampling import SamplingOptions
@@ -66,6 +68,26 @@ def test_static(inference_model: bool, prompts: list[list[int]], wanted: Answers
     export(prepared, folder, device="cpu", verify=lambda *_: None)  # comparing is what this test does
     (found,) = answers(folder, prompts, (8,), mode="static", inference_model=inference_model)
     assert found == wanted
+
+
+def test_the_next_turn_of_a_chat_reads_its_new_tokens() -> None:
+    """Through the model's own template, which ends an answer as the model has ended it."""
+    prepared = prepare(embedded.NAME, device="cpu", dtype="float32", inference_model=True)
+    generator, options = load(prepared, "cpu"), SamplingOptions(max_new_tokens=24)
+    chat: list[Message] = [{"role": "system", "content": "Answer in one short sentence."}]
+    kept: list[int] = []
+    with closing(generator.scheduler(2, 512, 2**26)) as scheduler:
+        for question in ("What is the capital of France?", "And of Italy?", "Which of them is larger?"):
+            chat.append({"role": "user", "content": question})
+            prompt, _ = prepared.encode(chat, 1000)
+            scheduler.submit(prompt, options)
+            answer = None
+            while answer is None:
+                answer = next((event.completion for event in scheduler.step() if event.completion), None)
+            assert answer.finish_reason == "stop" and answer.tokens == generator.generate([prompt], options)[0].tokens
+            assert prompt[: len(kept)] == kept and answer.cached_tokens == len(kept)
+            kept = [*prompt, *answer.tokens[:-1]]
+            chat.append({"role": "assistant", "content": answer.text})
 
 
 @pytest.fixture
