@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from serving_processes import READY_SECONDS, Running, processes, server, until
+from serving_processes import READY_SECONDS, Running, free_port, processes, server, until
 from tiny_models import write_tiny_llama
 
 from utils.inference.sampling import SamplingOptions
+from utils.serving import supervisor
 from utils.serving.client import Answering, ModelClient
 from utils.serving.errors import ApiError
 from utils.serving.protocol import Job, Update
 from utils.serving.settings import ModelSettings
+from utils.serving.supervisor import GOOD_WHILE, MOST_FAILURES, MOST_FAILURES_TO_START, Failures
 
 LONG = SamplingOptions(max_new_tokens=3000, min_new_tokens=3000)
 SHORT = SamplingOptions(max_new_tokens=12, min_new_tokens=12)
@@ -329,3 +332,66 @@ def test_killed_processes(model: Path, tmp_path: Path) -> None:
             running.process.kill()
             running.process.wait()
             running.gone()
+
+
+def test_a_model_that_cannot_be_kept_alive(model: Path, tmp_path: Path) -> None:
+    with server(tmp_path, "--model_name_or_path", model, wait=False) as running:
+        killed: set[int] = set()
+
+        def kill_the_next() -> bool:
+            found = {n for n, line in processes(running.mark).items() if "utils.serving.worker" in line} - killed
+            for number in found:
+                os.kill(number, signal.SIGKILL)
+            killed.update(found)
+            return running.process.poll() is not None
+
+        until(kill_the_next, READY_SECONDS)
+        assert running.process.wait() == 1 and len(killed) == MOST_FAILURES_TO_START
+        assert running.said.count("starting it again in") == MOST_FAILURES_TO_START - 1
+        assert "was killed, perhaps because memory was short, 3 times in a row; the server ends" in running.said
+        assert "Traceback" not in running.said
+        running.gone()
+
+
+def test_pauses_grow_and_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    failures = Failures()
+    pauses = []
+    for _ in range(MOST_FAILURES):
+        failures.ready()
+        now += 10
+        assert not failures.enough
+        failures.add(-signal.SIGKILL)
+        pauses.append(failures.pause)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30] and failures.enough
+    failures.ready()
+    now += GOOD_WHILE + 1
+    failures.add(1)
+    assert (failures.count, failures.pause, failures.how) == (1, 0.5, "ended with exit code 1")
+    assert not failures.enough
+
+
+@pytest.mark.slow
+def test_the_page_is_kept_alive_and_ends_with_the_server(model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    with serving(model, tmp_path, "--port", port, "--title", "A test") as running:
+
+        def page() -> list[int]:
+            return [n for n, line in processes(running.mark).items() if "utils.serving.page" in line]
+
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as response:
+                    return b"A test" in response.read()
+            except OSError:
+                return False
+
+        assert f"page: http://127.0.0.1:{port} " in running.said
+        until(answers, READY_SECONDS)
+        (first_page,) = page()
+        os.kill(first_page, signal.SIGKILL)
+        until(lambda: page() not in ([], [first_page]) and answers(), READY_SECONDS)
+        running.process.kill()
+        running.process.wait()
+        running.gone()
