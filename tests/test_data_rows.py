@@ -103,7 +103,12 @@ def test_a_json_array_is_read_too(tmp_path: Path) -> None:
         ({"src": ["a", "b"], "tgt": ["c", "\n"]}, "the answer .* of round 2 is blank"),
         ({"src": [], "tgt": []}, '"src" is an empty list'),
         ({"messages": []}, "an empty one"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r'"messages\[0\].role" must be one of'),
+        ({"messages": [{"role": "critic", "content": "a"}]}, r'"messages\[0\].role" must be one of'),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "turn 1 must be the user's, found the tool's"),
+        (
+            {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant", "tool", "assistant")]},
+            "turn 3 must be the user's, found the tool's .* follows an answer with tool_calls",
+        ),
         ({"messages": [{"role": "user", "content": "a"}]}, "the last turn has no answer"),
         ({"messages": [{"role": "user", "content": "a"}] * 2}, "turn 2 must be the assistant's"),
         ({"messages": [{"role": "system", "content": "a"}]}, "no question"),
@@ -138,7 +143,7 @@ def test_no_row_breaks_the_reader(raw: Any, require_answer: bool) -> None:
     except RowFault as fault:
         assert str(fault)
     else:
-        roles = [message["role"] for message in messages if message["role"] != "system"]
+        roles = [message["role"] for message in messages if message["role"] not in ("system", "tool")]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
         assert roles and not (require_answer and len(roles) % 2)
 

@@ -122,7 +122,11 @@ def note_ignored(row: Row, tokenizer: Tokenizer, template: ChatTemplate, report:
         report.note(what, row.place)
     said = {"tools"} if row.tools else set[str]()
     said |= {key for message in row.messages for key in ("tool_calls", "reasoning_content") if key in message}
-    unused = said - template.known_keys(tokenizer) if said else set[str]()
+    results = any(message["role"] == "tool" for message in row.messages)
+    known = template.known_keys(tokenizer) if said or results else frozenset[str]()
+    if results and not known & {"tools", "tool_calls"}:
+        raise UserError("a turn of a tool, which the chat template does not write; use one that knows tools")
+    unused = said - known
     if "tool_calls" in unused and any("tool_calls" in one and not one["content"].strip() for one in row.messages):
         raise UserError(
             "an answer is blank but for tool_calls, which the chat template does not write; "

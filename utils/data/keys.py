@@ -146,9 +146,9 @@ def ignored_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _ignored_of_turn(turn: Mapping[str, Any], form: str) -> Iterator[str]:
     who, what = ("role", "content") if form == "messages" else ("from", "value")
-    answers = turn[who] not in ("system", "developer", "user", "human")
-    of_answers = {"tool_calls", "reasoning_content"} if answers else set[str]()
-    for name in _left_out(turn, {who, what, *LEARN_KEYS, *of_answers}, f"{form}."):
+    answers = turn[who] not in ("system", "developer", "user", "human", "tool")
+    more = ("name", "tool_call_id") if turn[who] == "tool" else ("tool_calls", "reasoning_content") if answers else ()
+    for name in _left_out(turn, {who, what, *LEARN_KEYS, *more}, f"{form}."):
         yield f'"{name}" ignored'
     for key in LEARN_KEYS:
         if answers and _between(turn.get(key)):

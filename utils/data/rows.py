@@ -47,7 +47,9 @@ ROLES = {
     "bot": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "tool": "tool",
 }
+_MAY_FOLLOW = {None: {"user"}, "user": {"assistant"}, "assistant": {"user"}, "tool": {"assistant", "tool"}}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Row:
     """One conversation of a dataset.
 
     Attributes:
-        messages: an optional system message, then user and assistant in turn.
+        messages: an optional system message, then user and assistant in turn; behind an answer that calls functions
+            what these give.
         file, line: where it stands (the line, counted from 1, where the row begins).
         raw: the row as written.
         tools: the functions that it offers, or None.
@@ -176,6 +179,10 @@ def _from_turns(raw: dict[str, Any], key: str, who: str, what: str) -> list[Mess
         message: Message = {"role": ROLES[role], "content": text(content, f"{name}.{what}")}
         if message["role"] == "assistant":
             _add_to_answer(message, turn, name)
+        elif message["role"] == "tool":
+            for mark in ("name", "tool_call_id"):
+                if turn.get(mark):
+                    message[mark] = text(turn[mark], f"{name}.{mark}")
         messages.append(message)
     return messages
 
@@ -213,24 +220,32 @@ def _from_alpaca(raw: dict[str, Any]) -> list[Message]:
 
 
 def _check_turns(messages: Sequence[Message], require_answer: bool) -> None:
-    """System first, then user and assistant in turn, none of them blank; an answer may only call functions."""
+    """System first, then user and assistant in turn, none of them blank; an answer may only call functions, and what
+    these give may follow it."""
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
         turns.pop(0)
+    before: Message | None = None
+    rounds = 0
     for number, message in enumerate(turns):
-        expected = "assistant" if number % 2 else "user"
-        if message["role"] != expected:
+        role = message["role"]
+        calls = before is not None and bool(before.get("tool_calls"))
+        if role not in _MAY_FOLLOW[before and before["role"]] and not (role == "tool" and calls):
+            expected = "user" if before is None or before["role"] == "assistant" else "assistant"
+            also = "; a tool's turn follows an answer with tool_calls" if role == "tool" else ""
             raise RowFault(
-                f"turn {number + 1} must be the {expected}'s, found the {message['role']}'s "
-                "(an optional system message, then user and assistant in turn)"
+                f"turn {number + 1} must be the {expected}'s, found the {role}'s "
+                f"(an optional system message, then user and assistant in turn{also})"
             )
-        needed = require_answer or expected == "user" or number + 1 < len(turns)
+        rounds += role == "user"
+        needed = role != "tool" and (require_answer or role == "user" or number + 1 < len(turns))
         if needed and not message["content"].strip() and "tool_calls" not in message:
-            what = 'the answer ("tgt")' if expected == "assistant" else 'the question ("src")'
-            raise RowFault(f"{what} of round {number // 2 + 1} is blank")
-    if not turns:
+            what = 'the answer ("tgt")' if role == "assistant" else 'the question ("src")'
+            raise RowFault(f"{what} of round {rounds} is blank")
+        before = message
+    if before is None:
         raise RowFault("no question in it")
-    if require_answer and turns[-1]["role"] != "assistant":
+    if require_answer and before["role"] != "assistant":
         raise RowFault('the last turn has no answer (for src/tgt rows: "tgt")')
 
 
