@@ -69,7 +69,7 @@ def test_short_prompts_take_turns_with_long_ones() -> None:
     while scheduler.busy:
         complete.append([names[event.request] for event in scheduler.step() if event.completion])
     assert [tokens for _, tokens in engine.calls] == [
-        [12, 14],  # as much as fits in 30
+        [14, 12],  # as much as fits in 30
         [30],  # of the long one
         [9],  # the next does not fit beside it
         [30],
@@ -80,4 +80,4 @@ def test_short_prompts_take_turns_with_long_ones() -> None:
         *[[30]] * 4,
         [20],
     ]
-    assert [one for one in complete if one] == [["a", "b"], ["c"], ["d"], ["e", "long"], ["longer"]]
+    assert [one for one in complete if one] == [["b", "a"], ["c"], ["d"], ["e", "long"], ["longer"]]

@@ -318,3 +318,18 @@ def test_a_copied_stream_goes_on_alone(text: str, at: int) -> None:
         whole.push(number)
     stream.finish(), whole.finish()
     assert stream.text == whole.text == text.split("ab")[0]
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000, 5000])
+def test_a_draw_is_the_place_in_the_running_sum(size: int) -> None:
+    random = np.random.default_rng(size)
+    for _ in range(50):
+        weights = np.exp(random.normal(0, 3, size)) * (random.random(size) < 0.6)
+        weights[random.integers(size)] = 1.0
+        ids = np.arange(size) + 7
+        for uniform in (*random.random(4), 0.0, 1 - 2**-53):
+            found = draw(ids, weights, float(uniform)) - 7
+            mass = np.cumsum(weights)
+            assert weights[found] > 0  # never a token that cannot be
+            assert mass[found] - weights[found] <= uniform * mass[-1] * (1 + 1e-12)
+            assert mass[found] >= uniform * mass[-1] * (1 - 1e-12)

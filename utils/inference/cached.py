@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +15,10 @@ from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
-from utils.inference.engine import Engine, Kept, Logits, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, alike, unused_slots
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _FEW = 16  # new tokens of a row: of an answer, and guessed ones
-_ALIKE = 0.75  # prompts are read together where padding fills less than a quarter
 
 
 class Program(Protocol):
@@ -27,9 +26,11 @@ class Program(Protocol):
 
     Attributes:
         heads_first: the layout of its cache, see `Cache`.
+        embeds: whether `states` works.
     """
 
     heads_first: bool
+    embeds: bool
 
     def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         """As `utils.inference.decoder.Decoder.forward`: writes into the cache, returns logits.
@@ -37,6 +38,9 @@ class Program(Protocol):
         Args:
             inputs: all that a model may need, by name.
         """
+
+    def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """The same, but the hidden states [n, hidden] that the head would turn into logits."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class CachedEngine(Engine):
         """
         shape = family.shape(config)
         self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
-        self.shares_heads = family.shares_heads(config)
+        self.shares_heads, self.embeds = family.shares_heads(config), program.embeds
         self._family, self._config, self._program = family, config, program
         self._window = family.window(config)
         self._prefix = prefix
@@ -91,7 +95,7 @@ class CachedEngine(Engine):
         before = len(self._rows)
         self.cache.reserve(before + len(new), self._before)
         try:
-            for group in _alike([len(prompt) for prompt in prompts]):
+            for group in alike([len(prompt) for prompt in prompts], CHUNK):
                 rows = [new[number] for number in group]
                 found.update(zip(group, self._read(rows), strict=True))
         except BaseException:  # also an interrupt: nothing was opened
@@ -101,14 +105,17 @@ class CachedEngine(Engine):
 
     def _read(self, rows: list[_Row]) -> list[Tensor]:
         """Reads the prompts of new rows, which are added; the last logits [1, vocabulary] of each."""
+        first = self._add(rows)
+        return self._feed(rows, first, [row.text.ids for row in rows], _step_of(rows))
+
+    def _add(self, rows: list[_Row]) -> int:
+        """Adds rows of which nothing but the prefix is in the cache; returns the place of the first."""
         first = len(self._rows)
-        longest = max(len(row.text.ids) for row in rows)
         self._rows += rows
         if self._prefix is not None:
             for number in range(first, first + len(rows)):
                 self.cache.put(number, 0, [self._prefix])
-        step = longest if any(row.text.context for row in rows) else CHUNK
-        return self._feed(rows, first, [row.text.ids for row in rows], step)
+        return first
 
     def _feed(self, rows: list[_Row], first: int, texts: Sequence[Sequence[int]], step: int) -> list[Tensor]:
         """Computes texts piece by piece; the last logits [1, vocabulary] of each."""
@@ -127,14 +134,8 @@ class CachedEngine(Engine):
     @paddle.no_grad()
     def advance(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], *, last: bool = False) -> Logits:
         wanted = dict(zip(slots, tokens, strict=True))
-        # the rows that advance must be the first ones: the others change places with them
-        place = 0
-        for number, row in enumerate(self._rows):
-            if row.slot in wanted:
-                if number != place:
-                    self._swap(number, place)
-                place += 1
-        rows = self._rows[:place]
+        first = self._together(wanted)
+        rows = self._rows[first : first + len(wanted)]
         before = [(row.text, row.length) for row in rows]
         try:
             for row in rows:
@@ -142,9 +143,9 @@ class CachedEngine(Engine):
                 row.text.append(wanted[row.slot])
             parts = [list(wanted[row.slot]) for row in rows]
             if last:
-                values = paddle.concat(self._feed(rows, 0, parts, CHUNK))
+                values = paddle.concat(self._feed(rows, first, parts, CHUNK))
             else:
-                values = self._step(rows, 0, parts, [range(len(part)) for part in parts])
+                values = self._step(rows, first, parts, [range(len(part)) for part in parts])
         except BaseException:  # also an interrupt: nothing was advanced
             for row, state in zip(rows, before, strict=True):
                 row.text, row.length = state
@@ -155,6 +156,44 @@ class CachedEngine(Engine):
         if order != list(range(len(order))):
             values = values.index_select(paddle.to_tensor(order, dtype="int64"))
         return Logits(values)
+
+    @paddle.no_grad()
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        found: dict[int, NDArray[np.float32]] = {}
+        before = len(self._rows)
+        for group in alike([len(prompt) for prompt in prompts], CHUNK):
+            rows = [_Row(-1, self._family.text(self._config, prompts[number])) for number in group]
+            self.cache.reserve(before + len(rows), self._before + max(len(row.text.ids) for row in rows))
+            try:
+                found.update(zip(group, self._means(rows, self._add(rows)), strict=True))
+            finally:
+                del self._rows[before:]
+        self._shrink()
+        return np.stack([found[number] for number in range(len(prompts))])
+
+    def _means(self, rows: list[_Row], first: int) -> list[NDArray[np.float32]]:
+        """Reads texts; the mean of the hidden states of each."""
+        sums: list[Any] = [0.0] * len(rows)
+        step = _step_of(rows)
+        for start in range(0, max(len(row.text.ids) for row in rows), step):
+            parts = [row.text.ids[start : start + step] for row in rows]
+            states = self._step(rows, first, parts, [range(len(part)) for part in parts], self._program.states)
+            values, ends = states.astype("float32").numpy(), np.cumsum([len(part) for part in parts])
+            for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
+                sums[number] = sums[number] + values[end - len(part) : end].sum(axis=0)
+        return [total / np.float32(len(row.text.ids)) for total, row in zip(sums, rows, strict=True)]
+
+    def _together(self, slots: Container[int]) -> int:
+        """Makes the rows of these slots follow one another, with as few exchanges as can be; the first one's place."""
+        named = [row.slot in slots for row in self._rows]
+        count = sum(named)
+        first = max(range(len(named) - count + 1), key=lambda start: sum(named[start : start + count]))
+        places = range(first, first + count)
+        away = [number for number, is_named in enumerate(named) if is_named and number not in places]
+        others = [number for number in places if not named[number]]
+        for one, other in zip(away, others, strict=True):
+            self._swap(one, other)
+        return first
 
     def rewind(self, slot: int, count: int) -> None:
         row = self._rows[self._find(slot)]
@@ -209,6 +248,10 @@ class CachedEngine(Engine):
                 self.cache.copy_row(len(self._rows) - 1, number)
             *rest, last = self._rows
             self._rows = [*rest[:number], last, *rest[number + 1 :]] if number < len(rest) else rest
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Gives back memory that no row needs."""
         if self._rows:
             self.cache.shrink(self._before + max(row.length for row in self._rows))
         else:
@@ -237,6 +280,7 @@ class CachedEngine(Engine):
         first: int,
         parts: Sequence[Sequence[int]],
         wanted: Sequence[Sequence[int] | range],
+        compute: Callable[[Mapping[str, Tensor], Sequence[Tensor]], Tensor] | None = None,
     ) -> Tensor:
         """Computes new tokens of consecutive rows.
 
@@ -244,6 +288,7 @@ class CachedEngine(Engine):
             first: the place of the first of them in the cache.
             parts: the new tokens of each row; they are in its text already.
             wanted: the tokens of each part whose logits are returned, one after another.
+            compute: what gives something else of these tokens; None is the program itself.
         """
         batch, length = len(rows), max(map(len, parts))
         counts = [len(part) for part in parts]
@@ -277,10 +322,10 @@ class CachedEngine(Engine):
             "stretch": where.stretch,
             "chosen": paddle.to_tensor(chosen, dtype="int64"),
         }
-        logits = self._program(inputs, self.cache.tensors(batch, first))
+        found = (compute or self._program)(inputs, self.cache.tensors(batch, first))
         for row, number in zip(rows, counts, strict=True):
             row.length += number
-        return logits
+        return found
 
     def _make_room(self, places: int, new: int) -> None:
         """Room for so many places of every row, the last `new` of which come now.
@@ -304,13 +349,6 @@ class CachedEngine(Engine):
         return np.where(place < ends[:, None], place - self._before, NOWHERE)
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups of prompts that are read together: of similar lengths, no more than `CHUNK` tokens in all."""
-    groups: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        group = groups[-1] if groups else []
-        if group and lengths[number] >= _ALIKE * lengths[group[0]] and (len(group) + 1) * lengths[group[0]] <= CHUNK:
-            group.append(number)
-        else:
-            groups.append([number])
-    return groups
+def _step_of(rows: Sequence[_Row]) -> int:
+    """How many tokens of new texts are read at a time: all, where the whole prompt decides what its tokens mean."""
+    return max(len(row.text.ids) for row in rows) if any(row.text.context for row in rows) else CHUNK

@@ -141,6 +141,11 @@ class Decoder(nn.Layer):
 
     @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
     def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        head = self.embedding if self.architecture.head is None else self.head
+        return head(self.states(given, cache))
+
+    def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """As `forward`, but what the head would turn into logits: [n, hidden]."""
         architecture, shape = self.architecture, self.architecture.shape
         length = given["ids"].shape[1]
         is_open = length < 0  # in a static program
@@ -165,8 +170,7 @@ class Decoder(nn.Layer):
             hidden = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *runs) if is_open else runs[0]()
         for operator in self.before_head:
             hidden = operator(hidden)
-        head = self.embedding if architecture.head is None else self.head
-        return head(hidden)
+        return hidden
 
     def _layers(
         self,

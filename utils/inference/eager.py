@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.engine import Engine, Kept, Logits, Prefix, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, Prefix, alike, unused_slots
 from utils.kernels.split import gathered
 
+_EMBEDDED = 512  # tokens of several texts that are embedded together: bounds the memory of scores
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
 
 
@@ -72,6 +74,8 @@ def _filled(tensor: paddle.Tensor, width: int) -> paddle.Tensor:
 
 class EagerEngine(Engine):
     """PaddleNLP's model as it is, whose Linears may be LoRA layers, in evaluation mode."""
+
+    embeds = True
 
     def __init__(
         self,
@@ -204,6 +208,17 @@ class EagerEngine(Engine):
             return _Rows(slots, np.zeros((len(slots), 0), dtype=np.int64), None)
         before = np.arange(-self._prefix.length, 0, dtype=np.int64)
         return _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
+
+    @paddle.no_grad()
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        found: dict[int, NDArray[np.float32]] = {}
+        for group in alike([len(prompt) for prompt in prompts], _EMBEDDED):
+            texts = [self._family.text(self._config, prompts[number]) for number in group]
+            counts = [len(text.ids) for text in texts]
+            hidden = self._forward(self._empty(group), texts, [text.positions() for text in texts], counts)
+            values = hidden.astype("float32").numpy()
+            found.update((number, values[row, : counts[row]].mean(axis=0)) for row, number in enumerate(group))
+        return np.stack([found[number] for number in range(len(prompts))])
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:

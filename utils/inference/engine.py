@@ -12,7 +12,10 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from utils.errors import UserError
 from utils.families import Layers
+
+_ALIKE = 0.75  # texts are read together where padding fills less than a quarter
 
 
 class Logits:
@@ -39,6 +42,18 @@ class Logits:
         if len(rows) == self._values.shape[0] and list(rows) == list(range(len(rows))):
             return self
         return Logits(self._values.index_select(paddle.to_tensor(list(rows), dtype="int64")))
+
+
+def alike(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Groups of texts that are read together: of similar lengths, no more than `most` tokens in all."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        group = groups[-1] if groups else []
+        if group and lengths[number] >= _ALIKE * lengths[group[0]] and (len(group) + 1) * lengths[group[0]] <= most:
+            group.append(number)
+        else:
+            groups.append([number])
+    return groups
 
 
 def unused_slots(used: Container[int], number: int) -> list[int]:
@@ -79,11 +94,38 @@ class Engine(ABC):
         max_positions: most tokens (prompt and answer) of one text; None has no limit.
         shares_heads: whether texts that begin alike may be opened as copies of one slot. Not so where
             the whole prompt decides what its beginning means (prefix language models).
+        embeds: whether `embed` works.
     """
 
     vocabulary: int
     max_positions: int | None
     shares_heads: bool
+    embeds = False
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """A vector of each prompt: the mean over its tokens of the last hidden state, which the head would turn into
+        logits. Slots stay as they are.
+
+        Returns:
+            [prompts, hidden].
+
+        Raises:
+            UserError: a prompt that is empty, too long or of unknown ids; an engine that does not embed.
+        """
+        if not self.embeds:
+            raise UserError("this model gives no embeddings: an exported program computes logits alone")
+        limit = self.max_positions
+        for prompt in prompts:
+            if not len(prompt) or (limit is not None and len(prompt) > limit):
+                most = "any number of" if limit is None else f"at most {limit}"
+                raise UserError(f"a text to embed has {len(prompt)} tokens: expected at least 1 and {most}")
+            if not 0 <= min(prompt) <= max(prompt) < self.vocabulary:
+                raise UserError(f"a text to embed has token ids outside the model's vocabulary of {self.vocabulary}")
+        return self._embed(prompts)
+
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """What `embed` returns, where `embeds` is true."""
+        raise NotImplementedError
 
     @abstractmethod
     def open(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Logits]:

@@ -60,6 +60,18 @@ class LibraryProgram(nn.Layer):
 
     @paddle.jit.not_to_static  # traced as it runs: there is no control flow over tensors here
     def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
+        states, written = self._states(given, cache)
+        logits = self.family.logits(self.model, states)
+        if self.vocabulary_group is not None:
+            logits = gathered(logits, self.vocabulary_group)
+        return [logits, *written]
+
+    def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """As `utils.inference.decoder.Decoder.states`."""
+        return self._states(given, cache)[0]
+
+    def _states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """(hidden states of the chosen tokens, the cache)."""
         targets = given["targets"]
         before = _size(given["visible"], 3) - _size(targets, 1)  # places of what came before
         keys, visible = _joined(given.get("keys"), given["visible"], targets, before)
@@ -70,12 +82,9 @@ class LibraryProgram(nn.Layer):
         layers: Layers = list(zip(past[::2], past[1::2], strict=True))
         hidden, layers = self.family.decode(self.model, given["ids"], known, layers)
         states = paddle.index_select(hidden.reshape([-1, hidden.shape[-1]]), given["chosen"])
-        logits = self.family.logits(self.model, states)
-        if self.vocabulary_group is not None:
-            logits = gathered(logits, self.vocabulary_group)
         new = [paddle.slice(tensor, [1], middle, end) for layer in layers for tensor in layer]
         store = Targets.at(targets, cache[0], heads_first=False)
-        return [logits, *(store.write(*pair) for pair in zip(cache, new, strict=True))]
+        return states, [store.write(*pair) for pair in zip(cache, new, strict=True)]
 
 
 def _size(x: Tensor, axis: int) -> Any:

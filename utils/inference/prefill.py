@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from utils.inference.engine import Logits
+from utils.inference.engine import Logits, alike
 from utils.inference.heads import WINDOW, Head, Heads
 from utils.inference.kept import KeptHeads
 from utils.inference.request import Request, alternatives
@@ -200,18 +200,25 @@ class Prefill:
         plain = [reading for reading in picked if not reading.wants_logprobs]
         new = [reading for reading in plain if reading.slot is None]
         begun = [reading for reading in plain if reading.slot is not None]
-        if new:
-            slots, logits = self._slots.open([self._part(reading) for reading in new])
-            for reading, slot in zip(new, slots, strict=True):
+        for group in self._groups(new):
+            slots, logits = self._slots.open([self._part(reading) for reading in group])
+            for reading, slot in zip(group, slots, strict=True):
                 reading.slot = slot
-            yield from self._advanced(new, logits)
-        if begun:
-            slots = [reading.slot for reading in begun if reading.slot is not None]
-            logits = self._slots.advance(slots, [self._part(reading) for reading in begun], last=True)
-            yield from self._advanced(begun, logits)
+            yield from self._advanced(group, logits)
+        for group in self._groups(begun):
+            slots = [reading.slot for reading in group if reading.slot is not None]
+            logits = self._slots.advance(slots, [self._part(reading) for reading in group], last=True)
+            yield from self._advanced(group, logits)
         for reading in picked:
             if reading.wants_logprobs:
                 yield from self._advanced([reading], self._with_logprobs(reading))
+
+    def _groups(self, readings: Sequence[_Reading]) -> list[list[_Reading]]:
+        """Those that are read by one forward: in small steps padding counts."""
+        if self._chunk is None:
+            return [list(readings)] if readings else []
+        groups = alike([self._size(reading) for reading in readings], self._chunk)
+        return [[readings[number] for number in group] for group in groups]
 
     def _part(self, reading: _Reading) -> Sequence[int]:
         return reading.tokens[reading.done : self._end(reading)]

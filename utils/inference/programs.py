@@ -25,8 +25,13 @@ _PORTIONS = {2: 1.0, 1: 0.25}
 class DynamicProgram:
     """The inference model, or the library's as `LibraryProgram`, operator by operator."""
 
+    embeds = True
+
     def __init__(self, decoder: Decoder | LibraryProgram) -> None:
         self._decoder, self.heads_first = decoder, decoder.heads_first
+
+    def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        return self._decoder.states({name: inputs[name] for name in self._decoder.inputs}, cache)
 
     def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         logits: Tensor = self._decoder([inputs[name] for name in self._decoder.inputs], cache)[0]
@@ -34,7 +39,9 @@ class DynamicProgram:
 
 
 class StaticProgram:
-    """An exported program, run by Paddle's own inference library."""
+    """An exported program, run by Paddle's own inference library. Logits are all that it computes."""
+
+    embeds = False
 
     def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
         from paddle import inference
@@ -90,3 +97,6 @@ class StaticProgram:
         self._held = cache
         self._predictor.run()
         return paddle.to_tensor(self._logits.copy_to_cpu())
+
+    def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        raise NotImplementedError

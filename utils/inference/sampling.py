@@ -26,6 +26,7 @@ Alternatives = tuple[tuple[int, float], ...]  # tokens at one place, the likelie
 # top-p looks at this many of the likeliest tokens, then at 8 times as many, and so on, before it sorts
 # the whole vocabulary.
 TOP_P_HEAD = 1024
+DRAW_BLOCK = 256
 MOST_TOP_LOGPROBS = 20
 
 
@@ -216,8 +217,11 @@ def filtered_probabilities(scores: Floats, options: SamplingOptions) -> tuple[Id
     """
     scores = (scores - scores.max()) / options.temperature
     lowest_score = max(top_k_threshold(scores, options.top_k), float(np.finfo(np.float64).min))
-    ids = np.flatnonzero(scores >= lowest_score)
-    probabilities = softmax(scores[ids])
+    if scores.min() >= lowest_score:  # all stay: taking them one by one takes as long as the rest
+        ids, probabilities = np.arange(scores.size), softmax(scores)
+    else:
+        ids = np.flatnonzero(scores >= lowest_score)
+        probabilities = softmax(scores[ids])
     lowest = options.min_p * float(probabilities.max())
     if options.top_p < 1:
         lowest = max(lowest, top_p_threshold(probabilities, options.top_p))
@@ -234,9 +238,19 @@ def draw(ids: Ids, probabilities: Floats, uniform: float) -> int:
     `ids` are in ascending order, not by probability, so that rounding differences between batch
     sizes cannot swap two nearly equal tokens.
     """
-    mass = np.cumsum(probabilities)
-    place = int(np.searchsorted(mass, uniform * mass[-1], side="right"))
-    return int(ids[min(place, ids.size - 1)])
+    # sums of blocks, then of the one block where it is: a running sum over a vocabulary takes ten times as long
+    blocks = np.cumsum(np.add.reduceat(probabilities, np.arange(0, probabilities.size, DRAW_BLOCK)))
+    block = _first_above(blocks, uniform * blocks[-1])
+    first = block * DRAW_BLOCK
+    before = blocks[block - 1] if block else 0.0
+    mass = np.cumsum(probabilities[first : first + DRAW_BLOCK])
+    return int(ids[first + _first_above(mass, uniform * blocks[-1] - before)])
+
+
+def _first_above(mass: Floats, sought: float) -> int:
+    """The first place of a running sum above `sought`; at most the last one where it grows, whatever was rounded."""
+    place, last = np.searchsorted(mass, sought, side="right"), np.searchsorted(mass, mass[-1], side="left")
+    return int(min(place, last))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> Floats:

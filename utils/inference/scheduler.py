@@ -20,7 +20,7 @@ from utils.inference.prefill import Prefill
 from utils.inference.request import Alternatives, Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
 from utils.inference.slots import Slots
-from utils.inference.text import TextStream
+from utils.inference.text import TextStream, whole_text
 
 
 class Decoder(Protocol):
@@ -371,7 +371,7 @@ class Scheduler:
         if request.text is not None:
             text = request.text.text
         else:
-            text = self._tokenizer.decode(request.tokens[:-1] if request.ended else request.tokens)
+            text = whole_text(self._tokenizer.decode, request.tokens[:-1] if request.ended else request.tokens)
         asked = request.options
         return Completion(
             text=text,

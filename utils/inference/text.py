@@ -33,9 +33,10 @@ class TextStream:
         self._stop = tuple(stop)
         self._ids: list[int] = []
         # Tokens from _start are decoded again with each new one, since a decoder may treat the first
-        # token of a text differently (a leading space, say); those before _done are returned already.
+        # token of a text differently (a leading space, say); those before _done are returned already, as _known.
         self._start = 0
         self._done = 0
+        self._known = ""
         self._held = ""
 
     def copy(self) -> TextStream:
@@ -50,7 +51,12 @@ class TextStream:
         fresh = self._fresh()
         if not fresh or fresh.endswith(INCOMPLETE):
             return ""
-        self._start, self._done = self._done, len(self._ids)
+        last = self._decode(self._ids[self._done :])
+        if last.strip():  # decoders drop all blanks that a text begins with
+            self._start, self._known = self._done, last
+        else:
+            self._known += fresh
+        self._done = len(self._ids)
         return self._release(fresh)
 
     def finish(self) -> str:
@@ -58,15 +64,17 @@ class TextStream:
         if self.stopped:
             return ""
         rest = self._release(self._fresh())
-        self._start = self._done = len(self._ids)
+        self._start, self._done, self._known = len(self._ids), len(self._ids), ""
         rest += self._held
         self.text += self._held
         self._held = ""
         return rest
 
     def _fresh(self) -> str:
-        known = self._decode(self._ids[self._start : self._done]) if self._done > self._start else ""
-        return self._decode(self._ids[self._start :])[len(known) :]
+        text = self._decode(self._ids[self._start :])
+        if text.startswith(self._known):
+            return text[len(self._known) :]
+        return self._decode(self._ids[self._done :])  # a decoder gives up all bytes beside a wrong one
 
     def _release(self, fresh: str) -> str:
         """Moves text from the end that may belong to a stop word into `_held`; returns what is before."""
@@ -82,6 +90,18 @@ class TextStream:
             certain, self._held = text[: len(text) - keep], text[len(text) - keep :]
         self.text += certain
         return certain
+
+
+def whole_text(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> str:
+    """What a stream gives of these tokens, all at once."""
+    text = decode(ids)
+    if INCOMPLETE not in text:
+        return text
+    stream = TextStream(decode)
+    for token in ids:
+        stream.push(token)
+    stream.finish()
+    return stream.text
 
 
 def _overlap(text: str, word: str) -> int:

@@ -1,0 +1,86 @@
+"""Vectors of texts: what each engine gives beside its slots, against the training forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import paddle
+import pytest
+from family_cases import ENGINES, NAMES, Case, Maker, cached, case, random_prefix
+
+from utils.adapters.prefix import PrefixTuning
+from utils.errors import UserError
+from utils.inference import cached as cached_module
+
+TOLERANCE = 1e-4
+EMBEDDING: dict[str, Maker] = {
+    "eager": ENGINES["eager"],
+    "inference": ENGINES["inference"],
+    "plain": partial(cached, inference_model=False),
+}
+
+
+def direct(one: Case, text: Sequence[int], prefix: PrefixTuning | None = None) -> np.ndarray:
+    family = one.checkpoint.family
+    with paddle.no_grad():
+        cache = None if prefix is None else prefix.cache(1)
+        batch = {"input_ids": paddle.to_tensor([list(text)], dtype="int64")}
+        return family.forward_hidden(one.model, batch, cache).numpy()[0].mean(axis=0)
+
+
+@pytest.mark.parametrize("engine_name", EMBEDDING)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_of_what_the_head_sees(name: str, engine_name: str) -> None:
+    one = case(name)
+    engine = EMBEDDING[engine_name](one)
+    first, second = (row.tolist() for row in one.rows)
+    texts = [first, second[1:], [*first[1:], *first[1:]], second]
+    found = engine.embed(texts)
+    assert engine.embeds and found.dtype == np.float32
+    wanted = np.stack([direct(one, text) for text in texts])
+    assert np.abs(found - wanted).max() < TOLERANCE
+    assert np.abs(engine.embed(texts[2:3]) - found[2:3]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("engine_name", EMBEDDING)
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_texts_are_embedded_while_others_are_answered(
+    engine_name: str, with_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long ones piece by piece; slots stay as they are."""
+    monkeypatch.setattr(cached_module, "CHUNK", 7)
+    one = case("mistral")
+    prefix = random_prefix(one.checkpoint) if with_prefix else None
+    engine, undisturbed = (EMBEDDING[engine_name](one, prefix) for _ in range(2))
+    text = np.random.default_rng(2).integers(3, 60, 25).tolist()
+    for each in (engine, undisturbed):
+        each.open([text[:5], text[:9]])
+    found = engine.embed([text, text[:3], text[:20]])
+    wanted = [direct(one, part, prefix) for part in (text, text[:3], text[:20])]
+    assert np.abs(found - np.stack(wanted)).max() < TOLERANCE
+    after, expected = (each.advance([0, 1], [text[5:8], text[9:10]]).numpy() for each in (engine, undisturbed))
+    assert np.abs(after - expected).max() < TOLERANCE
+    engine.free([0, 1])
+    assert engine.embed([text]).shape == (1, found.shape[1])
+
+
+def test_texts_that_have_no_vector() -> None:
+    engine = ENGINES["eager"](case("gpt2_tiny"))
+    limit = engine.max_positions or 0
+    for text, fault in (
+        ([], "a text to embed has 0 tokens"),
+        ([3] * (limit + 1), f"expected at least 1 and at most {limit}"),
+        ([engine.vocabulary], "token ids outside the model's vocabulary"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            engine.embed([[3], text])
+
+
+@pytest.mark.parametrize("name", ["static", "static inference"])
+def test_an_exported_program_embeds_nothing(name: str) -> None:
+    engine = ENGINES[name](case("mistral"))
+    assert not engine.embeds
+    with pytest.raises(UserError, match="an exported program computes logits alone"):
+        engine.embed([[3]])
