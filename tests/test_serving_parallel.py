@@ -1,4 +1,4 @@
-"""A server whose model two processes share, against one process; what becomes of all when one has died."""
+"""A server whose model and adapter two processes share, against one process; what becomes of all when one has died."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from saved import write_lora
 from serving_processes import Running, processes, server, until
 from tiny_models import write_tiny_llama
+
+from utils.checkpoints.locate import locate
 
 pytestmark = pytest.mark.slow
 
@@ -26,18 +29,24 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("shared") / "tiny", max_position_embeddings=4096)
+    model = write_tiny_llama(tmp_path_factory.mktemp("shared") / "tiny", max_position_embeddings=4096)
+    write_lora(model.parent / "adapter", locate(model), spread=0.3)
+    return model
+
+
+def named(model: Path) -> tuple[object, ...]:
+    """Options that name the model and its adapter."""
+    adapter = f"adapted={model.parent / 'adapter'}"
+    return ("--model_name_or_path", model, "--served_model_name", "plain", "--lora_modules", adapter, *OPTIONS)
 
 
 def launched(folder: Path, model: Path) -> Any:
     launcher = ("-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(folder / "log"))
-    return server(
-        folder, "--model_name_or_path", model, *OPTIONS, launcher=launcher, environment={"OMP_NUM_THREADS": "1"}
-    )
+    return server(folder, *named(model), launcher=launcher, environment={"OMP_NUM_THREADS": "1"})
 
 
 def answers(running: Running) -> list[str]:
-    """To all that is asked, at the same time."""
+    """Of the model, of its adapter, and then to all that is asked, at the same time."""
     found: dict[int, str] = {}
 
     def ask(number: int) -> None:
@@ -45,12 +54,19 @@ def answers(running: Running) -> list[str]:
         assert status == 200, said
         found[number] = said["result"]["response"]["utterance"]
 
+    def ask_of(number: int, name: str) -> None:
+        body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 90}
+        status, said = running.ask("/v1/chat/completions", body)
+        assert status == 200, said
+        found[number] = said["choices"][0]["message"]["content"]
+
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(ASKED))]
+    threads += [threading.Thread(target=ask_of, args=pair) for pair in ((-2, "plain"), (-1, "adapted"))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[number] for number in range(len(ASKED))]
+    return [found[number] for number in range(-2, len(ASKED))]
 
 
 def rank_of(running: Running, rank: int) -> int:
@@ -63,8 +79,9 @@ def rank_of(running: Running, rank: int) -> int:
 
 
 def test_two_processes_answer_as_one(model: Path, tmp_path: Path) -> None:
-    with server(tmp_path, "--model_name_or_path", model, *OPTIONS) as alone:
+    with server(tmp_path, *named(model)) as alone:
         wanted = answers(alone)
+        assert wanted[0] != wanted[1]
         assert alone.end() == 0
     with launched(tmp_path, model) as running:
         found = answers(running)

@@ -42,6 +42,8 @@ class Known:
 class KeptHeads:
     """States of heads in blocks of tokens. Blocks that texts share are kept once; the least recently used go first.
 
+    Processes that share a model keep as many bytes of a token each, so that all forget the same blocks.
+
     Attributes:
         limit: most bytes.
         nbytes: bytes in use, never more than that.
