@@ -15,7 +15,7 @@ from utils.serving.answering import Answer, Answers, answer, collect
 from utils.serving.bodies import read
 from utils.serving.context import Served, serving
 from utils.serving.errors import ApiError
-from utils.serving.openai.logprobs import CompletionLogprobs
+from utils.serving.openai.logprobs import CompletionLogprobs, scored
 from utils.serving.openai.options import ANSWER_TOKENS, answer_budget, grammar_of, sampling_options
 from utils.serving.openai.prompts import check_ids, check_length, encode_text, end_ids, kept, positions
 from utils.serving.openai.schema import CompletionRequest
@@ -64,8 +64,7 @@ class Choice:
         """Adds what is new; returns the text that can be told now with the log-probabilities of its tokens."""
         self._text += text
         if self._form is not None:
-            new = zip(tokens, logprobs, tops, strict=True)
-            self._held += [(token, logprob, top) for token, logprob, top in new if token not in self._ends]
+            self._held += [one for one in scored(tokens, logprobs, tops) if one[0] not in self._ends]
         if (self._waits and ending is None) or not (self._text or ending):
             return "", None
         if self._waits and ending is not None:
@@ -76,9 +75,8 @@ class Choice:
         return text, self._form.take(*zip(*held, strict=True)) if held else self._form.take((), (), ())
 
     def _of_prompt(self, ending: Ending) -> list[tuple[int, float | None, Alternatives | None]]:
-        values = (None, *(ending.prompt_logprobs or ()))
-        tops = (None, *(ending.prompt_top_logprobs or ()))
-        return list(zip(self._prompt.ids, values, tops, strict=True))
+        first, *others = self._prompt.ids
+        return [(first, None, None), *scored(others, ending.prompt_logprobs or (), ending.prompt_top_logprobs or ())]
 
 
 @routes.post("/v1/completions")

@@ -4,7 +4,7 @@ part of a character only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,13 +30,19 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST)
 
 
+def scored(
+    tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Alternatives]
+) -> Iterator[tuple[int, float, Alternatives]]:
+    """Tokens with their log-probabilities and the likeliest ones, of which there are none if nobody asked for them."""
+    return zip(tokens, logprobs, tops or [()] * len(tokens), strict=True)
+
+
 def chat_entries(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Alternatives]
 ) -> list[dict[str, Any]]:
     """`logprobs.content` of a chat."""
     entries = []
-    for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-        others = tops[place] if place < len(tops) else ()
+    for token, logprob, others in scored(tokens, logprobs, tops):
         top = [_entry(tokenizer, other, value) for other, value in others]
         entries.append({**_entry(tokenizer, token, logprob), "top_logprobs": top})
     return entries

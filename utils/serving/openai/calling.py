@@ -1,0 +1,74 @@
+"""The functions that a chat may call, as its request says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from utils.data.template import ChatTemplate, Tools
+from utils.families.tokenizers import Tokenizer
+from utils.inference.grammar import Grammar
+from utils.serving.errors import ApiError
+from utils.serving.openai.options import checked_grammar
+from utils.serving.openai.schema import ChatRequest, NamedTool, tools_of
+from utils.serving.tools import CallForm, form_of
+
+form_of_calls = lru_cache(maxsize=64)(form_of)  # it renders examples
+
+
+@dataclass(frozen=True)
+class Calling:
+    """Functions that an answer may call.
+
+    Attributes:
+        form: how the model writes calls.
+        tools: as the chat template gets them.
+        parallel: whether an answer may have several calls.
+        grammar: of an answer that must call; None leaves it to the model.
+    """
+
+    form: CallForm
+    tools: Tools
+    parallel: bool
+    grammar: Grammar | None
+
+
+def calling_of(request: ChatRequest, template: ChatTemplate, tokenizer: Tokenizer) -> Calling | None:
+    """None if there is nothing to call.
+
+    Raises:
+        ApiError: 400, the model's template knows no calls, or what must be called is not there.
+    """
+    tools, choice = tools_of(request), request.tool_choice
+    if choice == "none" or (tools is None and choice in (None, "auto")):
+        return None
+    if tools is None:
+        raise ApiError(400, "tool_choice: there are no tools to call", param="tool_choice")
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "tools: two functions have the same name", param="tools")
+    form = form_of_calls(template, tokenizer)
+    if form is None:
+        raise ApiError(400, "tools: the chat template of this model does not know tools", param="tools")
+    if request.response_format is not None and request.response_format.type != "text":
+        text = 'response_format: not together with tools, unless tool_choice is "none"'
+        raise ApiError(400, text, param="response_format")
+    parallel = request.parallel_tool_calls is not False
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    if name is not None and name not in names:
+        raise ApiError(400, f"tool_choice: there is no function {name!r:.80} among tools", param="tool_choice")
+    grammar = None
+    if name is not None or choice == "required":
+        grammar = checked_grammar(form.grammar(tools, name, parallel=parallel), "tools")
+    return Calling(form, tools, parallel, grammar)
+
+
+def joined(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One delta for each call, since clients take those of one chunk for different calls."""
+    found: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        known = found.setdefault(delta["index"], delta)
+        if known is not delta:
+            known["function"]["arguments"] = known["function"].get("arguments", "") + delta["function"]["arguments"]
+    return list(found.values())
