@@ -117,7 +117,8 @@ def test_what_looks_like_a_call_is_text_where_nothing_can_be_called(client: Clie
 def test_a_call_that_is_cut_off_ends_for_its_length(client: Client) -> None:
     asked: Any = {"tools": TOOLS, "extra_body": {"guided_choice": [CALL]}, "max_tokens": len(client.ids(CALL)) - 25}
     answer = client.chat("Weather?", **asked)
-    assert answer.choices[0].finish_reason == "length" and CALL.startswith(said(answer))
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "length" and call.function.arguments in CALL
     assert list(client.chat("Weather?", stream=True, **asked))[-1].choices[0].finish_reason == "length"
 
 

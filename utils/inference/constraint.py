@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
-from utils.inference.grammar import Grammar, Kind
+from utils.inference.grammar import JSON_BLANKS, Grammar, Kind
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -30,8 +30,6 @@ _NAMES: dict[Kind, str] = {
     "choice": "the list of choices",
     "lark": "the grammar",
 }
-# Between the parts of JSON: as models write it on one line or on many, but not without end, as a sampled answer may.
-_JSON = {"whitespace_pattern": r"\x20{1,2}|\n[\x20\t]{0,32}"}
 # Work and memory of one form: a step takes some ten milliseconds at most, its automaton about 40 MB.
 _LIMITS: dict[str, Any] = {"step_lexer_fuel": 50_000, "max_lexer_states": 20_000, "verbose_errors": False}
 _TRIAL = Path(__file__).with_name("constraint_trial.py")
@@ -218,7 +216,7 @@ def _compilable(grammar: Grammar, *, drops_blank: bool = False) -> str:
             schema = {} if schema else {"not": {}}
         if not isinstance(schema, dict):
             raise UserError(_fault(grammar, "it is neither an object nor true"))
-        form["json_schema"] = {**schema, "x-guidance": _JSON}
+        form["json_schema"] = {**schema, "x-guidance": JSON_BLANKS}
     elif grammar.kind == "lark":
         form["lark_grammar"] = text
     else:

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 KINDS: tuple[str, ...] = get_args(Kind)
+# Between the parts of JSON, as the library has it in a schema under "x-guidance": as models write it on one line or on
+# many, but not without end, as a sampled answer may.
+JSON_BLANKS = {"whitespace_pattern": r"\x20{1,2}|\n[\x20\t]{0,32}"}
 
 
 @dataclass(frozen=True)

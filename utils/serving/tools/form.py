@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from utils.data.calls import IDS, KEY, NAMES, VALUE, example_calls, example_tools
 from utils.data.template import ChatTemplate, Message
 from utils.errors import UserError
-from utils.inference.grammar import Grammar
+from utils.inference.grammar import JSON_BLANKS, Grammar
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ class CallForm:
         rules = []
         functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
         for place, function in enumerate(functions):
-            schema = function.get("parameters") or NO_PARAMETERS
+            schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": JSON_BLANKS}
             rules.append(f"call{place}: {self._literal(function['name'] + self.middle)} %json {json.dumps(schema)}")
         call = "call: " + " | ".join(f"call{place}" for place in range(len(functions)))
         more = (
