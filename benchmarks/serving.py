@@ -46,7 +46,7 @@ from utils.inference.loading import prepare
 MODEL = "smollm2-135m-instruct"
 SLOTS, CONTEXT = 8, 1536  # answers at a time; tokens of the longest prompt and answer
 CLIENTS = (1, 4, 16, 64)
-REQUESTS = {1: 6, 4: 14, 16: 32, 64: 64}  # of a measurement
+REQUESTS = {1: 5, 4: 12, 16: 24, 64: 64}  # of a measurement
 OURS = {"dynamic": [], "inference_model": ["--inference_model"]}
 START_SECONDS, END_SECONDS = 180, 30
 
