@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             gr.Markdown(I18N("settings"), elem_id="settings-title")
             system, sampling = _settings()
         with gr.Row(elem_id="bar"):
-            gr.HTML(f"<h1>{title}</h1>", elem_id="title")
+            gr.HTML(f"<h1>{html.escape(title)}</h1>", elem_id="title")
             model = gr.Dropdown(
                 [],
                 label=I18N("model"),

@@ -40,6 +40,7 @@ const page = (() => {
     begin() {
       restored = true;
     },
+    isReady: () => restored,
     kept(values) {
       try {
         const found = JSON.parse(sessionStorage.getItem(KEPT) ?? localStorage.getItem(KEPT));
