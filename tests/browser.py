@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -63,7 +63,11 @@ class Page:
 
     def reload(self) -> None:
         self.browser.refresh()
-        self.wait(lambda: self.script("return window.page && page.isReady()"))
+        self.wait(lambda: self.is_ready)
+
+    def is_ready(self) -> bool:
+        """Whether it has been drawn, with what the browser has kept."""
+        return bool(self.script("return typeof page != 'undefined' && page.isReady()"))
 
     def wait(self, condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
         """Waits until the page has come so far; what the condition has found."""
@@ -71,7 +75,7 @@ class Page:
         while True:
             try:
                 found = condition()
-            except (StaleElementReferenceException, WebDriverException):  # it is being drawn
+            except (WebDriverException, LookupError):  # it is being drawn
                 found = None
             if found:
                 return found
@@ -102,7 +106,7 @@ class Page:
 
     @property
     def status(self) -> str:
-        return "".join(self.texts("#status"))
+        return "".join(self.texts("#status p"))
 
     @property
     def draft(self) -> str:
@@ -115,11 +119,15 @@ class Page:
 
     # --- what a user does -----------------------------------------------------------------------------
 
-    def ask(self, text: str) -> None:
-        """Sends a message."""
+    def send(self, text: str) -> None:
+        """Writes a message and sends it."""
         box = self.find("#message textarea")
         box.clear()
         box.send_keys(text, Keys.ENTER)
+
+    def ask(self, text: str) -> None:
+        """Sends a message, which then stands in the conversation."""
+        self.send(text)
         self.wait(lambda: text in self.questions)
 
     def answered(self) -> None:
@@ -127,27 +135,20 @@ class Page:
         self.wait(lambda: self.is_free and "tokens/s" in self.status)
 
     def press(self, selector: str) -> None:
-        """Presses a button, once it can be pressed."""
+        """Presses the last button that the selector finds, once it can be pressed."""
 
         def pressed() -> bool:
-            button = self.find(selector)
-            if button.is_enabled():
-                button.click()
-            return button.is_enabled()
+            button = self.browser.find_elements(By.CSS_SELECTOR, selector)[-1]
+            if not button.is_enabled():
+                return False
+            button.click()
+            return True
 
         self.wait(pressed)
 
-    def press_last(self, *titles: str) -> None:
-        """Presses the last button of the conversation that has one of these names."""
-        names = ", ".join(f'button[title="{title}"]' for title in titles)
-
-        def pressed() -> bool:
-            button = self.browser.find_elements(By.CSS_SELECTOR, f"#chat :is({names})")[-1]
-            if button.is_enabled():
-                button.click()
-            return button.is_enabled()
-
-        self.wait(pressed)
+    def press_last(self, title: str) -> None:
+        """Presses the last button of the conversation that has this name."""
+        self.press(f"#chat button[title='{title}']")
 
     def set(self, **values: object) -> None:
         """Fills in settings, whose panel is open."""

@@ -142,7 +142,7 @@ def test_languages_and_themes(page: Page) -> None:
     assert set(page.texts("#new_chat, #send")) == {"New chat"}
     page.press("#language")
     page.wait(lambda: page.texts("#new_chat") == ["新对话"])
-    page.wait(lambda: page.script("return page.isReady()"))
+    page.wait(page.is_ready)
     assert page.find("#message textarea").get_attribute("placeholder") == TEXTS["message"][1]
     page.ask("你好")
     page.wait(lambda: page.is_free and "词元/秒" in page.status)
@@ -153,7 +153,7 @@ def test_languages_and_themes(page: Page) -> None:
         color = page.script("return getComputedStyle(document.body).backgroundColor")
         return sum(int(part) for part in color.strip("rgb()").split(","))
 
-    page.wait(lambda: page.script("return page.isReady()"))
+    page.wait(page.is_ready)
     light = darkness()
     page.press("#theme")
     page.wait(lambda: darkness() < light - 300)
@@ -185,13 +185,13 @@ def test_what_goes_wrong_is_one_line(page: Page, served: tuple[Running, str]) ->
     """The model's process has gone: the message waits for it, the answer comes without a reload."""
     running, _ = served
     page.set(seed=2**70)
-    page.ask("One?")
+    page.send("One?")
     page.wait(lambda: page.is_free and "seed" in page.status)
     assert page.questions == [] and page.draft == "One?" and "\n" not in page.status
     page.set(seed=-1)
 
     os.kill(running.worker(), signal.SIGKILL)
-    until(lambda: running.status != "ready")
+    until(lambda: running.status != "ok")
     page.ask("Two?")
     page.wait(lambda: page.status.startswith("The server is not ready yet"))
     page.answered()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import warnings
+from pathlib import Path
 
 from utils import errors
 from utils.serving.page.settings import PageSettings
@@ -24,6 +26,7 @@ def main() -> None:
         end_with_parent(settings.parent)
     warnings.simplefilter("ignore")  # of libraries, which nobody here can mend
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"page-{os.getpid()}")  # `serve` removes it
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # a table of every event so far, after each event
     from utils.serving.page.server import serve  # Gradio takes seconds to load

@@ -22,8 +22,8 @@ from utils.serving.sockets import is_loopback
 FOLDER = Path(__file__).parent
 # All that the page needs of Gradio. Uploads, files, proxies, descriptions of the API and the like are not among it.
 ROUTES = re.compile(
-    r"/|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static)/[\w.\-/]+|/config"
-    r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?"
+    r"(?!.*\.\.)(/|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static)/[\w.\-/]+|/config"
+    r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?)"
 )
 BODY_BYTES = 8 << 20
 WRONG_KEY_SECONDS = 1.0

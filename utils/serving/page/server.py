@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
 
 from utils.serving.page.api import Api
 from utils.serving.page.conversation import Conversation
@@ -32,4 +35,5 @@ def serve(settings: PageSettings) -> None:
         theme=gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=["sans-serif"], font_mono=["monospace"]),
         css=(FOLDER / "page.css").read_text("utf-8"),
     )
+    shutil.rmtree(get_upload_folder(), ignore_errors=True)  # for uploads, which the guard does not let through
     uvicorn.run(Guard(app, settings), host=settings.host, port=settings.port, log_level="error")
