@@ -155,7 +155,9 @@ class Page:
         for name, value in values.items():
             field = self.find(f"#{name} :is(textarea, input[type=number])")
             field.send_keys(Keys.CONTROL, "a")
-            field.send_keys(str(value), Keys.TAB)
+            field.send_keys(str(value))
+            time.sleep(0.2)  # people are no faster; what is typed in the same moment as the tab gets lost
+            field.send_keys(Keys.TAB)
 
     def asked_elsewhere(self) -> set[str]:
         """Addresses off this page's server that have answered the browser since the last look."""

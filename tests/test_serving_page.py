@@ -23,14 +23,14 @@ from utils.checkpoints.embedded import NAME
 from utils.serving.page.settings import PageSettings
 from utils.serving.page.texts import LANGUAGES, TEXTS
 
-LONG = "Count from one to two hundred, one number a line."
+LONG = "Write a very long story about a dragon and a ship."
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
     """A server and the address of its page."""
     port = free_port()
-    options = ["--model_name_or_path", NAME, "--port", port, "--title", "A <b>title</b>"]
+    options = ["--model_name_or_path", NAME, "--inference_model", "true", "--port", port, "--title", "A <b>title</b>"]
     with server(tmp_path_factory.mktemp("page"), *options) as running:
         until(lambda: answers(port, "GET", "/")[0] == 200, 60)
         yield running, f"http://127.0.0.1:{port}/"
@@ -167,6 +167,7 @@ def test_on_a_phone(page: Page) -> None:
     resize(page.browser, PHONE)
     page.reload()
     width, _ = PHONE
+    page.wait(lambda: page.find("#message textarea").is_displayed())
     page.find("#message textarea").send_keys("Say `" + "wide" * 40 + "` please.")
     page.press("#message .submit-button")
     page.wait(lambda: page.questions)
