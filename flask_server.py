@@ -60,7 +60,7 @@ def main() -> None:
     server = Server(run, settings, layout)
     metrics = Metrics(list(models), lambda: server.client.state)
     served = Served(server.client, models, run, metrics, time.time())
-    server.http = HttpServer(create_app(served), listening, run.max_batch_size + run.max_queue)
+    server.http = HttpServer(create_app(served), listening, len(models) * run.max_batch_size + run.max_queue)
     code = server.run()
     if code:
         sys.exit(code)

@@ -192,10 +192,10 @@ class Service:
         scheduler = self._schedulers[command.model]
         try:
             request = scheduler.submit(command.prompt, command.options, number=command.number, stream=command.stream)
-        except (UserError, ValueError) as error:  # such as a grammar that cannot be used
+        except Exception as error:  # such as a grammar that cannot be used
             if not self._recovers:
                 raise
-            return [News(command.key, error=str(error))]
+            return [News(command.key, error=_told(error))]
         self._requests[command.key] = command, request
         self._keys[request] = command.key
         return []

@@ -134,7 +134,7 @@ class ModelClient:
         self._keys = count(1)
         self._progress = time.monotonic()  # when the last step ended, or work began
         self._steps = self._cache_bytes = 0
-        self._thread = threading.Thread(target=self._live, name="model", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> None:
         """Starts the process of the model; returns at once."""
@@ -160,8 +160,7 @@ class ModelClient:
         with self._changed:
             self._check_phase()
             self._check_room(jobs)
-            if not self._answers:
-                self._progress = time.monotonic()
+            self._begin()
             answers = [Answering(self, next(self._keys), job) for job in jobs]
             self._answers.update((answering.key, answering) for answering in answers)
             link = self._link
@@ -202,6 +201,7 @@ class ModelClient:
         finally:
             with self._changed:
                 self._vectors.pop(key, None)
+                self._changed.notify_all()
         if isinstance(vectors, ApiError):
             raise vectors
         return unpack_vectors(*vectors)
@@ -211,8 +211,7 @@ class ModelClient:
         """How the model is now."""
         with self._changed:
             running = sum(answering.opened for answering in self._answers.values())
-            busy = bool(self._answers) or bool(self._vectors)
-            stalled = busy and time.monotonic() - self._progress > self._stall_timeout
+            stalled = self._busy and time.monotonic() - self._progress > self._stall_timeout
             name = "stalled" if stalled and self._phase == "ready" else self._phase
             return State(name, running, len(self._answers) - running, self._cache_bytes, self._steps)
 
@@ -221,6 +220,15 @@ class ModelClient:
         """Of the process of the model, if there is one."""
         process = self._process
         return None if process is None else process.pid
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._answers or self._vectors)
+
+    def _begin(self) -> None:
+        """There will be work from now on."""
+        if not self._busy:
+            self._progress = time.monotonic()
 
     def _check_phase(self) -> None:
         if self._phase == "ready":
@@ -270,7 +278,7 @@ class ModelClient:
         self.drain()
         with self._changed:
             if self._link is not None:
-                self._changed.wait_for(lambda: not self._answers or self._link is None, timeout)
+                self._changed.wait_for(lambda: not self._busy or self._link is None, timeout)
             link = self._link
             self._fail("the server is stopping", list(self._answers.values()))
         if link is None:
@@ -286,6 +294,14 @@ class ModelClient:
             process.kill()
 
     # --- the thread of the process -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._live()
+        except BaseException:  # a server without this thread would only look alive
+            self._phase = "failed"
+            self._on_failure(1)
+            raise
 
     def _live(self) -> None:
         """Starts the process, hands out what it says, and starts it again when it has ended."""
