@@ -253,8 +253,7 @@ class Service:
             tokens += len(prompt)
         try:
             if prompts:
-                engine: Any = self._schedulers[command.model].engine
-                embedding.done.append(engine.embed(prompts))
+                embedding.done.append(self._schedulers[command.model].engine.embed(prompts))
         except Exception as error:
             if not self._recovers or self._peers.several:
                 raise

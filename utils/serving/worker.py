@@ -110,7 +110,7 @@ def facts(service: Service) -> dict[str, Any]:
     return {
         "max_positions": engine.max_positions,
         "vocabulary": engine.vocabulary,
-        "embeds": bool(getattr(engine, "embeds", False)),
+        "embeds": engine.embeds,
         "models": list(service.models),
     }
 
