@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from serving_fake import FakeClient
+from tiny_models import write_tiny_llama
 from tiny_tokenizers import write_bpe, write_sentencepiece
 
+from utils.arguments import ServeArguments
 from utils.families.tokenizers import Tokenizer, load_tokenizer
+from utils.inference.loading import prepare
 from utils.inference.sampling import log_softmax
+from utils.serving.app import create_app
 from utils.serving.bodies import faults_of, load_json
+from utils.serving.context import Served
 from utils.serving.errors import ApiError
+from utils.serving.metrics import Metrics
 from utils.serving.openai.embeddings import unit
 from utils.serving.openai.logprobs import LOWEST, CompletionLogprobs, chat_entries
 from utils.serving.openai.schema import ChatRequest, CompletionRequest, Generation, Request
@@ -233,3 +241,25 @@ def test_vectors_have_length_one() -> None:
         0.800000011920929,
     ]
     assert unit([0.0, 0.0]) == [0.0, 0.0]
+
+
+# --- what goes wrong behind the first piece ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", HELLO), ("/v1/completions", {"prompt": "one two", "max_tokens": 9})]
+)
+def test_a_stream_that_breaks_off_ends_with_an_error(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    model = write_tiny_llama(tmp_path)
+    client = FakeClient(error="no memory is left")
+    models = {"tiny": prepare(str(model), device="cpu")}
+    metrics = Metrics(["tiny"], lambda: client.state)
+    served = Served(client, models, ServeArguments(src_length=128, max_length=256), metrics, 0.0)
+    asking = create_app(served).test_client()
+    plain = asking.post(path, json=body)
+    assert plain.status_code == 500
+    text = asking.post(path, json={**body, "stream": True}).get_data(as_text=True)
+    *pieces, last = [json.loads(event.removeprefix("data: ")) for event in text.removesuffix("\n\n").split("\n\n")]
+    assert pieces and all(piece["choices"] for piece in pieces)
+    for error in (last["error"], plain.get_json()["error"]):
+        assert error == {"message": "no memory is left", "type": "server_error", "param": None, "code": None}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema_rs
 import pytest
 from openai_cases import Client, said, streamed
+from saved import write_lora
 from serving_cases import ServerProcess, serving_process
 from tiny_models import write_tiny_llama
 from tool_templates import HERMES, tool
+
+from utils.checkpoints.locate import locate
 
 KEY = "a-key-of-tests"
 TEMPLATE = (
@@ -33,7 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     model = write_tiny_llama(folder / "model", max_position_embeddings=2048)
     template = folder / "template.jinja"
     template.write_text(TEMPLATE, "utf-8")
-    options = ["--served_model_name", "tools", "--chat_template", template]
+    adapter = write_lora(folder / "adapter", locate(model), spread=1.0)
+    options = ["--served_model_name", "tools", "--chat_template", template, "--lora_modules", f"tuned={adapter}"]
     with serving_process(folder, model, *options, env={"LLM_API_KEY": KEY}) as running:
         yield running
 
@@ -71,6 +76,30 @@ def check(name: str, arguments: str) -> None:
 def test_a_wrong_key_is_refused(server: ServerProcess, key: str) -> None:
     error = Client(server, "tools", key).fault(Client(server, "tools", key).chat, "a")
     assert error.status_code == 401 and type(error).__name__ == "AuthenticationError"
+
+
+# --- adapters ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(server: ServerProcess) -> Client:
+    return Client(server, "tuned", KEY)
+
+
+def test_an_adapter_is_a_model_beside_its_base(client: Client, tuned: Client) -> None:
+    base, adapter = client.official.models.list().data
+    assert (base.id, adapter.id) == ("tools", "tuned") and client.official.models.retrieve("tuned") == adapter
+    for ask in ("chat", "complete"):
+        first, second = (getattr(one, ask)("one two", extra_body={"ignore_eos": True}) for one in (client, tuned))
+        assert said(first) != said(second) and (first.model, second.model) == ("tools", "tuned")
+    assert client.fault(Client(client.server, "tune", KEY).chat, "a").code == "model_not_found"
+
+
+def test_base_and_adapter_answer_at_the_same_time_as_alone(client: Client, tuned: Client) -> None:
+    asked = [(one, text) for text in ("red", "你好", "five") for one in (client, tuned)]
+    alone = [said(one.chat(text)) for one, text in asked]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        assert list(threads.map(lambda pair: streamed(pair[0].chat(pair[1], stream=True)), asked)) == alone
 
 
 # --- calls -------------------------------------------------------------------------------------------
