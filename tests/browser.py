@@ -63,11 +63,12 @@ class Page:
 
     def reload(self) -> None:
         self.browser.refresh()
-        self.wait(lambda: self.is_ready)
+        self.wait(self.is_ready)
 
     def is_ready(self) -> bool:
         """Whether it has been drawn, with what the browser has kept."""
-        return bool(self.script("return typeof page != 'undefined' && page.isReady()"))
+        parts = "document.querySelector('#message textarea') && document.querySelector('#chat .bubble-wrap')"
+        return bool(self.script(f"return typeof page != 'undefined' && page.isReady() && {parts}"))
 
     def wait(self, condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
         """Waits until the page has come so far; what the condition has found."""

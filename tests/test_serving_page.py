@@ -167,7 +167,6 @@ def test_on_a_phone(page: Page) -> None:
     resize(page.browser, PHONE)
     page.reload()
     width, _ = PHONE
-    page.wait(lambda: page.find("#message textarea").is_displayed())
     page.find("#message textarea").send_keys("Say `" + "wide" * 40 + "` please.")
     page.press("#message .submit-button")
     page.wait(lambda: page.questions)

@@ -28,8 +28,8 @@ TEXTS = {
     "repetition_penalty_help": ("1: none", "1 表示不惩罚"),
     "seed": ("Seed", "随机种子"),
     "seed_help": (
-        "The same seed gives the same answer; empty: a new one each time",
-        "相同种子得到相同回答；留空则每次随机",
+        "The same seed gives the same answer; -1: a new one each time",
+        "相同种子得到相同回答；-1 表示每次随机",
     ),
     "send": ("Send", "发送"),
     "stop": ("Stop", "停止"),
