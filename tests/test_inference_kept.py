@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from family_cases import ENGINES, case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from letters import VOCABULARY, Letters, engine_of
 
+from utils import runtime
 from utils.inference.generator import Generator
 from utils.inference.heads import MOST, SHORTEST, common_length
 from utils.inference.kept import BLOCK, KeptHeads
@@ -256,3 +260,28 @@ def test_hundreds_of_requests_and_cancels_at_random(chunk: int | None, limit: in
         assert 0 <= completion.cached_tokens < len(request.prompt)
     hits = sum(completion.cached_tokens for completion in found.values())
     assert hits > 0.2 * sum(len(request.prompt) for request in found)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_requests() -> None:
+    """Of a real engine, whose kept heads have gone and come again many times."""
+    scheduler = Scheduler(
+        ENGINES["eager"](case("llama_tiny")), Letters(), (), 4, prefill_chunk=16, prompt_cache_bytes=2**20
+    )
+    limit, used = 2**20, []
+    for number in range(1000):
+        scheduler.submit([*tokens_of(number % 7, 20), *tokens_of(1000 + number, 20)], GREEDY)
+        if number % 4 == 3:
+            finish(scheduler)
+            assert scheduler.cache_bytes <= limit
+        if number % 100 == 99:
+            used.append(memory())
+    assert scheduler.cache_bytes > 0.9 * limit
+    assert max(used[6:]) < 1.02 * max(used[3:6])  # the bound is reached after a third
+
+
+def memory() -> int:
+    """Bytes that this process has in use, freed ones given back."""
+    gc.collect()
+    runtime.give_back_freed_memory()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
