@@ -15,13 +15,13 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from utils import signals
 from utils.errors import UserError, notice
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 
 CPU_HALF_PRECISION_NOTICE = "this processor's Paddle build has no {asked} arithmetic; using float32 instead"
 
@@ -88,12 +88,24 @@ def _keep_freed_memory() -> None:
     is mapped anew and its pages are cleared by the kernel at first touch, which costs 5 to 20 times
     the arithmetic of an elementwise operator. What the user set by MALLOC_... variables wins.
     """
+    _set_allocator({_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1})
+
+
+def share_heaps() -> None:
+    """For a process of many threads that computes little: they share few heaps, and freed memory goes back.
+
+    By default there are 8 heaps per processor, and each keeps the size of the largest that its threads ever held.
+    """
+    _set_allocator({_M_ARENA_MAX: 2, _M_MMAP_THRESHOLD: 1 << 20, _M_TRIM_THRESHOLD: 1 << 22})
+
+
+def _set_allocator(settings: Mapping[int, int]) -> None:
     if any(name.startswith("MALLOC_") for name in os.environ) or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        for name, value in settings.items():
+            mallopt(name, value)
 
 
 def give_back_freed_memory() -> None:

@@ -16,6 +16,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
+from utils import runtime
 from utils.checkpoints.files import json_bytes
 from utils.serving import limits
 from utils.serving.app import error_body
@@ -127,6 +128,7 @@ class HttpServer:
     """
 
     def __init__(self, app: Any, sockets: Sequence[socket.socket], requests: int) -> None:
+        runtime.share_heaps()
         for name in ("waitress", "waitress.queue"):
             logging.getLogger(name).setLevel(logging.ERROR)
         threads = min(requests + SPARE_THREADS, MOST_THREADS)
