@@ -31,6 +31,8 @@ def usage_of(server: ServerProcess, path: str, body: dict[str, Any]) -> dict[str
 def any_request(chosen: random.Random) -> tuple[str, dict[str, Any]]:
     """A route and a body that it takes."""
     text = " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12)))
+    if chosen.random() < 0.1:
+        return "/v1/embeddings", {"input": [text, "two"]}
     body: dict[str, Any] = {"max_tokens": chosen.randint(1, 12), "n": chosen.choice([1, 1, 1, 3]), "temperature": 1.0}
     if chosen.random() < 0.5:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
