@@ -97,6 +97,7 @@ def test_nothing_imports_a_script(root: Path) -> None:
         "utils.data.dataset, utils.data.template, utils.families.tokenizers, utils.adapters.check",
         "finetune_generation, run_pretrain, predictor, merge_lora_params, merge_tp_params, export_model",
         "flask_server, utils.serving.app, utils.serving.worker, utils.inference.commands",
+        "utils.serving.page.server, utils.serving.page.settings",
         "utils.data.pretrain_build, utils.data.pretrain_dataset, utils.training.pretraining, utils.training.finish",
     ],
 )

@@ -143,18 +143,24 @@ class Conversation:
         self._api = api
         self._running: dict[str | None, Running] = {}  # by session: an open page
 
-    async def opened(
-        self, request: gr.Request, history: list[Message], draft: str, model: str | None, *settings: Any
-    ) -> Outputs:
+    def opened(self, history: list[Message], draft: str, *others: Any) -> Outputs:
         """The page has been opened, with what the browser has kept of the last time."""
-        line = ""
-        try:
-            models = await self._api.models()
-        except (ApiError, httpx.HTTPError, ValueError) as error:
-            models, line = [], failure(language_of(request.headers, request.cookies), error)
         history, draft = take_back(history, draft)
-        chosen = model if model in models else next(iter(models), None)
-        return history, line, draft, gr.update(choices=models, value=chosen), *settings
+        return history, "", draft, *others
+
+    async def models(self, request: gr.Request, model: str | None) -> AsyncGenerator[Outputs, None]:
+        """Which models there are, for the status and the choice; tries again until the API says so."""
+        language = language_of(request.headers, request.cookies)
+        while True:
+            try:
+                names = await self._api.models()
+            except (ApiError, httpx.HTTPError, ValueError) as error:
+                yield failure(language, error), gr.skip()
+                await asyncio.sleep(RETRY_SECONDS)
+            else:
+                chosen = model if model in names else next(iter(names), None)
+                yield "", gr.update(choices=names, value=chosen)
+                return
 
     async def answer(
         self,

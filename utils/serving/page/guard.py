@@ -79,7 +79,9 @@ class Guard:
             await asyncio.sleep(WRONG_KEY_SECONDS)  # guessing takes long
             return self._question(request, wrong=True)
         answer = RedirectResponse("./", 303)
-        answer.set_cookie(SESSION, self._session, httponly=True, samesite="strict")
+        answer.set_cookie(
+            SESSION, self._session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
+        )
         return answer
 
     def _question(self, request: Request, wrong: bool = False) -> Response:

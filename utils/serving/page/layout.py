@@ -98,6 +98,7 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             **quiet,
         )
         opened.success(None, js="() => page.begin()")
+        opened.success(conversation.models, [model], [status, model], concurrency_limit=None, **quiet)
         gr.on([part.change for part in kept], None, kept, js="(...values) => page.keep(values)")
     return page
 
