@@ -265,6 +265,16 @@ def page_process(folder: Path, key: str = "", start: str = "") -> Iterator[tuple
         process.wait()
 
 
+def test_an_api_that_does_not_answer(in_browser: Page, tmp_path: Path) -> None:
+    with page_process(tmp_path) as (_, port):
+        page = Page(in_browser.browser, f"http://127.0.0.1:{port}/")
+        page.open()
+        page.wait(lambda: page.status == TEXTS["unreachable"][0])
+        page.send("Hello?")
+        page.wait(lambda: page.is_free and page.draft == "Hello?")
+        assert page.questions == [] and page.status == TEXTS["unreachable"][0]
+
+
 def test_the_page_is_no_way_around_the_key(tmp_path: Path) -> None:
     """Without it, nothing but the question for it; and it ends at once, quietly, with nothing left behind."""
     with page_process(tmp_path, key="a key & more") as (process, port):
