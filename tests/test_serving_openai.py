@@ -355,6 +355,8 @@ FORMS: list[tuple[dict[str, Any], str]] = [
     ({"guided_json": '{"const": "a b"}'}, '"a b"'),
     ({"guided_regex": "[ab]{3}-[0-9]"}, "[ab]{3}-[0-9]"),
     ({"guided_choice": ["yes", "no", "不"]}, "yes|no|不"),
+    ({"structured_outputs": {"json": {"const": 5}}}, "5"),
+    ({"structured_outputs": {"choice": ["é"]}}, "é"),
     ({"guided_grammar": 'start: "a" b\nb: "b" | "c"'}, "ab|ac"),
 ]
 
@@ -502,6 +504,7 @@ USER = {"role": "user", "content": "a"}
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
         ({"guided_regex": "("}, "guided_regex"),

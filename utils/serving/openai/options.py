@@ -99,16 +99,13 @@ def grammar_of(request: Generation) -> Grammar | None:
     forms: dict[str, Grammar] = {}
     if request.response_format is not None and (form := _of_format(request.response_format)) is not None:
         forms["response_format"] = form
-    if request.guided_json is not None:
-        guided = request.guided_json
-        text = guided if isinstance(guided, str) else json.dumps(guided, ensure_ascii=False)
-        forms["guided_json"] = Grammar("json_schema", text)
-    if request.guided_regex is not None:
-        forms["guided_regex"] = Grammar("regex", request.guided_regex)
-    if request.guided_grammar is not None:
-        forms["guided_grammar"] = Grammar("lark", request.guided_grammar)
-    if request.guided_choice is not None:
-        forms["guided_choice"] = Grammar("choice", json.dumps(request.guided_choice, ensure_ascii=False))
+    forms |= _guided(
+        "guided_", request.guided_json, request.guided_regex, request.guided_choice, request.guided_grammar
+    )
+    if (asked := request.structured_outputs) is not None:
+        forms |= _guided("structured_outputs.", asked.json_, asked.regex, asked.choice, asked.grammar)
+        if asked.json_object:
+            forms["structured_outputs.json_object"] = Grammar("json_object")
     if len(forms) > 1:
         *_, last = forms
         raise ApiError(400, f"{', '.join(forms)}: an answer can have one form only", param=last)
@@ -116,6 +113,23 @@ def grammar_of(request: Generation) -> Grammar | None:
         checked_grammar(form, field)
         return form
     return None
+
+
+def _guided(
+    prefix: str, schema: dict[str, Any] | str | None, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> dict[str, Grammar]:
+    """The forms that vLLM's fields ask for, by field."""
+    forms = {}
+    if schema is not None:
+        text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+        forms[f"{prefix}json"] = Grammar("json_schema", text)
+    if regex is not None:
+        forms[f"{prefix}regex"] = Grammar("regex", regex)
+    if choice is not None:
+        forms[f"{prefix}choice"] = Grammar("choice", json.dumps(choice, ensure_ascii=False))
+    if grammar is not None:
+        forms[f"{prefix}grammar"] = Grammar("lark", grammar)
+    return forms
 
 
 def checked_grammar(grammar: Grammar, field: str) -> Grammar:

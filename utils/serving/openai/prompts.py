@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from utils.data.encode import encode_source
 from utils.data.template import OPENED, ChatTemplate, JinjaTemplate, Message, Tools
+from utils.families.tokenizers import Tokenizer
 from utils.inference.loading import Prepared
 from utils.serving import limits
 from utils.serving.context import Served, reading
@@ -217,5 +219,11 @@ def _text(content: str | list[Part] | None, place: str) -> str:
 
 def end_ids(prepared: Prepared, request: Generation) -> frozenset[int]:
     """Tokens that end an answer and are no part of its text."""
-    own = () if request.ignore_eos else prepared.template.stop_ids(prepared.tokenizer)
+    own = () if request.ignore_eos else _stop_ids(prepared.template, prepared.tokenizer)
     return frozenset([*own, *(request.stop_token_ids or ())])
+
+
+@lru_cache(maxsize=64)
+def _stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """See `ChatTemplate.stop_ids`, which renders an example."""
+    return template.stop_ids(tokenizer)

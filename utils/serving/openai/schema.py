@@ -22,7 +22,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "structured_outputs": (),
     "grammar": ("",),
     "service_tier": ("auto", "default"),
 }
@@ -100,6 +99,16 @@ class ResponseFormat(Request):
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="of json_object, as llama.cpp has it")
 
 
+class StructuredOutputs(Request):
+    """The form of an answer, as newer versions of vLLM name it."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+
+
 class Generation(Request):
     """What requests for answers have in common."""
 
@@ -132,6 +141,7 @@ class Generation(Request):
     guided_regex: str | None = Field(None, description="a regular expression that the answer matches")
     guided_grammar: str | None = Field(None, description="a grammar of the answer in llguidance's form of Lark")
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="all possible answers")
+    structured_outputs: StructuredOutputs | None = Field(None, description="the same four in one object")
     best_of: int | None = Field(None, description="only the same as n")
     user: Any = Field(None, description="of the client's own; it changes nothing, as the next ones")
     metadata: Any = None
