@@ -323,11 +323,14 @@ def test_five_hundred_streams_have_the_text_of_plain_answers(tiny: Client, kind:
 
 
 def check_streams(tiny: Client, kind: str, count: int) -> None:
-    """Streams and plain answers to `count` prompts, all at once, are the same, byte for byte."""
+    """Streams and plain answers to `count` prompts, all at once, are the same, byte for byte.
+
+    They are greedy: a draw may be so near to the border of two tokens that rounding decides, which batches change.
+    """
     asked = [f"{number} {TEXTS[number % len(TEXTS)]}" for number in range(count)]
 
     def both(number: int) -> tuple[str, str]:
-        fields = {"temperature": number % 3 / 2, "seed": number, "max_tokens": 24, "n": 1 + number % 2}
+        fields = {"max_tokens": 24, "n": 1 + number % 2, "extra_body": {"repetition_penalty": 1.1 + number % 5 / 5}}
         plain = getattr(tiny, kind)(asked[number], **fields)
         chunks = list(getattr(tiny, kind)(asked[number], stream=True, **fields))
         indices = range(1 + number % 2)
