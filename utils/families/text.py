@@ -89,10 +89,10 @@ def places(
         stretch: [batch].
         window: see `FamilySpec.window`.
     """
-    import paddle
+    from utils.kernels.arrays import copied
 
     arrays = (positions, np.where(keys == NOWHERE, 0, keys), visibility(order, keys, context, window), stretch)
-    return Places(*(paddle.to_tensor(array) for array in arrays))
+    return Places(*(copied(array) for array in arrays))
 
 
 def visibility(order: Ints, keys: Ints, context: Ints, window: int | None) -> NDArray[np.bool_]:

@@ -11,6 +11,8 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from utils.kernels.arrays import shared
+
 _STEP = 32  # positions; room is added in steps of this, or of an eighth where that is more
 
 
@@ -124,7 +126,7 @@ class HostCache(Cache):
     def tensors(self, rows: int, first: int = 0) -> list[paddle.Tensor]:
         if self._viewed != (rows, first):
             parts = [memory[kind, first : first + rows] for memory in self._memory for kind in (0, 1)]
-            self._views = [paddle.utils.dlpack.from_dlpack(part) for part in parts]
+            self._views = [shared(part) for part in parts]
             self._viewed = (rows, first)
         return self._views
 

@@ -16,6 +16,7 @@ from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Kept, Logits, alike, unused_slots
+from utils.kernels.arrays import copied
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _FEW = 16  # new tokens of a row: of an answer, and guessed ones
@@ -154,7 +155,7 @@ class CachedEngine(Engine):
         at = {row.slot: range(starts[n], starts[n + 1]) for n, row in enumerate(rows)}
         order = [number for slot in slots for number in at[slot]]
         if order != list(range(len(order))):
-            values = values.index_select(paddle.to_tensor(order, dtype="int64"))
+            values = values.index_select(copied(order))
         return Logits(values)
 
     @paddle.no_grad()
@@ -314,13 +315,13 @@ class CachedEngine(Engine):
         )
         chosen = [number * length + place for number, places_ in enumerate(wanted) for place in places_]
         inputs = {
-            "ids": paddle.to_tensor(ids),
+            "ids": copied(ids),
             "positions": where.positions,
             "keys": where.keys,
             "visible": where.visible,
-            "targets": paddle.to_tensor(starts[:, None] + np.arange(length)),  # padding goes behind the text
+            "targets": copied(starts[:, None] + np.arange(length)),  # padding goes behind the text
             "stretch": where.stretch,
-            "chosen": paddle.to_tensor(chosen, dtype="int64"),
+            "chosen": copied(chosen),
         }
         found = (compute or self._program)(inputs, self.cache.tensors(batch, first))
         for row, number in zip(rows, counts, strict=True):

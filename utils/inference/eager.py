@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.engine import Engine, Kept, Logits, Prefix, alike, unused_slots
+from utils.kernels.arrays import copied
 from utils.kernels.split import gathered
 
 _EMBEDDED = 512  # tokens of several texts that are embedded together: bounds the memory of scores
@@ -36,7 +37,7 @@ class _Rows:
 
     def take(self, rows: Sequence[int]) -> _Rows:
         """Some rows. Their columns begin together again when others' tokens have torn them apart."""
-        chosen = paddle.to_tensor(np.asarray(rows, dtype=np.int64))
+        chosen = copied(rows)
         cache = [(key.index_select(chosen), value.index_select(chosen)) for key, value in self.cache or ()]
         taken = _Rows([self.slots[row] for row in rows], self.keys[list(rows)], cache if rows else None)
         return taken.without_gaps()
@@ -59,7 +60,7 @@ class _Rows:
         live = np.flatnonzero((self.keys != NOWHERE).any(axis=0))
         if not self.slots or live.size >= _SPARSE * self.keys.shape[1]:
             return self
-        chosen = paddle.to_tensor(live)
+        chosen = copied(live)
         cache = [(key.index_select(chosen, 1), value.index_select(chosen, 1)) for key, value in self.cache or ()]
         return _Rows(self.slots, self.keys[:, live], cache)
 
@@ -166,7 +167,7 @@ class EagerEngine(Engine):
         place, row = self._find(slot)
         group = self._groups[place]
         keys = group.keys[row]
-        chosen = paddle.to_tensor(np.flatnonzero((keys >= borders[0]) & (keys < borders[-1])))
+        chosen = copied(np.flatnonzero((keys >= borders[0]) & (keys < borders[-1])))
         # [2 * layers, tokens, kv_heads, head_dim]
         values = paddle.stack([tensor[row].index_select(chosen) for layer in group.cache or () for tensor in layer])
         sizes = [end - start for start, end in pairwise(borders)]
@@ -253,7 +254,7 @@ class EagerEngine(Engine):
         stretch = np.array([text.stretch for text in texts], dtype=np.float32)
         # a padding query sees what comes first, not nothing: softmax over nothing is not a number
         known = places(placed, np.where(order == NOWHERE, 0, order), keys, context, stretch, self._window)
-        hidden, rows.cache = self._family.decode(self._model, paddle.to_tensor(ids), known, rows.cache)
+        hidden, rows.cache = self._family.decode(self._model, copied(ids), known, rows.cache)
         rows.keys = keys
         return hidden
 
@@ -263,6 +264,6 @@ class EagerEngine(Engine):
         """Logits at places of each row, the rows in `order` (theirs by default)."""
         batch, length, width = hidden.shape
         chosen = [row * length + place for row in order or range(batch) for place in places[row]]
-        states = hidden.reshape([batch * length, width]).index_select(paddle.to_tensor(chosen, dtype="int64"))
+        states = hidden.reshape([batch * length, width]).index_select(copied(chosen))
         logits = self._family.logits(self._model, states)
         return Logits(logits if self._vocabulary_group is None else gathered(logits, self._vocabulary_group))

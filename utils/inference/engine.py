@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from utils.errors import UserError
 from utils.families import Layers
+from utils.kernels.arrays import copied
 
 _ALIKE = 0.75  # texts are read together where padding fills less than a quarter
 
@@ -41,7 +42,7 @@ class Logits:
         """Some of the rows, in the order given; nothing leaves the device."""
         if len(rows) == self._values.shape[0] and list(rows) == list(range(len(rows))):
             return self
-        return Logits(self._values.index_select(paddle.to_tensor(list(rows), dtype="int64")))
+        return Logits(self._values.index_select(copied(rows)))
 
 
 def alike(lengths: Sequence[int], most: int) -> list[list[int]]:

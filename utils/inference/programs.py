@@ -14,6 +14,7 @@ from utils.inference.cache import DeviceCache
 from utils.inference.decoder import Decoder
 from utils.inference.export import PROGRAM, WEIGHTS, Manifest
 from utils.inference.plain import LibraryProgram
+from utils.kernels.arrays import copied
 
 # New tokens that choose a way through a program, and on a CPU the MiB of memory that come together on that way before
 # a thread of the executor is woken to give them back. Each time costs a few microseconds: after every operator of a
@@ -96,7 +97,7 @@ class StaticProgram:
                 self._inputs[f"cache_{number}"].share_external_data(tensor)
         self._held = cache
         self._predictor.run()
-        return paddle.to_tensor(self._logits.copy_to_cpu())
+        return copied(self._logits.copy_to_cpu())
 
     def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError
