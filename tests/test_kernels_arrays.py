@@ -24,9 +24,8 @@ CALLS = 20_000
         np.arange(12, dtype=np.float32).reshape(3, 4).T,
         np.array([[True, False]]),
         np.zeros((0, 4), dtype=np.int32),
-        np.float32(2.5).reshape([]),
     ],
-    ids=["int64", "transposed", "bool", "empty", "scalar"],
+    ids=["int64", "transposed", "bool", "empty"],
 )
 def test_a_copy_has_shape_type_and_values(array: np.ndarray[Any, Any]) -> None:
     tensor = copied(array)

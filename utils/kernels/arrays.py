@@ -16,7 +16,8 @@ from paddle import Tensor
 
 
 def copied(values: NDArray[Any] | Sequence[int]) -> Tensor:
-    """A tensor on the current device with the shape, type and values of an array; integers become int64."""
+    """A tensor on the current device with the shape (of at least one dimension), type and values of an array; a list of
+    integers becomes int64."""
     array = np.asarray(values, dtype=None if isinstance(values, np.ndarray) else np.int64)
     place = paddle.framework._current_expected_place()
     if not place.is_cpu_place():
