@@ -54,13 +54,14 @@ def main() -> None:
     run.src_length = fitting_src_length(run, base)
 
     from utils.serving.app import create_app  # slow to import: faults of arguments do not wait
-    from utils.serving.http import HttpServer
+    from utils.serving.http import HttpServer, places
     from utils.serving.metrics import Metrics
 
     server = Server(run, settings, layout)
     metrics = Metrics(list(models), lambda: server.client.state)
-    served = Served(server.client, models, run, metrics, time.time())
-    server.http = HttpServer(create_app(served), listening, len(models) * run.max_batch_size + run.max_queue)
+    requests = len(models) * run.max_batch_size + run.max_queue
+    served = Served(server.client, models, run, metrics, time.time(), places(requests))
+    server.http = HttpServer(create_app(served), listening, requests)
     code = server.run()
     if code:
         sys.exit(code)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from utils.serving.errors import ApiError
-from utils.serving.protocol import Ending, Job, Update
+from utils.serving.protocol import AnyJob, EmbedJob, Ending, Update
 
 
 @dataclass
@@ -34,27 +35,33 @@ class FakeFacts:
 
 
 class FakeAnswering:
-    """An answer of `length` pieces, one each `pause` seconds; text of each is "N " for the N-th."""
+    """An answer of `length` pieces, one each `pause` seconds; the N-th is the text "N ". Vectors take as long."""
 
-    def __init__(self, job: Job, pause: float, length: int, error: str | None) -> None:
+    def __init__(self, job: AnyJob, pause: float, length: int, error: str | None) -> None:
         self.job, self.cancelled = job, threading.Event()
         self._news: queue.Queue[Update] = queue.Queue()
         threading.Thread(target=self._run, args=(pause, length, error), daemon=True).start()
 
     def _run(self, pause: float, length: int, error: str | None) -> None:
         self._news.put(Update(opened=True))
+        prompt_tokens = sum(map(len, self.job.prompts))
+        if isinstance(self.job, EmbedJob):
+            if not self.cancelled.wait(pause * length):
+                vectors = np.array([[len(prompt)] for prompt in self.job.prompts], np.float32)
+                self._news.put(Update(ending=Ending("stop", prompt_tokens, 0), vectors=vectors))
+            return
         count = min(length, self.job.options.max_new_tokens)
         said = ""
         for number in range(count):
             if self.cancelled.wait(pause):
                 return
             if error is not None and number == 1:
-                self._news.put(Update(ending=Ending("error", len(self.job.prompt), number, error=error)))
+                self._news.put(Update(ending=Ending("error", prompt_tokens, number, error=error)))
                 return
             said += f"{number} "
             if self.job.stream:
                 self._news.put(Update(text=f"{number} ", tokens=(number,)))
-        ending = Ending("length", len(self.job.prompt), count)
+        ending = Ending("length", prompt_tokens, count)
         rest = (
             Update(ending=ending) if self.job.stream else Update(text=said, tokens=tuple(range(count)), ending=ending)
         )
@@ -90,7 +97,7 @@ class FakeClient:
     facts: FakeFacts = field(default_factory=FakeFacts)
     given: list[FakeAnswering] = field(default_factory=list)
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[FakeAnswering]:
+    def submit_all(self, jobs: Sequence[AnyJob]) -> list[FakeAnswering]:
         if self.state.name != "ready":
             raise ApiError(503, f"the model is {self.state.name}", kind="server_error", retry_after=5)
         if len(jobs) > self.most:
@@ -98,7 +105,3 @@ class FakeClient:
         answers = [FakeAnswering(job, self.pause, self.length, self.error) for job in jobs]
         self.given += answers
         return answers
-
-    def embed(self, model: str, prompts: list[list[int]], timeout: float) -> list[list[float]]:
-        time.sleep(0)
-        return [[float(len(prompt))] for prompt in prompts]

@@ -158,7 +158,10 @@ def test_vectors_come_between_steps() -> None:
     prompts = [[1] * 300, [2] * 300, [3] * 100, [4] * 900]
     service.post(ask(1, options=SAMPLED), Embed(2, "one", prompts))
     first = service.turn()
-    assert [news.key for news in first] == [1] and engine.embedded == [1]
+    assert [(news.key, news.opened) for news in first] == [(2, True), (1, False)] and engine.embedded == []
+    steps = service.steps
+    assert [news.key for news in service.turn()] == [1] and engine.embedded == [1]
+    assert service.steps == steps + 2  # a portion of vectors is one, as a token is
     (vectors,) = [news.vectors for news in drive(service) if news.vectors is not None]
     assert vectors.tolist() == [[300, 300], [300, 600], [100, 300], [900, 3600]] and engine.embedded == [1, 2, 1]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
 from utils.inference.grammar import KINDS, Grammar
 from utils.inference.sampling import SamplingOptions
-from utils.serving.frames import Link, LinkError, pack, pack_vectors, unpack, unpack_vectors
+from utils.serving.frames import Link, LinkError, pack, unpack
 from utils.serving.protocol import Ending, Update
 
 ids = st.integers(0, 2**31)
@@ -52,6 +52,7 @@ endings = st.builds(
     completion_tokens=ids,
     cached_tokens=ids,
     error=st.none() | texts,
+    retry_after=st.none() | st.integers(0, 600),
     prompt_logprobs=st.none() | st.lists(numbers, max_size=3).map(tuple),
     prompt_top_logprobs=st.none() | ranks,
 )
@@ -82,7 +83,9 @@ def test_a_new_token_takes_few_bytes() -> None:
 
 def test_vectors_arrive_as_they_were_sent() -> None:
     vectors = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-    assert unpack_vectors(*json.loads(json.dumps(pack_vectors(vectors)))) == vectors.tolist()
+    found = unpack(json.loads(json.dumps(pack(Update(ending=Ending("stop", 7, 0), vectors=vectors)))))
+    assert found.ending == Ending("stop", 7, 0) and found.vectors is not None
+    assert found.vectors.tolist() == vectors.tolist()
 
 
 @pytest.fixture

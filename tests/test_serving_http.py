@@ -27,9 +27,11 @@ from utils.serving.answering import answer, collect
 from utils.serving.app import create_app
 from utils.serving.bodies import read_object
 from utils.serving.context import Served, serving
-from utils.serving.http import HttpServer
+from utils.serving.http import KEPT_THREADS, SPARE_THREADS, HttpServer, places
 from utils.serving.metrics import Metrics
 from utils.serving.protocol import Job
+
+REQUESTS = 32  # that a server here expects
 
 
 @dataclass
@@ -80,7 +82,7 @@ def running(prepared: Prepared, client: FakeClient | None = None, **settings: An
     client = client or FakeClient()
     arguments = ServeArguments(**{"src_length": 128, "max_length": 256, **settings})
     metrics = Metrics(["tiny"], lambda: client.state)
-    served = Served(client, {"tiny": prepared}, arguments, metrics, time.time())
+    served = Served(client, {"tiny": prepared}, arguments, metrics, time.time(), places(REQUESTS))
     app = create_app(served)
 
     @app.post("/several")
@@ -96,7 +98,7 @@ def running(prepared: Prepared, client: FakeClient | None = None, **settings: An
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = HttpServer(app, [listening], 32)
+    server = HttpServer(app, [listening], REQUESTS)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -331,6 +333,9 @@ def test_pages_of_other_sites_may_not_ask_a_server_without_a_key(plain: Running)
         {"Origin": "null"},
         {"Host": "evil.example"},
         {"Host": f"evil.example:{plain.port}", "Origin": f"http://evil.example:{plain.port}"},
+        {"Host": "["},
+        {"Host": "[::1"},
+        {"Origin": "http://["},
     ):
         status, found, _ = plain.ask("POST", "/api/chat", body, **headers)
         assert status == 403 and "access-control-allow-origin" not in found
@@ -356,6 +361,7 @@ def test_other_sites_are_allowed_by_name_only(prepared: Prepared) -> None:
         ("/api/chat", {"context": "say"}, 1),
         ("/api/chat", {"context": "say", "stream": True}, 1),
         ("/several", {"n": 3}, 3),
+        ("/v1/embeddings", {"input": ["say", "it"]}, 1),
     ],
 )
 def test_an_answer_is_cancelled_when_its_client_has_gone(
@@ -380,6 +386,8 @@ def test_an_answer_that_takes_too_long_is_an_error(prepared: Prepared) -> None:
         status, _, lines = server.ask("POST", "/api/chat", {"context": "say", "stream": True})
         *pieces, last = [json.loads(line) for line in lines.splitlines()]
         assert status == 200 and pieces[0] == said("0 ") and last["error_code"] == 504 and last["result"] is None
+        status, content = server.json("POST", "/v1/embeddings", {"input": "say"})
+        assert status == 504 and content["error"]["type"] == "timeout_error"
         assert all(one.cancelled.is_set() for one in server.client.given)
 
 
@@ -413,6 +421,25 @@ def test_health_answers_beside_clients_that_hold_their_connections(plain: Runnin
             connection.close()
 
 
+def test_health_answers_beside_as_many_answers_as_there_may_be(prepared: Prepared) -> None:
+    with running(prepared, FakeClient(pause=0.05, length=10_000)) as server:
+        most = REQUESTS + SPARE_THREADS - KEPT_THREADS
+        bodies = [("/api/chat", {"context": "say"}), ("/v1/embeddings", {"input": "say"})]
+        connections = [server.raw(request_bytes(*bodies[number % 2])) for number in range(most)]
+        try:
+            assert until(lambda: len(server.client.given) == most)
+            for path, body in bodies:
+                status, headers, _ = server.ask("POST", path, body)
+                assert status == 429 and headers["retry-after"] == "1"
+            assert server.health() == "ok"
+        finally:
+            for connection in connections:
+                connection.close()
+        assert until(lambda: all(one.cancelled.is_set() for one in server.client.given))
+        server.client.length = 1
+        assert until(lambda: server.chat()[0] == 200)
+
+
 # --- what describes the server -----------------------------------------------------------------------
 
 
@@ -436,15 +463,18 @@ def test_metrics_count_what_was_answered(prepared: Prepared) -> None:
     with running(prepared) as server:
         for stream in (False, True):
             server.ask("POST", "/api/chat", {"context": "say", "stream": stream})
-        prompts = sum(len(one.job.prompt) for one in server.client.given)
+        assert server.json("POST", "/v1/embeddings", {"input": ["say", "it"]})[0] == 200
+        prompts = sum(len(prompt) for one in server.client.given for prompt in one.job.prompts)
         found = server.ask("GET", "/metrics")[2].decode()
     for name, value in (
         ("prompt_tokens_total", prompts),
         ("generation_tokens_total", 10),
         ("time_to_first_token_seconds_count", 2),
         ("inter_token_latency_seconds_count", 4),
-        ("e2e_request_latency_seconds_count", 2),
-        ("request_queue_time_seconds_count", 2),
+        ("e2e_request_latency_seconds_count", 3),
+        ("request_queue_time_seconds_count", 3),
+        ("request_prompt_tokens_count", 4),
+        ("request_generation_tokens_count", 2),
         ("num_requests_running", 0),
     ):
         assert f'paddle_llm:{name}{{model_name="tiny"}} {float(value)}\n' in found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from utils.inference.sampling import SamplingOptions
 from utils.serving import supervisor
 from utils.serving.client import Answering, ModelClient
 from utils.serving.errors import ApiError
-from utils.serving.protocol import Job, Update
+from utils.serving.protocol import EmbedJob, Job, Update
 from utils.serving.settings import ModelSettings
 from utils.serving.supervisor import GOOD_WHILE, MOST_FAILURES, MOST_FAILURES_TO_START, Failures
 
@@ -116,9 +118,38 @@ def test_what_the_http_side_knows(client: ModelClient) -> None:
 
 def test_vectors(client: ModelClient) -> None:
     assert client.facts.embeds
-    one, two = client.embed("tiny", [[5, 6, 7], [8]], 60)
+
+    def vectors(prompts: list[list[int]]) -> list[list[float]]:
+        opened, last = all_of(client.submit(EmbedJob("tiny", prompts)))
+        assert opened.opened and last.ending is not None and last.ending.prompt_tokens == sum(map(len, prompts))
+        assert last.vectors is not None
+        found: list[list[float]] = last.vectors.tolist()
+        return found
+
+    one, two = vectors([[5, 6, 7], [8]])
     assert len(one) == len(two) == 32 and one != two
-    assert client.embed("tiny", [[8]], 60) == [two]
+    assert vectors([[8]]) == [two]
+
+
+def test_vectors_are_work_as_answers_are(client: ModelClient) -> None:
+    """They have their place in the queue, get on as steps do, and end within a portion when nobody waits for them."""
+    time.sleep(1.5)  # longer than stall_timeout: it is no fault of what comes next
+    jobs = [client.submit(EmbedJob("tiny", [[5] * 500] * 5000)) for _ in range(8)]
+    with pytest.raises(ApiError) as fault:
+        client.submit(EmbedJob("tiny", [[5]]))
+    assert fault.value.status == 429
+    first(jobs[0])
+    steps, ended = client.state.steps, time.monotonic() + 2.5
+    while time.monotonic() < ended:
+        assert client.state.name == "ready"
+        time.sleep(0.05)
+    assert client.state.steps > steps and (client.state.running, client.state.waiting) == (1, 7)
+    for answering in jobs:
+        answering.cancel()
+    assert all_of(client.submit(job()), 10)
+    steps = client.state.steps
+    all_of(client.submit(job()))
+    assert client.state.steps <= steps + 12 + 2  # of this answer alone
 
 
 def test_a_prompt_that_cannot_be_answered(client: ModelClient) -> None:
@@ -312,16 +343,25 @@ def test_a_signal_while_the_model_is_loaded(model: Path, tmp_path: Path) -> None
 
 def test_killed_processes(model: Path, tmp_path: Path) -> None:
     """Clients hear at once that the process of the model has gone; that of the server leaves none behind."""
-    with serving(model, tmp_path, "--max_batch_size", 4) as running:
-        streams = [running.open("/api/chat", CHAT) for _ in range(4)]
+    with serving(model, tmp_path, "--max_batch_size", 4) as running, ThreadPoolExecutor(3) as pool:
+        streams = [running.open("/api/chat", CHAT) for _ in range(2)]
         for stream in streams:
             stream.readline()
+        whole = {"messages": [{"role": "user", "content": "Hello"}], "min_tokens": 2000, "max_tokens": 2000}
+        asked = [("/api/chat", {**CHAT, "stream": False}), ("/v1/chat/completions", whole)]
+        asked.append(("/v1/embeddings", {"input": [[5] * 2500] * 256}))
+        plain = [pool.submit(running.open, *one) for one in asked]
+        until(lambda: b'num_requests_running{model_name="tiny"} 5.0' in running.open("/metrics").read())
         killed = running.worker()
         os.kill(killed, signal.SIGKILL)
         started = time.monotonic()
         until(lambda: running.status == "restarting", 1)
         for stream in streams:
             assert b"the process of the model has ended" in stream.readlines()[-1]
+        for response in [one.result(1) for one in plain]:
+            assert response.status == 503 and response.headers["Retry-After"] == "5"
+            error = json.loads(response.read())
+            assert "the process of the model has ended" in error.get("error_msg", "") + str(error.get("error", ""))
         assert time.monotonic() - started < 1
         running.ready()
         assert running.ask("/api/chat", {"context": "Hello", "max_length": 60})[0] == 200

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -35,14 +35,18 @@ class News:
         key: of the command.
         event: of the scheduler.
         stream: whether text was asked for before the answer is complete.
+        opened: the vectors of an `Embed` are made from now on.
         vectors: float32 [prompts, hidden] of an `Embed`.
+        prompt_tokens: of all its prompts, with the vectors.
         error: why there will be no answer.
     """
 
     key: int
     event: Event | None = None
     stream: bool = False
+    opened: bool = False
     vectors: NDArray[np.float32] | None = None
+    prompt_tokens: int = 0
     error: str | None = None
 
 
@@ -51,7 +55,8 @@ class _Embedding:
     """An `Embed` that is under way."""
 
     command: Embed
-    done: list[NDArray[np.float32]]
+    opened: bool = False
+    done: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 class Service:
@@ -61,7 +66,7 @@ class Service:
     first reach the others in the same order, so that all take the same steps.
 
     Attributes:
-        steps: of all schedulers so far.
+        steps: of all schedulers so far, and portions of vectors.
         stopped: whether a `Stop` has come.
     """
 
@@ -180,7 +185,7 @@ class Service:
             case Submit():
                 return self._submit(command)
             case Embed():
-                self._embeddings.append(_Embedding(command, []))
+                self._embeddings.append(_Embedding(command))
             case Cancel(key):
                 self._cancel(key)
             case Stop():
@@ -243,6 +248,9 @@ class Service:
     def _embed(self) -> list[News]:
         """Some more vectors of the `Embed` that came first: answers in the making must not wait for all of them."""
         embedding = self._embeddings[0]
+        if not embedding.opened:  # told before it is begun: whoever waits knows what a process was at when it died
+            embedding.opened = True
+            return [News(embedding.command.key, opened=True)]
         command, begin = embedding.command, sum(len(vectors) for vectors in embedding.done)
         prompts: list[Sequence[int]] = []
         tokens = 0
@@ -261,10 +269,12 @@ class Service:
             told = _told(error)
             _give_back_memory(error)
             return [News(command.key, error=told)]
+        self.steps += 1
         if begin + len(prompts) < len(command.prompts):
             return []
         self._embeddings.popleft()
-        return [News(command.key, vectors=np.concatenate(embedding.done))]
+        vectors = np.concatenate(embedding.done)
+        return [News(command.key, vectors=vectors, prompt_tokens=sum(map(len, command.prompts)))]
 
 
 def _seeded(command: Command) -> Command:

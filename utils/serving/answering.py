@@ -16,10 +16,13 @@ from flask import Response, g, request
 
 from utils.serving.context import Served, serving
 from utils.serving.errors import ApiError
-from utils.serving.protocol import Ending, Job, Update
+from utils.serving.protocol import AnyJob, Ending, Job, Update
 from utils.serving.record import Record, failure
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from utils.inference.sampling import Alternatives
     from utils.serving.client import Answering
 
@@ -35,14 +38,16 @@ class Answer:
     Attributes:
         text, tokens, logprobs, top_logprobs: of all updates together.
         ending: how it ended; None while it is in the making.
+        vectors: of a complete `EmbedJob`.
     """
 
-    job: Job
+    job: AnyJob
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Alternatives] = field(default_factory=list)
     ending: Ending | None = None
+    vectors: NDArray[np.float32] | None = None
     opened: bool = False
     last_token: float | None = None
 
@@ -50,6 +55,11 @@ class Answer:
     def finish_reason(self) -> str:
         """Of a complete answer."""
         return "" if self.ending is None else self.ending.finish_reason
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all its prompts."""
+        return sum(map(len, self.job.prompts))
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,14 @@ class Answers:
     """The answers to one request. An iterator of (index of the job, what is new of it).
 
     It raises `ApiError` if one of the answers cannot be completed: 504 when the time is over, 500 when the model has
-    failed, 499 when the client has gone. `close` cancels what is not complete; whoever has it must call it.
+    failed, 503 when its process has ended, 499 when the client has gone. `close` cancels what is not complete; whoever
+    has it must call it.
 
     Attributes:
         all: each job with its answer so far.
     """
 
-    def __init__(self, served: Served, jobs: Sequence[Job]) -> None:
+    def __init__(self, served: Served, jobs: Sequence[AnyJob]) -> None:
         """Submits all jobs.
 
         Raises:
@@ -82,8 +93,9 @@ class Answers:
         self._record: Record = g.record
         self._gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
         self._started = time.perf_counter()
-        self._record.facts |= {"model": self._model, "n": len(jobs), "stream": jobs[0].stream}
-        self._running: dict[int, Answering] = dict(enumerate(served.client.submit_all(jobs)))
+        asked = sum(len(job.prompts) for job in jobs)
+        self._record.facts |= {"model": self._model, "n": asked, "stream": jobs[0].stream}
+        self._running: dict[int, Answering] = dict(enumerate(self._submit()))
         self._news: deque[tuple[int, Update]] = deque()
         self._closed = False
 
@@ -106,16 +118,26 @@ class Answers:
         """Tokens of all prompts that were opened and of all answers so far."""
         firsts = [answer for answer in self.all if answer.opened and answer.job.number == 0]
         return Usage(
-            sum(len(answer.job.prompt) for answer in firsts),
+            sum(answer.prompt_tokens for answer in firsts),
             sum(len(answer.tokens) for answer in self.all),
             sum(answer.ending.cached_tokens for answer in firsts if answer.ending is not None),
         )
+
+    def _submit(self) -> Sequence[Answering]:
+        if not self._served.places.acquire(blocking=False):
+            raise ApiError(429, "too many requests at a time", kind="rate_limit_error", code="busy", retry_after=1)
+        try:
+            return self._served.client.submit_all([answer.job for answer in self.all])
+        except BaseException:
+            self._served.places.release()
+            raise
 
     def close(self) -> None:
         """Cancels what is not complete, and counts."""
         if self._closed:
             return
         self._closed = True
+        self._served.places.release()
         for answering in self._running.values():
             answering.cancel()
         if self._running and not self._record.status >= 400:
@@ -171,8 +193,9 @@ class Answers:
             self._record.facts.setdefault("queue_s", round(now - self._started, 4))
             metrics.queued.labels(model).observe(now - self._started)
             if answer.job.number == 0:
-                metrics.prompt_tokens.labels(model).inc(len(answer.job.prompt))
-                metrics.prompt_lengths.labels(model).observe(len(answer.job.prompt))
+                metrics.prompt_tokens.labels(model).inc(answer.prompt_tokens)
+                for prompt in answer.job.prompts:
+                    metrics.prompt_lengths.labels(model).observe(len(prompt))
         if update.tokens:
             metrics.generation_tokens.labels(model).inc(len(update.tokens))
             self._time(answer, len(update.tokens), now)
@@ -180,6 +203,7 @@ class Answers:
         answer.tokens += update.tokens
         answer.logprobs += update.logprobs
         answer.top_logprobs += update.top_logprobs
+        answer.vectors = update.vectors
         if update.ending is not None:
             self._end(answer, update.ending)
 
@@ -196,15 +220,21 @@ class Answers:
     def _end(self, answer: Answer, ending: Ending) -> None:
         answer.ending = ending
         metrics, model = self._served.metrics, self._model
-        metrics.answer_lengths.labels(model).observe(ending.completion_tokens)
-        if answer.job.number == 0:
-            metrics.cache_queries.labels(model).inc(ending.prompt_tokens)
-            metrics.cache_hits.labels(model).inc(ending.cached_tokens)
+        if isinstance(answer.job, Job):  # vectors have no length, and are made without the cache
+            metrics.answer_lengths.labels(model).observe(ending.completion_tokens)
+            if answer.job.number == 0:
+                metrics.cache_queries.labels(model).inc(ending.prompt_tokens)
+                metrics.cache_hits.labels(model).inc(ending.cached_tokens)
         if ending.finish_reason == "error":
-            raise ApiError(500, ending.error or "the model has failed", kind="server_error")
+            raise ApiError(
+                500 if ending.retry_after is None else 503,
+                ending.error or "the model has failed",
+                kind="server_error",
+                retry_after=ending.retry_after,
+            )
 
 
-def answer(served: Served, jobs: Sequence[Job]) -> Answers:
+def answer(served: Served, jobs: Sequence[AnyJob]) -> Answers:
     """Starts the answers to the jobs of the request at hand; they are all of one model.
 
     Raises:

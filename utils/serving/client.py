@@ -14,8 +14,8 @@ from typing import Any
 from utils.errors import EXIT_USER_ERROR, notice
 from utils.inference.commands import Cancel, Embed, Stop, Submit, to_json
 from utils.serving.errors import ApiError
-from utils.serving.frames import Link, LinkError, unpack, unpack_vectors
-from utils.serving.protocol import Ending, Job, Update
+from utils.serving.frames import Link, LinkError, unpack
+from utils.serving.protocol import AnyJob, EmbedJob, Ending, Update
 from utils.serving.settings import ModelSettings
 from utils.serving.supervisor import Failures, ModelProcess
 
@@ -30,7 +30,7 @@ class Facts:
     Attributes:
         max_positions: most tokens of prompt and answer together; None has no limit.
         vocabulary: token ids are below it.
-        embeds: whether `ModelClient.embed` works.
+        embeds: whether an `EmbedJob` is answered.
         models: served names; the first is the base.
     """
 
@@ -47,7 +47,7 @@ class State:
     Attributes:
         name: "loading", "ready", "stalled" (there is work, but no step has ended for long), "restarting", "stopping",
             or "failed".
-        running: answers whose prompt has been opened.
+        running: answers, vectors among them, whose prompt has been opened.
         waiting: those before.
         cache_used_bytes: of texts and kept heads.
         steps: of the running process so far.
@@ -63,7 +63,7 @@ class State:
 class Answering:
     """An answer in the making."""
 
-    def __init__(self, client: ModelClient, key: int, job: Job) -> None:
+    def __init__(self, client: ModelClient, key: int, job: AnyJob) -> None:
         self.key, self.job = key, job
         self.opened = False
         self._client = client
@@ -86,8 +86,9 @@ class Answering:
         self._news.put(news)
 
     def fail(self, error: str) -> None:
-        """Ends it with an error."""
-        self.put(Update(ending=Ending("error", len(self.job.prompt), 0, error=error)))
+        """Ends it with an error that is none of its own."""
+        prompt_tokens = sum(map(len, self.job.prompts))
+        self.put(Update(ending=Ending("error", prompt_tokens, 0, error=error, retry_after=LOADING_SECONDS)))
 
 
 class ModelClient:
@@ -130,7 +131,6 @@ class ModelClient:
         self._link: Link | None = None  # to a process that is ready
         self._process: ModelProcess | None = None
         self._answers: dict[int, Answering] = {}
-        self._vectors: dict[int, SimpleQueue[Any]] = {}
         self._keys = count(1)
         self._progress = time.monotonic()  # when the last step ended, or work began
         self._steps = self._cache_bytes = 0
@@ -142,16 +142,16 @@ class ModelClient:
 
     # --- what routes use -----------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> Answering:
+    def submit(self, job: AnyJob) -> Answering:
         """Gives a job to the model.
 
         Raises:
-            ApiError: 429 when too many wait, 503 when the model is not there.
+            ApiError: 429 when too many wait, 503 when the model is not there, 400 when it gives no vectors.
         """
         (answering,) = self.submit_all([job])
         return answering
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[Answering]:
+    def submit_all(self, jobs: Sequence[AnyJob]) -> list[Answering]:
         """Gives several jobs to the model, or none of them.
 
         Raises:
@@ -159,8 +159,12 @@ class ModelClient:
         """
         with self._changed:
             self._check_phase()
+            for job in jobs:
+                if isinstance(job, EmbedJob) and not self.facts.embeds:
+                    raise ApiError(400, f"{job.model} gives no vectors", param="model", code="unsupported_model")
             self._check_room(jobs)
-            self._begin()
+            if not self._answers:
+                self._progress = time.monotonic()
             answers = [Answering(self, next(self._keys), job) for job in jobs]
             self._answers.update((answering.key, answering) for answering in answers)
             link = self._link
@@ -176,42 +180,12 @@ class ModelClient:
         if known is not None:
             self._tell(link, [to_json(Cancel(answering.key))])
 
-    def embed(self, model: str, prompts: list[list[int]], timeout: float) -> list[list[float]]:
-        """A vector for each prompt.
-
-        Raises:
-            ApiError: 400 when the model gives none, 503 when it is not there or takes longer than `timeout` seconds,
-                500 when it fails.
-        """
-        found: SimpleQueue[Any] = SimpleQueue()
-        with self._changed:
-            self._check_phase()
-            if not self.facts.embeds:
-                raise ApiError(400, f"{model} gives no vectors", param="model", code="unsupported_model")
-            key, link = next(self._keys), self._link
-            self._vectors[key] = found
-        self._tell(link, [to_json(Embed(key, model, prompts))])
-        try:
-            vectors = found.get(timeout=timeout)
-        except Empty:
-            self._tell(link, [to_json(Cancel(key))])
-            raise ApiError(
-                503, f"there was no answer within {timeout:g} s", kind="server_error", retry_after=LOADING_SECONDS
-            ) from None
-        finally:
-            with self._changed:
-                self._vectors.pop(key, None)
-                self._changed.notify_all()
-        if isinstance(vectors, ApiError):
-            raise vectors
-        return unpack_vectors(*vectors)
-
     @property
     def state(self) -> State:
         """How the model is now."""
         with self._changed:
             running = sum(answering.opened for answering in self._answers.values())
-            stalled = self._busy and time.monotonic() - self._progress > self._stall_timeout
+            stalled = self._answers and time.monotonic() - self._progress > self._stall_timeout
             name = "stalled" if stalled and self._phase == "ready" else self._phase
             return State(name, running, len(self._answers) - running, self._cache_bytes, self._steps)
 
@@ -220,15 +194,6 @@ class ModelClient:
         """Of the process of the model, if there is one."""
         process = self._process
         return None if process is None else process.pid
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._answers or self._vectors)
-
-    def _begin(self) -> None:
-        """There will be work from now on."""
-        if not self._busy:
-            self._progress = time.monotonic()
 
     def _check_phase(self) -> None:
         if self._phase == "ready":
@@ -242,7 +207,7 @@ class ModelClient:
         wait = math.ceil(self.failures.pause) if self._phase == "restarting" else 0
         raise ApiError(503, said[self._phase], kind="server_error", retry_after=LOADING_SECONDS + wait)
 
-    def _check_room(self, jobs: Sequence[Job]) -> None:
+    def _check_room(self, jobs: Sequence[AnyJob]) -> None:
         """Counts what waits beyond the places of each model: the process may not have opened yet what it soon will."""
         wanted: dict[str, int] = {}
         for job in [*(answering.job for answering in self._answers.values()), *jobs]:
@@ -278,7 +243,7 @@ class ModelClient:
         self.drain()
         with self._changed:
             if self._link is not None:
-                self._changed.wait_for(lambda: not self._busy or self._link is None, timeout)
+                self._changed.wait_for(lambda: not self._answers or self._link is None, timeout)
             link = self._link
             self._fail("the server is stopping", list(self._answers.values()))
         if link is None:
@@ -349,8 +314,7 @@ class ModelClient:
         self._steps, self._cache_bytes = value["steps"], value.get("cache", 0)
         for update in value["updates"]:
             answering = self._answers.get(update[0])
-            if answering is None:
-                self._fail_vectors(update)  # or else it is of an answer that was cancelled
+            if answering is None:  # it was cancelled
                 continue
             if len(update) > _OPENED and update[_OPENED]:
                 answering.opened = True
@@ -359,15 +323,6 @@ class ModelClient:
                     self._answers.pop(answering.key, None)
                     self._changed.notify_all()
             answering.put(update)
-        for key, *vectors in value["vectors"]:
-            if (waiter := self._vectors.get(key)) is not None:
-                waiter.put(vectors)
-
-    def _fail_vectors(self, update: list[Any]) -> None:
-        """Vectors have no update but that they have failed."""
-        waiter, ending = self._vectors.get(update[0]), unpack(update[1:]).ending
-        if waiter is not None and ending is not None:
-            waiter.put(ApiError(500, ending.error or "the model has failed", kind="server_error"))
 
     def _ready(self, facts: dict[str, Any], link: Link) -> None:
         self.failures.ready()
@@ -397,8 +352,6 @@ class ModelClient:
         for answering in answers:
             self._answers.pop(answering.key, None)
             answering.fail(error)
-        for waiter in self._vectors.values():
-            waiter.put(ApiError(503, error, kind="server_error", retry_after=LOADING_SECONDS))
         self._changed.notify_all()
 
     def _give_up(self) -> None:
@@ -413,4 +366,6 @@ class ModelClient:
 
 def _command(answering: Answering) -> list[Any]:
     job = answering.job
+    if isinstance(job, EmbedJob):
+        return to_json(Embed(answering.key, job.model, job.prompts))
     return to_json(Submit(answering.key, job.model, job.prompt, job.options, job.number, job.stream))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Served:
         settings: the arguments of the server.
         metrics: what is counted.
         started: when, in seconds since 1970.
+        places: of requests that wait for the model or for the reader of its answer; fewer than the server has threads.
     """
 
     client: ModelClient
@@ -41,6 +43,7 @@ class Served:
     settings: ServeArguments
     metrics: Metrics
     started: float
+    places: threading.BoundedSemaphore
 
     def model(self, name: str | None) -> tuple[str, Prepared]:
         """(served name, tokenizer and template) of the model that a client names; None means the base.

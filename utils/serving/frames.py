@@ -99,6 +99,7 @@ def pack(update: Update) -> list[Any]:
         update.logprobs,
         update.top_logprobs,
         None if ending is None else [getattr(ending, name) for name in Ending.__dataclass_fields__],
+        None if update.vectors is None else _pack_vectors(update.vectors),
     ]
     while values and not values[-1]:
         values.pop()
@@ -107,11 +108,19 @@ def pack(update: Update) -> list[Any]:
 
 def unpack(values: list[Any]) -> Update:
     """The update that `pack` has written."""
-    tokens, text, opened, logprobs, top, ending = [*values, *_EMPTY[len(values) :]]
-    return Update(bool(opened), text, tuple(tokens), tuple(logprobs), _ranks(top), ending and _ending(ending))
+    tokens, text, opened, logprobs, top, ending, vectors = [*values, *_EMPTY[len(values) :]]
+    return Update(
+        bool(opened),
+        text,
+        tuple(tokens),
+        tuple(logprobs),
+        _ranks(top),
+        ending and _ending(ending),
+        vectors and _vectors(*vectors),
+    )
 
 
-_EMPTY: list[Any] = [(), "", False, (), (), None]
+_EMPTY: list[Any] = [(), "", False, (), (), None, None]
 
 
 def _ending(values: list[Any]) -> Ending:
@@ -127,15 +136,10 @@ def _ranks(values: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
     return tuple(tuple((token, score) for token, score in place) for place in values)
 
 
-# --- vectors ----------------------------------------------------------------------------------------
-
-
-def pack_vectors(vectors: NDArray[np.float32]) -> tuple[int, str]:
+def _pack_vectors(vectors: NDArray[np.float32]) -> tuple[int, str]:
     """Vectors [rows, size] for a JSON value: decimal digits would take ten times as long."""
     return vectors.shape[1], b64encode(vectors.astype("<f4").tobytes()).decode()
 
 
-def unpack_vectors(size: int, content: str) -> list[list[float]]:
-    """The vectors that `pack_vectors` has written."""
-    vectors: list[list[float]] = np.frombuffer(b64decode(content), "<f4").reshape(-1, size).tolist()
-    return vectors
+def _vectors(size: int, content: str) -> NDArray[np.float32]:
+    return np.frombuffer(b64decode(content), "<f4").reshape(-1, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from hashlib import sha256
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from flask import Request, Response
 
@@ -73,7 +73,7 @@ class Guard:
         Such a page may also have its own name lead to this machine; the browser then takes it for the same site.
         """
         host = asked.headers.get("Host", "")
-        name = (urlsplit(f"//{host}").hostname or "") if host else ""
+        name = _split(f"//{host}").hostname or ""
         if is_loopback(self._host) and host and not (is_loopback(name) or name == self._host):
             raise ApiError(
                 403,
@@ -82,12 +82,20 @@ class Guard:
                 kind="permission_error",
             )
         origin = asked.headers.get("Origin")
-        if origin is not None and not self._knows(origin) and urlsplit(origin).netloc != host:
+        if origin is not None and not self._knows(origin) and _split(origin).netloc != host:
             raise ApiError(
                 403,
                 "pages of other sites may not ask this server; name them with --cors_origins",
                 kind="permission_error",
             )
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; of what is none, no parts."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _digest(key: bytes) -> bytes:

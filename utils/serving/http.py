@@ -23,6 +23,7 @@ from utils.serving.app import error_body
 from utils.serving.errors import ApiError
 
 SPARE_THREADS = 16  # for what needs no answer of the model, such as /health and 429
+KEPT_THREADS = 8  # of them, that no answer may take, however slowly it is read
 MOST_THREADS = 1024
 SPARE_CONNECTIONS = 1024  # idle ones
 IDLE_SECONDS = 75  # that a connection may do nothing between two requests
@@ -118,6 +119,16 @@ class _Server(TcpWSGIServer):
                 channel.will_close = True
 
 
+def threads_for(requests: int) -> int:
+    """How many threads serve a model at which so many requests may wait or run."""
+    return min(requests + SPARE_THREADS, MOST_THREADS)
+
+
+def places(requests: int) -> threading.BoundedSemaphore:
+    """What requests that wait for the model share, see `Served.places`: whatever comes, some threads stay free."""
+    return threading.BoundedSemaphore(threads_for(requests) - KEPT_THREADS)
+
+
 class HttpServer:
     """Serves an application on sockets that are bound already.
 
@@ -131,7 +142,7 @@ class HttpServer:
         runtime.share_heaps()
         for name in ("waitress", "waitress.queue"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        threads = min(requests + SPARE_THREADS, MOST_THREADS)
+        threads = threads_for(requests)
         adjustments = Adjustments(
             threads=threads,
             connection_limit=_connections(threads + SPARE_CONNECTIONS),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from utils.inference.sampling import SamplingOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from utils.inference.sampling import Alternatives
 
 
@@ -29,6 +32,23 @@ class Job:
     number: int = 0
     stream: bool = False
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [self.prompt]
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """Vectors that are wanted, one for each prompt (token ids); to the queue they are one answer."""
+
+    model: str
+    prompts: list[list[int]]
+    number: ClassVar[int] = 0
+    stream: ClassVar[bool] = False
+
+
+AnyJob = Job | EmbedJob
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -39,6 +59,7 @@ class Ending:
         prompt_tokens, cached_tokens: of the prompt, and how many of them were not read again.
         completion_tokens: generated tokens, the end token included.
         error: why there is no (whole) answer, with finish_reason "error".
+        retry_after: seconds after which the same request may be answered, if the error is none of its own.
         prompt_logprobs, prompt_top_logprobs: of each token of the prompt but the first, when asked for.
     """
 
@@ -47,6 +68,7 @@ class Ending:
     completion_tokens: int
     cached_tokens: int = 0
     error: str | None = None
+    retry_after: int | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     prompt_top_logprobs: tuple[Alternatives, ...] | None = None
 
@@ -62,6 +84,7 @@ class Update:
         tokens: new tokens.
         logprobs, top_logprobs: of these tokens, if asked for.
         ending: the answer is complete; the last update.
+        vectors: float32 [prompts, hidden] of an `EmbedJob`, with its ending.
     """
 
     opened: bool = False
@@ -70,3 +93,4 @@ class Update:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[Alternatives, ...] = ()
     ending: Ending | None = None
+    vectors: NDArray[np.float32] | None = None

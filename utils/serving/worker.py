@@ -29,7 +29,7 @@ from utils.inference.commands import Command, from_json
 from utils.inference.loading import load_all
 from utils.parallel.peers import Alone, end, start
 from utils.parallel.topology import Layout
-from utils.serving.frames import Link, LinkError, pack, pack_vectors
+from utils.serving.frames import Link, LinkError, pack
 from utils.serving.parent import end_with_parent
 from utils.serving.protocol import Ending, Update
 from utils.serving.settings import ModelSettings
@@ -142,18 +142,20 @@ class Reporter:
         if self._link is None:
             return
         updates = [[one.key, *pack(update)] for one in news if (update := self._update(one)) is not None]
-        vectors = [[one.key, *pack_vectors(one.vectors)] for one in news if one.vectors is not None]
         steps, now = self._service.steps, time.monotonic()
-        if updates or vectors or (steps != self._steps and now - self._reported > REPORT):
+        if updates or (steps != self._steps and now - self._reported > REPORT):
             used = self._service.cache_bytes
-            self._link.send({"steps": steps, "cache": used, "updates": updates, "vectors": vectors})
+            self._link.send({"steps": steps, "cache": used, "updates": updates})
             self._reported, self._steps = now, steps
 
     def _update(self, news: News) -> Update | None:
-        event = news.event
-        if event is None:
-            return None if news.error is None else Update(ending=Ending("error", 0, 0, error=news.error))
-        return streamed(event) if news.stream else self._whole(event)
+        if news.error is not None:
+            return Update(ending=Ending("error", 0, 0, error=news.error))
+        if news.vectors is not None:
+            return Update(ending=Ending("stop", news.prompt_tokens, 0), vectors=news.vectors)
+        if news.event is None:
+            return Update(opened=True) if news.opened else None
+        return streamed(news.event) if news.stream else self._whole(news.event)
 
     def _whole(self, event: Event) -> Update | None:
         """Of an answer that is wanted whole: that its prompt is read, its first token, and all the rest at the end."""
@@ -188,8 +190,8 @@ def ending_of(completion: Completion) -> Ending:
         len(completion.tokens),
         completion.cached_tokens,
         completion.error,
-        completion.prompt_logprobs,
-        completion.prompt_top_logprobs,
+        prompt_logprobs=completion.prompt_logprobs,
+        prompt_top_logprobs=completion.prompt_top_logprobs,
     )
 
 

@@ -6,16 +6,19 @@ import base64
 from typing import Any
 
 import numpy as np
-from flask import Blueprint, Response, g, jsonify
+from flask import Blueprint, Response, jsonify
+from numpy.typing import NDArray
 
 from utils.inference.loading import Prepared
 from utils.serving import limits
+from utils.serving.answering import answer, collect
 from utils.serving.bodies import read
 from utils.serving.context import serving
 from utils.serving.errors import ApiError
 from utils.serving.openai.prompts import check_ids, check_length, encode_text, kept, positions
 from utils.serving.openai.schema import EmbeddingRequest
 from utils.serving.openapi import described
+from utils.serving.protocol import EmbedJob
 
 routes = Blueprint("embeddings", __name__)
 
@@ -32,24 +35,25 @@ def embed() -> Response:
     prompts = [ids if cut_to is None else ids[-cut_to:] for ids in _inputs(request, prepared)]
     for number, ids in enumerate(prompts):
         check_length(ids, limit, "input" if len(prompts) == 1 else f"input.{number}")
-    g.record.facts |= {"model": name, "n": len(prompts)}
-    vectors = served.client.embed(name, prompts, served.settings.request_timeout)
-    tokens = sum(map(len, prompts))
-    g.record.facts["prompt_tokens"] = tokens
-    served.metrics.prompt_tokens.labels(name).inc(tokens)
+    answers = answer(served, [EmbedJob(name, prompts)])
+    (done,) = collect(answers)
+    assert done.vectors is not None  # as it is complete
+    tokens = answers.usage.prompt_tokens
     form = _base64 if request.encoding_format == "base64" else list
     data = [
-        {"object": "embedding", "index": index, "embedding": form(unit(vector))} for index, vector in enumerate(vectors)
+        {"object": "embedding", "index": index, "embedding": form(unit(vector))}
+        for index, vector in enumerate(done.vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return jsonify({"object": "list", "data": data, "model": name, "usage": usage})
 
 
-def unit(vector: list[float]) -> list[float]:
+def unit(vector: NDArray[np.float32]) -> list[float]:
     """The vector at length 1, in single precision."""
-    values = np.array(vector, dtype=np.float64)
+    values = vector.astype(np.float64)
     length = float(np.linalg.norm(values))
-    return (values / (length or 1.0)).astype(np.float32).tolist()
+    found: list[float] = (values / (length or 1.0)).astype(np.float32).tolist()
+    return found
 
 
 def _base64(vector: list[float]) -> str:
