@@ -126,6 +126,7 @@ REACHED_BY_THEIR_OWN = {
     ("utils/data/pretrain_build.py", "json_key"),
     ("utils/data/pretrain_work.py", "workers"),
     ("utils/data/template.py", "chat_template"),
+    ("utils/data/turns.py", "chat_template"),
 }
 
 

@@ -179,19 +179,25 @@ def encode_source(
     ids = template.encode_prompt(tokenizer, messages, tools)
     if len(ids) <= src_length:
         return ids, False
-    kept = list(messages)
-    while True:
-        ids, fits = _cut_content(kept, len(kept) - 1, tokenizer, template, src_length, tools)
-        if fits:
-            return ids, True
-        first = 1 if kept[0]["role"] == "system" else 0
-        later = (place for place, message in enumerate(kept) if place > first and message["role"] == "user")
-        if (second := next(later, None)) is None:
-            break
-        del kept[first:second]  # the oldest question and its answer
-        ids = template.encode_prompt(tokenizer, kept, tools)
-        if len(ids) <= src_length:
-            return ids, True
+    first = 1 if messages[0]["role"] == "system" else 0
+    begins = [first, *(at for at, message in enumerate(messages) if at > first and message["role"] == "user")]
+
+    def without(rounds: int) -> list[Message]:
+        return [*messages[:first], *messages[begins[rounds] :]]
+
+    def leaves_room(rounds: int) -> bool:
+        *before, question = without(rounds)
+        return len(template.encode_prompt(tokenizer, [*before, {**question, "content": ""}], tools)) <= src_length
+
+    # of the oldest questions and their answers, as few go as can
+    rounds = bisect_left(range(len(begins)), True, key=leaves_room)
+    kept = without(min(rounds, len(begins) - 1))
+    ids = template.encode_prompt(tokenizer, kept, tools)
+    if len(ids) <= src_length:
+        return ids, True
+    ids, fits = _cut_content(kept, len(kept) - 1, tokenizer, template, src_length, tools)
+    if fits:
+        return ids, True
     if kept[0]["role"] == "system":
         kept[-1] = {**kept[-1], "content": ""}
         ids, fits = _cut_content(kept, 0, tokenizer, template, src_length, tools)

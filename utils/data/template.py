@@ -20,10 +20,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from utils.data.calls import takes_text
+from utils.data.history import History, Told
 from utils.data.lines import half_of_pair
 from utils.data.marks import Marks, Rendered
 from utils.data.talk import Talk
-from utils.data.turns import end_turn, own_text_end
+from utils.data.turns import end_turn, opened_thought, own_text_end
 from utils.errors import UserError
 from utils.settings import read_json, read_text, shown
 
@@ -239,6 +240,7 @@ class JinjaTemplate(ChatTemplate):
         if (half := half_of_pair(text)) is not None:
             raise UserError(f"{origin}: the chat template holds half of a surrogate pair at character {half}")
         self._examples: dict[Tokenizer, tuple[str, str]] = {}
+        self._history = History()
         _ = self.compiled  # a broken template must be reported now
 
     def with_values(self, values: Mapping[str, Any]) -> JinjaTemplate:
@@ -304,28 +306,54 @@ class JinjaTemplate(ChatTemplate):
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None
     ) -> tuple[list[Round], list[int]]:
         talk = Talk(self, tokenizer, messages, tools, self._own_tokens(tokenizer))
-        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        # what is asked before each answer, and that with the answer
-        texts = [(talk.render(place, ask=True), talk.render(place + 1)) for place in answers]
-        last = talk.render(len(messages), ask=True) if messages and messages[-1]["role"] != "assistant" else None
-        asked = [question for question, _ in texts[1:]] + ([] if last is None else [last])
-        history = texts if last is not None else texts[:-1]
-        if not (
-            all(answered.text.startswith(question.text) for question, answered in history)
-            and all(question.text.startswith(done.text) for question, (_, done) in zip(asked, texts, strict=False))
-        ):
-            # the template writes history in another way than the turn at hand, so only the last answer
-            # can be learned as it will be asked for
-            texts = [] if last is not None else texts[-1:]
-        done, rounds, before = Rendered(""), list[Round](), list[int]()
-        for place, (question, answered) in zip(answers[len(answers) - len(texts) :], texts, strict=True):
-            prompt = before + question.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
-            answer, before = self._answer(talk, place, question, answered)
+        asks = bool(messages) and messages[-1]["role"] != "assistant"
+        context = [tools, dict(self.values), self.special_tokens_in_text]
+        known = self._history.longest(tokenizer, messages, context) if asks else Told()
+        found = self._rounds_behind(known, talk, asks=asks)
+        if found is not None:
+            told, rest = found
+            if told.length > known.length and asks:
+                self._history.add(tokenizer, messages, context, told)
+            return list(told.rounds), [*told.behind, *rest]
+        # the template writes history in another way than the turn at hand, so only the last answer can be learned as
+        # it will be asked for
+        if asks:
+            return [], talk.render(len(messages), ask=True).encode(tokenizer)
+        place = len(messages) - 1
+        question = talk.render(place, ask=True)
+        answer, behind = self._answer(talk, place, question, talk.render(place + 1))
+        return [Round(question.encode(tokenizer), answer)], behind
+
+    def _rounds_behind(self, told: Told, talk: Talk, *, asks: bool) -> tuple[Told, list[int]] | None:
+        """What follows the rounds that are known.
+
+        Args:
+            asks: whether the conversation ends with a question.
+
+        Returns:
+            All that is known up to the last answer, and the ids of what follows it; None if the template does not
+            only append.
+        """
+        tokenizer, messages = talk.tokenizer, talk.messages
+        count, rounds, behind, done = told.length, list(told.rounds), list(told.behind), told.text
+        for place in range(told.length, len(messages)):
+            if messages[place]["role"] != "assistant":
+                continue
+            question, answered = talk.render(place, ask=True), talk.render(place + 1)
+            is_last = not asks and place == len(messages) - 1
+            if not (question.text.startswith(done.text) and (is_last or answered.text.startswith(question.text))):
+                return None
+            prompt = behind + question.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
+            answer, behind = self._answer(talk, place, question, answered)
             rounds.append(Round(prompt, answer))
-            done = answered
-        if last is not None:
-            before = before + last.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
-        return rounds, before
+            done, count = answered, place + 1
+        told = Told(count, tuple(rounds), tuple(behind), done)
+        if not asks:
+            return told, []
+        last = talk.render(len(messages), ask=True)
+        if not last.text.startswith(done.text):
+            return None
+        return told, last.cut(len(done.text)).encode(tokenizer, continuation=bool(done.text))
 
     def _answer(self, talk: Talk, place: int, question: Rendered, answered: Rendered) -> tuple[list[int], list[int]]:
         """The ids of an answer, and of what the template writes behind it.
@@ -346,35 +374,10 @@ class JinjaTemplate(ChatTemplate):
                     f"{self.origin}: this template rewrites earlier turns, so what a model is trained on would "
                     "differ from what it is asked with; give a template that only appends with --chat_template"
                 )
-            thought = self._thought(message, opened)
+            thought = opened_thought(message, opened, self.origin)
             added, end = talk.of_user(thought) + answered.cut(found), len(thought)
         only = self._example_end(talk.tokenizer) if "tool_calls" in message else None
         return end_turn(talk.tokenizer, added, end, continuation=bool(question.text), only=only)
-
-    def _thought(self, message: Message, opened: re.Match[str]) -> str:
-        """What a model has to say to a prompt that ends in an opened tag: the reasoning, then the answer.
-
-        Raises:
-            UserError: the answer brings no reasoning, or two.
-        """
-        tag, content = opened[1], message["content"].strip()
-        if f"</{tag}>" in content:
-            if message.get("reasoning_content", "").strip() not in content:
-                raise UserError(
-                    f'an answer has one reasoning in its text, before </{tag}>, and another under "reasoning_content"; '
-                    "keep one"
-                )
-            begins = content.startswith(f"<{tag}>")
-            content = content.removeprefix(f"<{tag}>")
-            return content.lstrip("\n") if begins and opened[0].endswith("\n") else content
-        if not message.get("reasoning_content"):
-            raise UserError(
-                f"{self.origin}: this template asks with an opened <{tag}>, so an answer must begin with its "
-                f'reasoning; write "<{tag}>...</{tag}>" before the answer, or the reasoning under '
-                f'"reasoning_content", or give a template that does not open <{tag}> with --chat_template'
-            )
-        reasoning = message["reasoning_content"].strip("\n")
-        return f"{reasoning}\n</{tag}>\n\n{content}"
 
 
 class PaddleNLPTemplate(ChatTemplate):

@@ -1,12 +1,15 @@
-"""Where the answer of a rendered turn ends."""
+"""What a model has to say in a rendered turn, and where that ends."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from utils.data.marks import Rendered
+from utils.errors import UserError
 
 if TYPE_CHECKING:
+    from utils.data.template import Message
     from utils.families.tokenizers import Tokenizer
 
 
@@ -52,3 +55,29 @@ def own_text_end(added: str, content: str) -> int | None:
     """Where the text of an answer ends in what a template writes for it, if it stands at its beginning."""
     inner, begins = content.strip(), added.lstrip()
     return len(added) - len(begins) + len(inner) if inner and begins.startswith(inner) else None
+
+
+def opened_thought(message: Message, opened: re.Match[str], origin: str) -> str:
+    """What a model has to say to a prompt that ends in an opened tag: the reasoning, then the answer.
+
+    Raises:
+        UserError: the answer brings no reasoning, or two.
+    """
+    tag, content = opened[1], message["content"].strip()
+    if f"</{tag}>" in content:
+        if message.get("reasoning_content", "").strip() not in content:
+            raise UserError(
+                f'an answer has one reasoning in its text, before </{tag}>, and another under "reasoning_content"; '
+                "keep one"
+            )
+        begins = content.startswith(f"<{tag}>")
+        content = content.removeprefix(f"<{tag}>")
+        return content.lstrip("\n") if begins and opened[0].endswith("\n") else content
+    if not message.get("reasoning_content"):
+        raise UserError(
+            f"{origin}: this template asks with an opened <{tag}>, so an answer must begin with its "
+            f'reasoning; write "<{tag}>...</{tag}>" before the answer, or the reasoning under '
+            f'"reasoning_content", or give a template that does not open <{tag}> with --chat_template'
+        )
+    reasoning = message["reasoning_content"].strip("\n")
+    return f"{reasoning}\n</{tag}>\n\n{content}"
