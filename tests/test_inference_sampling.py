@@ -193,6 +193,13 @@ def test_logits_are_left_alone() -> None:
     np.testing.assert_array_equal(before, LOGITS)
 
 
+def test_a_bias_is_added_each_time_that_its_token_is_named() -> None:
+    history = History(SamplingOptions(logit_bias=((3, 2.0), (5, -1.0), (3, 0.5))), [], ())
+    wanted = LOGITS.astype(np.float64)
+    wanted[[3, 5]] += [2.5, -1.0]
+    np.testing.assert_allclose(history.penalised(LOGITS.astype(np.float64)), wanted)
+
+
 def test_all_penalties_in_one_table() -> None:
     """Prompt 3 4, answer 4 6 4 6; repetition 2.0, presence 0.5, frequency 0.25, bigrams once, token 0 ends.
 

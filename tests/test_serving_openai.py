@@ -158,6 +158,8 @@ def test_where_an_answer_may_end(tiny: Client) -> None:
     answer = tiny.chat(HELLO, logit_bias=bias, extra_body=ends)
     assert said(answer) == "" and answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == 1
     assert tiny.chat(HELLO, logit_bias=bias, extra_body={**ends, "min_tokens": 3}).usage.completion_tokens == 4
+    asked = {"logit_bias": bias, "stop": "xx", "extra_body": {"min_tokens": 3}}
+    assert said(tiny.chat(HELLO, **asked)) == streamed(tiny.chat(HELLO, stream=True, **asked)) == "xxx"
 
 
 @pytest.mark.parametrize("words", ["x", ["x"], ["never", "xx"], ["y", "xxx"]])
@@ -477,6 +479,7 @@ def test_embeddings_of_texts_and_ids_alone_and_together(tiny: Client) -> None:
 def test_what_cannot_be_embedded(tiny: Client, fields: dict[str, Any], param: str) -> None:
     status, found = tiny.server.json("POST", "/v1/embeddings", fields)
     assert status in (400, 404) and found["error"]["param"] == param
+    assert "answer" not in found["error"]["message"]
 
 
 # --- faults ------------------------------------------------------------------------------------------
@@ -504,6 +507,8 @@ USER = {"role": "user", "content": "a"}
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"n": 2, "best_of": 3}, "best_of"),
         ({"n": 65}, "n"),
+        ({"stop": ["x", "x" * 257]}, "stop"),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),

@@ -121,11 +121,12 @@ class BeamSearch(Answer):
         """(whether a candidate's token completes the answer, the text if a stop word does)."""
         if candidate.token in self.request.end_ids:
             return True, None
-        text = self._beams[candidate.parent].text
+        parent = self._beams[candidate.parent]
+        text = parent.text
         if text is None or not self.request.options.stop:
             return False, None
         text = text.copy()
-        text.push(candidate.token)
+        text.push(candidate.token, may_stop=self.request.may_stop(len(parent.tokens) + 1))
         return text.stopped, text
 
     def _grown(self, candidate: _Candidate, found: Sequence[View], text: TextStream | None) -> _Beam:
@@ -136,7 +137,7 @@ class BeamSearch(Answer):
         if text is None and parent.text is not None:
             text = parent.text.copy()
             if token not in self.request.end_ids:
-                text.push(token)
+                text.push(token, may_stop=self.request.may_stop(len(parent.tokens) + 1))
         logprobs, top_logprobs = parent.logprobs, parent.top_logprobs
         values = found[candidate.parent].values
         if options.logprobs and values is not None:

@@ -92,6 +92,10 @@ class Request:
         """How many slots the answer takes."""
         return self.options.num_beams
 
+    def may_stop(self, length: int) -> bool:
+        """Whether a stop word may end an answer of so many tokens."""
+        return length > self.options.min_new_tokens
+
     def fail(self, error: str) -> None:
         """Ends the answer with an error."""
         self.error, self.finish_reason = error, "error"
@@ -249,7 +253,7 @@ class PlainAnswer(Answer):
             request.ended = True
             request.finish_reason = "stop"
         elif request.text is not None:
-            request.text.push(token)
+            request.text.push(token, may_stop=request.may_stop(len(request.tokens)))
             if request.text.stopped:
                 request.finish_reason = "stop"
         if request.finish_reason is None and self._sampler.ended:

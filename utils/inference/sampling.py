@@ -36,7 +36,7 @@ class SamplingOptions:
 
     Attributes:
         max_new_tokens: most tokens to generate, the end token included; 0 only with `prompt_logprobs`.
-        min_new_tokens: tokens to generate before an end token may be chosen.
+        min_new_tokens: tokens to generate before an end token may be chosen, or a text of `stop` ends the answer.
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k likeliest tokens; 1 is greedy, 0 keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities add up to p (Holtzman et al. 2020).
@@ -283,6 +283,8 @@ class History:
         self.length = 0
         self._options = options
         self._end_ids = np.array(sorted(end_ids), dtype=np.int64)
+        self._biased = np.array([token for token, _ in options.logit_bias], dtype=np.int64)
+        self._biases = np.array([bias for _, bias in options.logit_bias], dtype=np.float64)
         self._counts: dict[int, int] = {}
         self._seen = dict.fromkeys(prompt)
         self._ngrams: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -316,8 +318,7 @@ class History:
         When penalties leave no token at all (every one would repeat an n-gram), they are put aside.
         """
         scores, options = scores.copy(), self._options
-        for token, bias in options.logit_bias:
-            scores[token] += bias
+        np.add.at(scores, self._biased, self._biases)  # a token may be named twice
         before, scores = scores, scores.copy()
         if options.repetition_penalty != 1:
             seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))

@@ -31,6 +31,7 @@ class TextStream:
         self.text = ""
         self._decode = decode
         self._stop = tuple(stop)
+        self._may_stop = True
         self._ids: list[int] = []
         # Tokens from _start are decoded again with each new one, since a decoder may treat the first
         # token of a text differently (a leading space, say); those before _done are returned already, as _known.
@@ -45,9 +46,14 @@ class TextStream:
         other._ids = list(self._ids)
         return other
 
-    def push(self, token: int) -> str:
-        """Adds one token; returns the text that is now certain, which may be empty."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Adds one token; returns the text that is now certain, which may be empty.
+
+        Args:
+            may_stop: whether stop words count. Text from before they did is part of none.
+        """
         self._ids.append(token)
+        self._may_stop = may_stop
         fresh = self._fresh()
         if not fresh or fresh.endswith(INCOMPLETE):
             return ""
@@ -81,12 +87,13 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + fresh
-        found = [(text.find(word) + len(word), text.find(word)) for word in self._stop if word in text]
+        words = self._stop if self._may_stop else ()
+        found = [(text.find(word) + len(word), text.find(word)) for word in words if word in text]
         if found:
             self.stopped = True
             certain, self._held = text[: min(found)[1]], ""
         else:
-            keep = max((_overlap(text, word) for word in self._stop), default=0)
+            keep = max((_overlap(text, word) for word in words), default=0)
             certain, self._held = text[: len(text) - keep], text[len(text) - keep :]
         self.text += certain
         return certain

@@ -95,7 +95,7 @@ class Answers:
         self._started = time.perf_counter()
         asked = sum(len(job.prompts) for job in jobs)
         self._record.facts |= {"model": self._model, "n": asked, "stream": jobs[0].stream}
-        self._running: dict[int, Answering] = dict(enumerate(self._submit()))
+        self._running: dict[int, Answering] = dict(enumerate(served.client.submit_all(jobs)))
         self._news: deque[tuple[int, Update]] = deque()
         self._closed = False
 
@@ -123,21 +123,11 @@ class Answers:
             sum(answer.ending.cached_tokens for answer in firsts if answer.ending is not None),
         )
 
-    def _submit(self) -> Sequence[Answering]:
-        if not self._served.places.acquire(blocking=False):
-            raise ApiError(429, "too many requests at a time", kind="rate_limit_error", code="busy", retry_after=1)
-        try:
-            return self._served.client.submit_all([answer.job for answer in self.all])
-        except BaseException:
-            self._served.places.release()
-            raise
-
     def close(self) -> None:
         """Cancels what is not complete, and counts."""
         if self._closed:
             return
         self._closed = True
-        self._served.places.release()
         for answering in self._running.values():
             answering.cancel()
         if self._running and not self._record.status >= 400:

@@ -14,6 +14,7 @@ from utils.serving.guard import Guard
 from utils.serving.openai import chat, completions, embeddings, models, tokens
 from utils.serving.record import Record, failure, request_id
 
+AT_ONCE = {operations.routes.name, models.routes.name}  # what they answer is there already
 BLUEPRINTS = (
     own.routes,
     operations.routes,
@@ -39,6 +40,10 @@ def create_app(served: Served) -> Flask:
     def begin() -> None:
         g.record = Record(request_id(request.headers.get("X-Request-Id")), request.path)
         guard.check(request)
+        if request.blueprint is not None and request.blueprint not in AT_ONCE:
+            g.has_place = served.places.acquire(blocking=False)
+            if not g.has_place:
+                raise ApiError(429, "too many requests at a time", kind="rate_limit_error", code="busy", retry_after=1)
 
     @app.after_request
     def end(response: Response) -> Response:
@@ -49,9 +54,12 @@ def create_app(served: Served) -> Flask:
         guard.allow(request, response)
         route = request.url_rule.rule if request.url_rule is not None else "unknown"
         quiet = route in operations.QUIET and response.status_code != 500
+        has_place = g.get("has_place", False)
 
         @response.call_on_close
         def close() -> None:
+            if has_place:
+                served.places.release()
             served.metrics.responses.labels(route, str(record.status)).inc()
             if not quiet:
                 record.write()

@@ -35,7 +35,7 @@ class Served:
         settings: the arguments of the server.
         metrics: what is counted.
         started: when, in seconds since 1970.
-        places: of requests that wait for the model or for the reader of its answer; fewer than the server has threads.
+        places: of requests that may take their time; fewer than the server has threads.
     """
 
     client: ModelClient

@@ -23,7 +23,7 @@ from utils.serving.app import error_body
 from utils.serving.errors import ApiError
 
 SPARE_THREADS = 16  # for what needs no answer of the model, such as /health and 429
-KEPT_THREADS = 8  # of them, that no answer may take, however slowly it is read
+KEPT_THREADS = 8  # of them, that only requests which end at once may take
 MOST_THREADS = 1024
 SPARE_CONNECTIONS = 1024  # idle ones
 IDLE_SECONDS = 75  # that a connection may do nothing between two requests
@@ -125,7 +125,7 @@ def threads_for(requests: int) -> int:
 
 
 def places(requests: int) -> threading.BoundedSemaphore:
-    """What requests that wait for the model share, see `Served.places`: whatever comes, some threads stay free."""
+    """What requests that may take their time share, see `Served.places`: whatever comes, some threads stay free."""
     return threading.BoundedSemaphore(threads_for(requests) - KEPT_THREADS)
 
 

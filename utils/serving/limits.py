@@ -9,6 +9,6 @@ NUMBER_DIGITS = 64  # of a whole number as it is written
 MESSAGES = 1024  # rounds of a history, or messages of a conversation
 ANSWERS = 64  # to all prompts of a request together
 TOP_LOGPROBS = 20
-STOP_WORDS = 64
+STOP_CHARACTERS = 256  # of each text that ends an answer
 SCHEMA_BYTES = 64 * 2**10
 INPUTS = 256  # texts to embed

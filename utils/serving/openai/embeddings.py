@@ -30,11 +30,11 @@ def embed() -> Response:
     request = read(EmbeddingRequest)
     served = serving()
     name, prepared = served.model(request.model)
-    limit = positions(served, prepared) + 1  # no answer needs room
-    cut_to = kept(request.truncate_prompt_tokens, limit)
+    limit = positions(served, prepared)
+    cut_to = kept(request.truncate_prompt_tokens, limit + 1)  # no answer needs room
     prompts = [ids if cut_to is None else ids[-cut_to:] for ids in _inputs(request, prepared)]
     for number, ids in enumerate(prompts):
-        check_length(ids, limit, "input" if len(prompts) == 1 else f"input.{number}")
+        check_length(ids, limit, "input" if len(prompts) == 1 else f"input.{number}", answered=False)
     answers = answer(served, [EmbedJob(name, prompts)])
     (done,) = collect(answers)
     assert done.vectors is not None  # as it is complete

@@ -30,20 +30,22 @@ def vocabulary(prepared: Prepared) -> int:
     return prepared.checkpoint.family.shape(prepared.checkpoint.config).vocabulary
 
 
-def check_length(ids: Sequence[int], limit: int, field: str) -> None:
+def check_length(ids: Sequence[int], limit: int, field: str, *, answered: bool = True) -> None:
     """
     Args:
         limit: most tokens of prompt and answer together.
+        answered: whether there will be an answer, which takes at least one of them.
 
     Raises:
         ApiError: 400, the prompt is empty, or leaves no room for an answer.
     """
     if not ids:
         raise ApiError(400, f"{field}: the prompt has no tokens", param=field)
-    if len(ids) >= limit:
+    if len(ids) + answered > limit:
+        together = " of prompt and answer together" if answered else ""
         raise ApiError(
             400,
-            f"{field}: the prompt has {len(ids)} tokens, and the model takes {limit} of prompt and answer together; "
+            f"{field}: the prompt has {len(ids)} tokens, and the model takes {limit}{together}; "
             "shorten it, or set truncate_prompt_tokens",
             param=field,
             code="context_length_exceeded",

@@ -44,7 +44,7 @@ _REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {
 }
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopWord = Annotated[str, Field(min_length=1)]
+StopWord = Annotated[str, Field(min_length=1, max_length=limits.STOP_CHARACTERS)]
 
 
 class Request(bodies.Body):
@@ -129,7 +129,7 @@ class Generation(Request):
     )
     top_k: int | None = Field(None, ge=-1, description="-1 and 0 keep all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=1000)
+    repetition_penalty: float | None = Field(None, ge=1e-6, le=1000, description="1 is off")
     min_tokens: int | None = Field(None, ge=0, description="tokens before the answer may end")
     stop_token_ids: list[TokenId] | None = Field(None, description="more tokens that end the answer")
     ignore_eos: bool | None = Field(None, description="the model's end tokens do not end the answer")
