@@ -13,6 +13,8 @@ from family_cases import ENGINES, NAMES, Case, Maker, cached, case, random_prefi
 from utils.adapters.prefix import PrefixTuning
 from utils.errors import UserError
 from utils.inference import cached as cached_module
+from utils.inference import eager as eager_module
+from utils.inference.engine import Engine
 
 TOLERANCE = 1e-4
 EMBEDDING: dict[str, Maker] = {
@@ -20,6 +22,17 @@ EMBEDDING: dict[str, Maker] = {
     "inference": ENGINES["inference"],
     "plain": partial(cached, inference_model=False),
 }
+
+
+def vectors(engine: Engine, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """All at once."""
+    making = engine.embed(texts)
+    while True:
+        try:
+            next(making)
+        except StopIteration as complete:
+            found: np.ndarray = complete.value
+            return found
 
 
 def direct(one: Case, text: Sequence[int], prefix: PrefixTuning | None = None) -> np.ndarray:
@@ -37,11 +50,11 @@ def test_the_mean_of_what_the_head_sees(name: str, engine_name: str) -> None:
     engine = EMBEDDING[engine_name](one)
     first, second = (row.tolist() for row in one.rows)
     texts = [first, second[1:], [*first[1:], *first[1:]], second]
-    found = engine.embed(texts)
+    found = vectors(engine, texts)
     assert engine.embeds and found.dtype == np.float32
     wanted = np.stack([direct(one, text) for text in texts])
     assert np.abs(found - wanted).max() < TOLERANCE
-    assert np.abs(engine.embed(texts[2:3]) - found[2:3]).max() < TOLERANCE
+    assert np.abs(vectors(engine, texts[2:3]) - found[2:3]).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("engine_name", EMBEDDING)
@@ -50,20 +63,35 @@ def test_texts_are_embedded_while_others_are_answered(
     engine_name: str, with_prefix: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long ones piece by piece; slots stay as they are."""
-    monkeypatch.setattr(cached_module, "CHUNK", 7)
+    for module in (cached_module, eager_module):
+        monkeypatch.setattr(module, "CHUNK", 7)
     one = case("mistral")
     prefix = random_prefix(one.checkpoint) if with_prefix else None
     engine, undisturbed = (EMBEDDING[engine_name](one, prefix) for _ in range(2))
     text = np.random.default_rng(2).integers(3, 60, 25).tolist()
     for each in (engine, undisturbed):
         each.open([text[:5], text[:9]])
-    found = engine.embed([text, text[:3], text[:20]])
+    making = engine.embed([text, text[:3], text[:20]])
+    abandoned = engine.embed([text])
+    for others in range(3):  # slots come and go in the middle of a text
+        next(making)
+        next(abandoned)
+        for each in (engine, undisturbed):
+            (new,), _ = each.open([text[others:9]])
+            each.advance([new, 0], [[4], [5]])
+            each.rewind(0, 1)
+            each.free([new])
+    abandoned.close()
+    with pytest.raises(StopIteration) as complete:
+        while True:
+            next(making)
+    found = complete.value.value
     wanted = [direct(one, part, prefix) for part in (text, text[:3], text[:20])]
     assert np.abs(found - np.stack(wanted)).max() < TOLERANCE
     after, expected = (each.advance([0, 1], [text[5:8], text[9:10]]).numpy() for each in (engine, undisturbed))
     assert np.abs(after - expected).max() < TOLERANCE
     engine.free([0, 1])
-    assert engine.embed([text]).shape == (1, found.shape[1])
+    assert vectors(engine, [text]).shape == (1, found.shape[1])
 
 
 def test_texts_that_have_no_vector() -> None:

@@ -13,6 +13,7 @@ from reference_engine import FunctionEngine, random_logits
 
 from utils.errors import UserError
 from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
+from utils.inference.engine import Vectors
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Scheduler
@@ -52,10 +53,12 @@ class Engine(FunctionEngine):
             raise self.fault
         return super().advance(*arguments, **more)
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        if self.fault is not None:
-            raise self.fault
-        self.embedded.append(len(prompts))
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
+        for prompt in prompts:
+            if self.fault is not None:
+                raise self.fault
+            self.embedded.append(prompt[0])
+            yield
         return np.array([[len(prompt), sum(prompt)] for prompt in prompts], dtype=np.float32)
 
 
@@ -155,15 +158,27 @@ def test_stop_forgets_all() -> None:
 def test_vectors_come_between_steps() -> None:
     engine = Engine()
     service = Service({"one": maker(engine)})
-    prompts = [[1] * 300, [2] * 300, [3] * 100, [4] * 900]
+    prompts = [[1] * 3, [2] * 4, [3] * 9]
     service.post(ask(1, options=SAMPLED), Embed(2, "one", prompts))
     first = service.turn()
     assert [(news.key, news.opened) for news in first] == [(2, True), (1, False)] and engine.embedded == []
-    steps = service.steps
-    assert [news.key for news in service.turn()] == [1] and engine.embedded == [1]
-    assert service.steps == steps + 2  # a portion of vectors is one, as a token is
+    for number in (1, 2):
+        steps = service.steps
+        assert [news.key for news in service.turn()] == [1] and engine.embedded[-1] == number
+        assert service.steps == steps + 2  # a part of vectors is one, as a token is
     (vectors,) = [news.vectors for news in drive(service) if news.vectors is not None]
-    assert vectors.tolist() == [[300, 300], [300, 600], [100, 300], [900, 3600]] and engine.embedded == [1, 2, 1]
+    assert vectors.tolist() == [[3, 3], [4, 8], [9, 27]] and engine.embedded == [1, 2, 3]
+
+
+def test_vectors_that_nobody_wants_are_given_up() -> None:
+    engine = Engine()
+    service = Service({"one": maker(engine)})
+    service.post(Embed(1, "one", [[1], [2], [3]]), Embed(2, "one", [[4]]))
+    service.turn()
+    service.turn()
+    service.post(Cancel(1))
+    (vectors,) = [news.vectors for news in drive(service) if news.vectors is not None]
+    assert vectors.tolist() == [[1, 4]] and engine.embedded == [1, 4]
 
 
 # --- failing ------------------------------------------------------------------------------------------

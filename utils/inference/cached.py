@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
 from utils.inference.cache import Cache, DeviceCache, HostCache
-from utils.inference.engine import Engine, Kept, Logits, alike, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, Vectors, alike, unused_slots
 from utils.kernels.arrays import copied
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
@@ -158,31 +158,35 @@ class CachedEngine(Engine):
             values = values.index_select(copied(order))
         return Logits(values)
 
-    @paddle.no_grad()
-    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
         found: dict[int, NDArray[np.float32]] = {}
-        before = len(self._rows)
         for group in alike([len(prompt) for prompt in prompts], CHUNK):
-            rows = [_Row(-1, self._family.text(self._config, prompts[number])) for number in group]
-            self.cache.reserve(before + len(rows), self._before + max(len(row.text.ids) for row in rows))
-            try:
-                found.update(zip(group, self._means(rows, self._add(rows)), strict=True))
-            finally:
-                del self._rows[before:]
-        self._shrink()
+            means = yield from self._means([self._family.text(self._config, prompts[number]) for number in group])
+            found.update(zip(group, means, strict=True))
         return np.stack([found[number] for number in range(len(prompts))])
 
-    def _means(self, rows: list[_Row], first: int) -> list[NDArray[np.float32]]:
-        """Reads texts; the mean of the hidden states of each."""
+    def _means(self, texts: Sequence[Text]) -> Generator[None, None, list[NDArray[np.float32]]]:
+        """Reads texts, in slots of their own; the mean of the hidden states of each. Only one that is alone is longer
+        than a part, so that a pause takes none of several from beside the others."""
+        slots = self._unused(len(texts))
+        rows = [_Row(slot, text) for slot, text in zip(slots, texts, strict=True)]
         sums: list[Any] = [0.0] * len(rows)
-        step = _step_of(rows)
-        for start in range(0, max(len(row.text.ids) for row in rows), step):
-            parts = [row.text.ids[start : start + step] for row in rows]
-            states = self._step(rows, first, parts, [range(len(part)) for part in parts], self._program.states)
-            values, ends = states.astype("float32").numpy(), np.cumsum([len(part) for part in parts])
-            for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
-                sums[number] = sums[number] + values[end - len(part) : end].sum(axis=0)
-        return [total / np.float32(len(row.text.ids)) for total, row in zip(sums, rows, strict=True)]
+        step, longest = _step_of(rows), max(len(text.ids) for text in texts)
+        self.cache.reserve(len(self._rows) + len(rows), self._before + longest)
+        try:
+            self._add(rows)
+            for start in range(0, longest, step):
+                parts = [text.ids[start : start + step] for text in texts]
+                wanted = [range(len(part)) for part in parts]
+                with paddle.no_grad():
+                    states = self._step(rows, self._find(slots[0]), parts, wanted, self._program.states)
+                values, ends = states.astype("float32").numpy(), np.cumsum([len(part) for part in parts])
+                for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
+                    sums[number] = sums[number] + values[end - len(part) : end].sum(axis=0)
+                yield
+        finally:
+            self.free(slots[::-1])  # the last one first, which moves nothing
+        return [total / np.float32(len(text.ids)) for total, text in zip(sums, texts, strict=True)]
 
     def _together(self, slots: Container[int]) -> int:
         """Makes the rows of these slots follow one another, with as few exchanges as can be; the first one's place."""

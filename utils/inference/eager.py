@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from utils.families import FamilySpec, Layers
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.engine import Engine, Kept, Logits, Prefix, alike, unused_slots
+from utils.inference.engine import Engine, Kept, Logits, Prefix, Vectors, alike, unused_slots
 from utils.kernels.arrays import copied
 from utils.kernels.split import gathered
 
-_EMBEDDED = 512  # tokens of several texts that are embedded together: bounds the memory of scores
+CHUNK = 512  # tokens of a text to embed at a time, and of several texts together: bounds the memory of scores
 _SPARSE = 0.75  # columns of the cache that no row needs are taken out below this share of live ones
 
 
@@ -210,16 +210,31 @@ class EagerEngine(Engine):
         before = np.arange(-self._prefix.length, 0, dtype=np.int64)
         return _Rows(slots, np.tile(before, (len(slots), 1)), self._prefix.cache(len(slots)))
 
-    @paddle.no_grad()
-    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
         found: dict[int, NDArray[np.float32]] = {}
-        for group in alike([len(prompt) for prompt in prompts], _EMBEDDED):
-            texts = [self._family.text(self._config, prompts[number]) for number in group]
-            counts = [len(text.ids) for text in texts]
-            hidden = self._forward(self._empty(group), texts, [text.positions() for text in texts], counts)
-            values = hidden.astype("float32").numpy()
-            found.update((number, values[row, : counts[row]].mean(axis=0)) for row, number in enumerate(group))
+        for group in alike([len(prompt) for prompt in prompts], CHUNK):
+            means = yield from self._means([self._family.text(self._config, prompts[number]) for number in group])
+            found.update(zip(group, means, strict=True))
         return np.stack([found[number] for number in range(len(prompts))])
+
+    def _means(self, texts: Sequence[Text]) -> Generator[None, None, list[NDArray[np.float32]]]:
+        """Reads texts; the mean of the hidden states of each. Only one that is alone is longer than a part."""
+        rows = self._empty(list(range(len(texts))))
+        sums: list[Any] = [0.0] * len(texts)
+        longest = max(len(text.ids) for text in texts)
+        step = longest if any(text.context for text in texts) else CHUNK
+        for start in range(0, longest, step):
+            read = [text.copy() for text in texts]
+            for text in read:
+                text.truncate(start + step)
+            counts = [len(text.ids) - start for text in read]
+            positions = [text.positions(start)[:, :count] for text, count in zip(texts, counts, strict=True)]
+            with paddle.no_grad():
+                values = self._forward(rows, read, positions, counts).astype("float32").numpy()
+            for row, count in enumerate(counts):
+                sums[row] = sums[row] + values[row, :count].sum(axis=0)
+            yield
+        return [total / np.float32(len(text.ids)) for total, text in zip(sums, texts, strict=True)]
 
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:

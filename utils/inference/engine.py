@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.families import Layers
 from utils.kernels.arrays import copied
 
+Vectors = Generator[None, None, NDArray[np.float32]]
 _ALIKE = 0.75  # texts are read together where padding fills less than a quarter
 
 
@@ -103,12 +104,13 @@ class Engine(ABC):
     shares_heads: bool
     embeds = False
 
-    def embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
         """A vector of each prompt: the mean over its tokens of the last hidden state, which the head would turn into
         logits. Slots stay as they are.
 
         Returns:
-            [prompts, hidden].
+            A generator that pauses after each part of the work, for the engine to be used otherwise, and returns
+            float32 [prompts, hidden]. One that is not wanted any more must be closed.
 
         Raises:
             UserError: a prompt that is empty, too long or of unknown ids; an engine that does not embed.
@@ -124,7 +126,7 @@ class Engine(ABC):
                 raise UserError(f"a text to embed has token ids outside the model's vocabulary of {self.vocabulary}")
         return self._embed(prompts)
 
-    def _embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def _embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
         """What `embed` returns, where `embeds` is true."""
         raise NotImplementedError
 

@@ -7,8 +7,8 @@ import secrets
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from utils import runtime
 from utils.errors import UserError
 from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
-from utils.inference.engine import Engine
+from utils.inference.engine import Engine, Vectors
 from utils.inference.request import Request
 from utils.inference.scheduler import Event, Scheduler
 from utils.parallel.peers import Alone
 
 MOST_FAILURES = 3  # steps that raise while no answer gets complete: the engine is beyond help
-EMBED_TOKENS = 512  # of prompts that are turned to vectors between two steps
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,17 @@ class News:
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Embedding:
-    """An `Embed` that is under way."""
+    """An `Embed`, and its vectors in the making once it is opened."""
 
     command: Embed
-    opened: bool = False
-    done: list[NDArray[np.float32]] = field(default_factory=list)
+    vectors: Vectors | None = None
+
+    def close(self) -> None:
+        """Gives up what has been made."""
+        if self.vectors is not None:
+            self.vectors.close()
 
 
 class Service:
@@ -153,6 +156,8 @@ class Service:
         """Forgets all requests and frees all slots."""
         self._requests.clear()
         self._keys.clear()
+        for embedding in self._embeddings:
+            embedding.close()
         self._embeddings.clear()
         for scheduler in self._schedulers.values():
             scheduler.close()
@@ -210,7 +215,9 @@ class Service:
         if command is not None and request is not None:
             del self._keys[request]
             self._schedulers[command.model].cancel(request)
-        self._embeddings = deque(one for one in self._embeddings if one.command.key != key)
+        for embedding in [one for one in self._embeddings if one.command.key == key]:
+            self._embeddings.remove(embedding)
+            embedding.close()
 
     # --- work ----------------------------------------------------------------------------------------
 
@@ -246,22 +253,17 @@ class Service:
         return [News(key, error=told) for key in keys]
 
     def _embed(self) -> list[News]:
-        """Some more vectors of the `Embed` that came first: answers in the making must not wait for all of them."""
+        """Goes on with the `Embed` that came first: answers in the making must not wait for all of it."""
         embedding = self._embeddings[0]
-        if not embedding.opened:  # told before it is begun: whoever waits knows what a process was at when it died
-            embedding.opened = True
-            return [News(embedding.command.key, opened=True)]
-        command, begin = embedding.command, sum(len(vectors) for vectors in embedding.done)
-        prompts: list[Sequence[int]] = []
-        tokens = 0
-        for prompt in command.prompts[begin:]:
-            if prompts and tokens + len(prompt) > EMBED_TOKENS:
-                break
-            prompts.append(prompt)
-            tokens += len(prompt)
+        command = embedding.command
         try:
-            if prompts:
-                embedding.done.append(self._schedulers[command.model].engine.embed(prompts))
+            if embedding.vectors is None:  # told before it is begun, so that it is known what a process dies of
+                embedding.vectors = self._schedulers[command.model].engine.embed(command.prompts)
+                return [News(command.key, opened=True)]
+            next(embedding.vectors)
+        except StopIteration as complete:
+            self._embeddings.popleft()
+            return [News(command.key, vectors=complete.value, prompt_tokens=sum(map(len, command.prompts)))]
         except Exception as error:
             if not self._recovers or self._peers.several:
                 raise
@@ -270,11 +272,7 @@ class Service:
             _give_back_memory(error)
             return [News(command.key, error=told)]
         self.steps += 1
-        if begin + len(prompts) < len(command.prompts):
-            return []
-        self._embeddings.popleft()
-        vectors = np.concatenate(embedding.done)
-        return [News(command.key, vectors=vectors, prompt_tokens=sum(map(len, command.prompts)))]
+        return []
 
 
 def _seeded(command: Command) -> Command:
