@@ -17,6 +17,7 @@ from utils.inference import eager as eager_module
 from utils.inference.engine import Engine
 
 TOLERANCE = 1e-4
+ROUNDING = 1e-5
 EMBEDDING: dict[str, Maker] = {
     "eager": ENGINES["eager"],
     "inference": ENGINES["inference"],
@@ -45,7 +46,7 @@ def direct(one: Case, text: Sequence[int], prefix: PrefixTuning | None = None) -
 
 @pytest.mark.parametrize("engine_name", EMBEDDING)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_mean_of_what_the_head_sees(name: str, engine_name: str) -> None:
+def test_the_mean_of_what_the_head_sees(name: str, engine_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = case(name)
     engine = EMBEDDING[engine_name](one)
     first, second = (row.tolist() for row in one.rows)
@@ -55,6 +56,9 @@ def test_the_mean_of_what_the_head_sees(name: str, engine_name: str) -> None:
     wanted = np.stack([direct(one, text) for text in texts])
     assert np.abs(found - wanted).max() < TOLERANCE
     assert np.abs(vectors(engine, texts[2:3]) - found[2:3]).max() < TOLERANCE
+    for module in (cached_module, eager_module):
+        monkeypatch.setattr(module, "CHUNK", 3)
+    assert np.abs(vectors(engine, texts) - found).max() < ROUNDING  # in parts as well as whole
 
 
 @pytest.mark.parametrize("engine_name", EMBEDDING)

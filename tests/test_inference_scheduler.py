@@ -307,3 +307,18 @@ def test_any_mixture_gives_each_request_its_own_answer(plans: list[tuple], size:
         alone = Generator(FunctionEngine(looping, VOCABULARY), Letters())
         prompt, options = asked[number]
         assert completion == alone.generate([prompt], options, numbers=[number])[0]
+
+
+def test_stop_words_are_read_once_for_all_answers_that_have_them() -> None:
+    """It takes time between two steps: a request has up to 64 answers."""
+    read = []
+
+    class Counting(Letters):
+        def encode(self, text: str) -> list[int]:
+            read.append(text)
+            return super().encode(text)
+
+    scheduler = Scheduler(FunctionEngine(looping, VOCABULARY), Counting())
+    for number in range(3):
+        scheduler.submit([3, 4], SamplingOptions(stop=("ab", "q")), number=number)
+    assert read == ["ab", "q"]

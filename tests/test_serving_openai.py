@@ -508,6 +508,8 @@ USER = {"role": "user", "content": "a"}
         ({"n": 2, "best_of": 3}, "best_of"),
         ({"n": 65}, "n"),
         ({"stop": ["x", "x" * 257]}, "stop"),
+        ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids"),
         ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),

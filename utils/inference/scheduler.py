@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Protocol
 
 from utils.errors import UserError
@@ -31,6 +32,9 @@ class Decoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+_REMEMBERED = 64  # lists of stop words: all answers of a request have the same
 
 
 @dataclass
@@ -132,6 +136,7 @@ class Scheduler:
         self._batch_size = batch_size
         self._slots = Slots(engine)
         self._constrain = constrain
+        self._special_ids = lru_cache(maxsize=_REMEMBERED)(partial(_special_ids, tokenizer))
         shares = share_heads and engine.shares_heads
         self._kept = KeptHeads(self._slots, prompt_cache_bytes) if shares and prompt_cache_bytes else None
         self._prefill = Prefill(self._slots, Heads(self._slots) if shares else None, prefill_chunk, self._kept)
@@ -182,16 +187,15 @@ class Scheduler:
                 f"the answer was cut at {budget} tokens: the model has {limit} "
                 f"positions and the prompt takes {len(prompt)}"
             )
-        # A stop word that is a special token never shows in the text; its id ends the answer.
-        words = [self._tokenizer.encode(word) for word in options.stop]
-        specials = [word[0] for word in words if len(word) == 1 and not self._tokenizer.decode(word)]
         request = Request(
             list(prompt),
             options,
             secrets.randbits(64) if options.seed is None else options.seed,
             number,
             budget,
-            frozenset([*(() if options.ignore_eos else self._end_ids), *options.stop_ids, *specials]),
+            frozenset(
+                [*(() if options.ignore_eos else self._end_ids), *options.stop_ids, *self._special_ids(options.stop)]
+            ),
             TextStream(self._tokenizer.decode, options.stop) if options.stop or stream else None,
             note=note,
         )
@@ -388,3 +392,9 @@ class Scheduler:
             if asked.prompt_logprobs and asked.top_logprobs
             else None,
         )
+
+
+def _special_ids(tokenizer: Decoder, words: Sequence[str]) -> list[int]:
+    """Those of stop words that are special tokens: these never show in the text; their ids end the answer."""
+    found = [tokenizer.encode(word) for word in words]
+    return [ids[0] for ids in found if len(ids) == 1 and not tokenizer.decode(ids)]

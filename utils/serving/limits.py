@@ -10,5 +10,6 @@ MESSAGES = 1024  # rounds of a history, or messages of a conversation
 ANSWERS = 64  # to all prompts of a request together
 TOP_LOGPROBS = 20
 STOP_CHARACTERS = 256  # of each text that ends an answer
+NAMED_TOKENS = 1024  # that a request biases, or that end its answers
 SCHEMA_BYTES = 64 * 2**10
 INPUTS = 256  # texts to embed

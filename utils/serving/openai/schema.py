@@ -125,13 +125,15 @@ class Generation(Request):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="what is added to the logits of tokens, by their ids"
+        None, max_length=limits.NAMED_TOKENS, description="what is added to the logits of tokens, by their ids"
     )
     top_k: int | None = Field(None, ge=-1, description="-1 and 0 keep all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1000, description="1 is off")
     min_tokens: int | None = Field(None, ge=0, description="tokens before the answer may end")
-    stop_token_ids: list[TokenId] | None = Field(None, description="more tokens that end the answer")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=limits.NAMED_TOKENS, description="more tokens that end the answer"
+    )
     ignore_eos: bool | None = Field(None, description="the model's end tokens do not end the answer")
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, description="cut the prompt to so many tokens; -1 to what the model can take"
