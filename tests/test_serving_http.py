@@ -22,6 +22,7 @@ from tiny_models import write_tiny_llama
 from utils.arguments import ServeArguments
 from utils.inference.loading import Prepared, prepare
 from utils.inference.sampling import SamplingOptions
+from utils.serving import http as http_module
 from utils.serving import limits, openapi
 from utils.serving.answering import answer, collect
 from utils.serving.app import create_app
@@ -32,6 +33,7 @@ from utils.serving.metrics import Metrics
 from utils.serving.protocol import Job
 
 REQUESTS = 32  # that a server here expects
+LARGE = 2**25  # bytes of a response that no buffer holds
 
 
 @dataclass
@@ -91,6 +93,10 @@ def running(prepared: Prepared, client: FakeClient | None = None, **settings: An
         options = SamplingOptions(max_new_tokens=1000)
         jobs = [Job("tiny", [1, 2, 3], options, number) for number in range(read_object()["n"])]
         return jsonify([one.text for one in collect(answer(serving(), jobs))])
+
+    @app.get("/large")
+    def large() -> Response:
+        return Response(b"x" * 2**16 for _ in range(LARGE // 2**16))
 
     @app.get("/bug")
     def bug() -> Response:
@@ -438,6 +444,32 @@ def test_health_answers_beside_as_many_answers_as_there_may_be(prepared: Prepare
         assert until(lambda: all(one.cancelled.is_set() for one in server.client.given))
         server.client.length = 1
         assert until(lambda: server.chat()[0] == 200)
+
+
+def test_who_reads_too_slowly_loses_its_answer(prepared: Prepared, monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
+    """Also if it reads all the time: each answer that waits for its reader keeps a thread."""
+    monkeypatch.setattr(http_module, "STUCK_SECONDS", 1)
+    monkeypatch.setattr(http_module, "CHECK_SECONDS", 1)
+    with running(prepared) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+        def is_cut() -> bool:
+            try:
+                return not connection.recv(500)
+            except ConnectionError:
+                return True
+
+        assert until(lambda: is_cut() or '"route": "/large"' in log.text)  # the thread is free
+        assert len(server.ask("GET", "/large")[2]) == LARGE  # who reads gets all
+
+
+def test_a_body_that_is_refused_need_not_be_sent(plain: Running) -> None:
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    for length, status in ((2, b"HTTP/1.1 100"), (99_999_999, b"HTTP/1.1 413")):
+        with plain.raw(head % length) as connection:
+            assert connection.recv(100).startswith(status)
 
 
 # --- what describes the server -----------------------------------------------------------------------

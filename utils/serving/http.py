@@ -27,7 +27,7 @@ KEPT_THREADS = 8  # of them, that only requests which end at once may take
 MOST_THREADS = 1024
 SPARE_CONNECTIONS = 1024  # idle ones
 IDLE_SECONDS = 75  # that a connection may do nothing between two requests
-STUCK_SECONDS = 60  # that a client may leave what was written to it unread
+STUCK_SECONDS = 60  # that a client may leave what was written to it unread, or have its answer wait to be written
 READ_SECONDS = 120  # that the reading of one request may take
 LINGER_SECONDS = 10  # that the rest of a refused request is read, so that its client gets to the answer
 UNREAD_BYTES = 2**20  # that wait for a slow reader before its answer waits too
@@ -62,12 +62,14 @@ class _Channel(HTTPChannel):
         refused: whether its last request was refused before it was read to its end.
         began: when the request that is being read began to come.
         lingering: when the rest of a refused request began to be thrown away.
+        waits: since when its answer waits for the client to read, and keeps a thread.
     """
 
     error_task_class = _ErrorTask
     refused = False
     began: float | None = None
     lingering: float | None = None
+    waits: float | None = None
 
     def received(self, data: bytes) -> bool:
         if self.began is None:
@@ -76,6 +78,17 @@ class _Channel(HTTPChannel):
         if self.request is None:
             self.began = None
         return taken
+
+    def send_continue(self) -> None:
+        if self.request.error is None:  # or else the client would send all of what is refused
+            super().send_continue()
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        self.waits = time.time()
+        try:
+            super()._flush_outbufs_below_high_watermark()
+        finally:
+            self.waits = None
 
     def readable(self) -> bool:
         return self.lingering is not None or super().readable()
@@ -105,6 +118,9 @@ class _Channel(HTTPChannel):
             return now - self.lingering > LINGER_SECONDS
         if self.began is not None and now - self.began > READ_SECONDS:
             return True
+        waits = self.waits
+        if waits is not None and now - waits > STUCK_SECONDS:
+            return True
         silent = now - self.last_activity
         return silent > STUCK_SECONDS if self.total_outbufs_len else silent > IDLE_SECONDS and not self.requests
 
@@ -113,10 +129,7 @@ class _Server(TcpWSGIServer):
     channel_class = _Channel
 
     def maintenance(self, now: float) -> None:
-        for channel in self.active_channels.values():
-            if channel.overdue(now):
-                channel.refused = False
-                channel.will_close = True
+        """Nothing: waitress waits for a client to read before it closes, which one that is stuck never does."""
 
 
 def threads_for(requests: int) -> int:
@@ -171,7 +184,7 @@ class HttpServer:
             for one in sockets
         ]
         self._ending = threading.Event()
-        self._limit = 0.0
+        self._limit = self._checked = 0.0
 
     def run(self) -> None:
         """Serves until `stop` was called and all responses are written, or their time is over."""
@@ -197,6 +210,13 @@ class HttpServer:
 
     def _turn(self) -> None:
         wasyncore.loop(timeout=1, use_poll=True, map=self._map, count=1)
+        now = time.time()
+        if now - self._checked > CHECK_SECONDS:
+            self._checked = now
+            for channel in list(self._map.values()):
+                if isinstance(channel, _Channel) and channel.overdue(now):
+                    channel.refused = False
+                    channel.handle_close()
 
     def _busy(self) -> bool:
         return any(

@@ -108,8 +108,9 @@ def chat() -> Response:
     """
     served, body = serving(), read(ChatBody)
     name, prepared = served.model(None)
+    messages = _messages(body)
     with reading("history" if body.history else "context"):
-        prompt, cut = _prompt(body, prepared, body.src_length or served.settings.src_length)
+        prompt, cut = _prompt(messages, prepared, body.src_length or served.settings.src_length)
     job = Job(name, prompt, _options(body, served.settings, len(prompt)), stream=bool(body.stream))
     answers = answer(served, [job])
     if job.stream:
@@ -169,9 +170,8 @@ def _messages(body: ChatBody) -> list[Message]:
     return messages
 
 
-def _prompt(body: ChatBody, prepared: Prepared, src_length: int) -> tuple[list[int], bool]:
+def _prompt(messages: list[Message], prepared: Prepared, src_length: int) -> tuple[list[int], bool]:
     """(prompt, whether anything was left out of it), as a chat in the terminal makes it."""
-    messages = _messages(body)
     if prepared.positions is not None and src_length >= prepared.positions:
         src_length = prepared.positions // 2
     forgotten = forgotten_rounds(messages, prepared.tokenizer, prepared.template, src_length)
