@@ -96,7 +96,7 @@ def running(prepared: Prepared, client: FakeClient | None = None, **settings: An
 
     @app.get("/large")
     def large() -> Response:
-        return Response(b"x" * 2**16 for _ in range(LARGE // 2**16))
+        return Response(b"x" * 2**22 for _ in range(LARGE // 2**22))
 
     @app.get("/bug")
     def bug() -> Response:
@@ -463,6 +463,13 @@ def test_who_reads_too_slowly_loses_its_answer(prepared: Prepared, monkeypatch: 
 
         assert until(lambda: is_cut() or '"route": "/large"' in log.text)  # the thread is free
         assert len(server.ask("GET", "/large")[2]) == LARGE  # who reads gets all
+
+
+def test_no_file_is_needed(plain: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full or cannot be written stops nobody."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert plain.chat(unknown="x" * 3 * 2**20)[0] == 200
+    assert len(plain.ask("GET", "/large")[2]) == LARGE
 
 
 def test_a_body_that_is_refused_need_not_be_sent(plain: Running) -> None:

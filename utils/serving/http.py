@@ -31,6 +31,7 @@ STUCK_SECONDS = 60  # that a client may leave what was written to it unread, or 
 READ_SECONDS = 120  # that the reading of one request may take
 LINGER_SECONDS = 10  # that the rest of a refused request is read, so that its client gets to the answer
 UNREAD_BYTES = 2**20  # that wait for a slow reader before its answer waits too
+NO_FILES = 2**40  # bytes of a body or response beyond which waitress would need a file, and room on the disk for it
 CHECK_SECONDS = 5  # between two looks at all this
 
 
@@ -163,6 +164,8 @@ class HttpServer:
             max_request_header_size=limits.HEADER_BYTES,
             max_request_body_size=limits.BODY_BYTES + 1,
             outbuf_high_watermark=UNREAD_BYTES,
+            inbuf_overflow=NO_FILES,
+            outbuf_overflow=NO_FILES,
             channel_request_lookahead=1,  # so that a client's going is noticed while its request is served
             log_socket_errors=False,
             ident=None,
