@@ -112,6 +112,29 @@ def test_the_key_comes_from_the_environment(two_ports: list[str], monkeypatch: A
     assert "set LLM_API_KEY instead" in said and "typed" not in said
 
 
+def test_the_key_comes_from_a_file(tmp_path: Path, two_ports: list[str], monkeypatch: Any, capsys: Any) -> None:
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    monkeypatch.setenv("LLM_API_KEY", "from-outside")
+    assert read("--host", "0.0.0.0", "--api_key_file", str(file), *two_ports).api_key == "from-file"
+    assert "from-file" not in capsys.readouterr().err
+    [fault] = faults("--host", "0.0.0.0", "--api_key_file", str(tmp_path / "none"), *two_ports)
+    assert "there is no key in its first line, or no such file" in fault
+    [fault] = faults("--api_key", "typed", "--api_key_file", str(file), *two_ports)
+    assert "exclude each other" in fault and "typed" not in fault
+    file.write_text("two words\n")
+    [fault] = faults("--api_key_file", str(file), *two_ports)
+    assert "expected letters, digits and signs of ASCII" in fault and "two words" not in fault
+
+
+def test_a_key_that_the_launcher_writes_down_is_told(two_ports: list[str], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("LLM_API_KEY", "from-outside")
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    read(*two_ports)
+    said = capsys.readouterr().err
+    assert "set api_key_file instead" in said and "from-outside" not in said
+
+
 def test_insecure_needs_no_key_and_no_ui_no_second_port(two_ports: list[str], taken: int) -> None:
     assert read("--host", "0.0.0.0", "--insecure", *two_ports).api_key is None
     assert read(*two_ports[:2], "--port", str(taken), "--no_ui").no_ui

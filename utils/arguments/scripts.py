@@ -27,6 +27,7 @@ from utils.arguments.groups.training import (
     TrainingArguments,
 )
 from utils.arguments.groups.weights import ExportingArguments, MergeArguments, MergeShardsArguments
+from utils.parallel.topology import Layout
 
 # Keys that argument files of earlier toolchains contain.
 RENAMED_LENGTHS = {"tgt_length": "max_length", "intokens_max_length": "max_length"}
@@ -212,8 +213,14 @@ class ServeArguments(ServedArguments, HttpArguments, BasicSamplingArguments, Ans
         """Derives api_key, served_model_name, and a src_length that leaves room for the answer."""
         said = _leave_room(self)
         variable = serve_checks.KEY_VARIABLE
-        if self.api_key is None:
+        if self.api_key is None and self.api_key_file is not None:
+            self.api_key = serve_checks.key_in(self.api_key_file)
+        elif self.api_key is None:
             self.api_key = os.environ.get(variable) or None
+            if self.api_key is not None and Layout.of_prediction().world > 1:
+                said.append(
+                    f"{variable}: Paddle's launcher writes all variables into its log folder; set api_key_file instead"
+                )
         elif self.origin("api_key") == "--api_key":
             said.append(f"--api_key: the process list shows it to every user of this machine; set {variable} instead")
         if self.served_model_name is None and self.model_name_or_path is not None:

@@ -83,17 +83,39 @@ def is_own(host: str) -> bool:
 
 def protection(run: Any) -> Iterator[str]:
     """What other machines reach has a key, or is open on purpose."""
-    if _addresses(run.host) and not is_own(run.host) and run.api_key is None and not run.insecure:
+    if (
+        _addresses(run.host)
+        and not is_own(run.host)
+        and run.api_key is None
+        and not run.insecure
+        and run.api_key_file is None
+    ):
         yield (
             f"{run.where('host')} lets other machines ask; set {KEY_VARIABLE} (or api_key) to a key that they must "
             "bring, or add --insecure"
         )
 
 
+def key_in(file: str) -> str | None:
+    """The key in the first line of a file; None if there is none."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            return lines.readline().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def key(run: Any) -> Iterator[str]:
     """A key travels in a header, so it is of visible ASCII signs; no message shows it."""
+    if run.api_key_file is not None:
+        if "api_key" in run.provided:
+            yield f"{run.where('api_key_file')} and api_key ({run.origin('api_key')}) exclude each other; keep one"
+        elif run.api_key is None:
+            yield f"{run.where('api_key_file')}: there is no key in its first line, or no such file"
+            return
     if run.api_key is not None and not re.fullmatch(r"[!-~]+", run.api_key):
         place = KEY_VARIABLE if run.origin("api_key") == "default" else f"api_key ({run.origin('api_key')})"
+        place = place if run.api_key_file is None else run.where("api_key_file")
         yield f"{place}: expected letters, digits and signs of ASCII without blanks, which a header can carry"
 
 

@@ -24,6 +24,7 @@ class HttpArguments(Arguments):
     api_key: str | None = arg(
         None, "key that every request must bring; rather set LLM_API_KEY, which the process list does not show"
     )
+    api_key_file: str | None = arg(None, "file whose first line is the key, as secrets of services are", path=True)
     insecure: bool = arg(False, "listen on any address without a key")
     cors_origins: list[str] = arg(  # noqa: RUF009
         [], "web sites whose scripts may ask, such as https://chat.example.org, or *; none by default", many=True
