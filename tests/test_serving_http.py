@@ -246,6 +246,37 @@ def test_unknown_fields_are_left_out_and_logged_once(plain: Running, log: Log) -
     assert log.text.count('"ignored_field": "colour"') == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "say"}], "verbosity": "low"}, "verbosity"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "say"}], "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": "say", "suffix": "b"}, "suffix"),
+        ("/v1/embeddings", {"input": "say", "dimensions": 8}, "dimensions"),
+    ],
+)
+def test_a_field_that_is_refused_is_not_called_left_out(
+    plain: Running, log: Log, path: str, body: dict[str, Any], field: str
+) -> None:
+    status, found = plain.json("POST", path, body, X_Request_Id=f"refused-{field}")
+    assert status == 400 and found["error"]["param"] == field
+    assert log.of(f"refused-{field}")[0]["param"] == field and "ignored_field" not in log.text
+
+
+def test_chat_answers_with_the_model_that_is_named(plain: Running) -> None:
+    assert plain.chat(model="tiny") == plain.chat()
+    status, content = plain.chat(model="other")
+    assert status == content["error_code"] == 404 and "'other'" in content["error_msg"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_has_the_id_of_an_answer(plain: Running, log: Log, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "say"}], "stream": stream}
+    _, _, content = plain.ask("POST", "/v1/chat/completions", body, X_Request_Id="mine")
+    answer = json.loads(content.split(b"\n")[0].removeprefix(b"data: "))
+    assert log.of("mine")[0]["answer_id"] == answer["id"]
+
+
 def test_a_body_is_json_whatever_its_type_says_but_no_form_of_a_browser(plain: Running) -> None:
     body = json.dumps({"context": "say"}).encode()
     for kind in ("application/json; charset=utf-8", "text/plain", "application/octet-stream"):
@@ -383,6 +414,7 @@ def test_an_answer_is_cancelled_when_its_client_has_gone(
         counted = f'request_success_total{{finished_reason="abort",model_name="tiny"}} {count}.0'
         assert until(lambda: counted.encode() in server.ask("GET", "/metrics")[2])
     assert until(lambda: '"status": 499' in log.text)
+    assert '"error": "client_closed"' in log.text
 
 
 def test_an_answer_that_takes_too_long_is_an_error(prepared: Prepared) -> None:

@@ -272,6 +272,8 @@ def test_a_prompt_can_be_cut_from_the_left(tiny: Client) -> None:
     assert cut.usage.prompt_tokens == 3 and said(cut) == said(tiny.complete(ids[-3:]))
     whole = tiny.complete("one " * 2000, extra_body={"truncate_prompt_tokens": -1})
     assert whole.usage.prompt_tokens == 511
+    error = tiny.fault(tiny.chat, HELLO, extra_body={"truncate_prompt_tokens": 2})
+    assert error.param == "truncate_prompt_tokens" and "src_length" not in error.message
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [9999999], ["a", ""], [[1], [9999999]]])
@@ -533,6 +535,8 @@ def test_what_cannot_be_served_is_named(tiny: Client, fields: dict[str, Any], pa
 def test_too_many_answers_to_all_prompts(tiny: Client) -> None:
     error = tiny.fault(tiny.complete, ["a"] * 40, n=2)
     assert error.status_code == 400 and error.param == "n"
+    error = tiny.fault(tiny.complete, ["a"] * 80)
+    assert error.status_code == 400 and error.param == "prompt"
 
 
 def test_usage_of_a_stream_that_is_none(tiny: Client) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from utils.serving.client import Answering
 
 CLIENT_GONE = 499  # as nginx calls it; nobody reads such a response
+CLIENT_CLOSED = "client_closed"  # the same, as the log line says it
 PAUSE = 0.05  # seconds between two looks at whether the client is still there
 SHORT_PAUSE = 0.01  # where the news of several jobs are waited for
 
@@ -132,6 +133,7 @@ class Answers:
             answering.cancel()
         if self._running and not self._record.status >= 400:
             self._record.status = CLIENT_GONE
+            self._record.facts["error"] = CLIENT_CLOSED
         metrics, model = self._served.metrics, self._model
         for answer in self.all:
             metrics.finished.labels(model, answer.finish_reason or "abort").inc()
@@ -148,7 +150,7 @@ class Answers:
 
     def _check(self) -> None:
         if self._gone():
-            raise ApiError(CLIENT_GONE, "the client has closed the connection")
+            raise ApiError(CLIENT_GONE, "the client has closed the connection", code=CLIENT_CLOSED)
         limit = self._served.settings.request_timeout
         if time.perf_counter() - self._started > limit:
             raise ApiError(

@@ -35,6 +35,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
+    @classmethod
+    def refused(cls) -> dict[str, tuple[Any, ...]]:
+        """Fields that are known and cannot be served, with the values that ask for nothing."""
+        return {}
+
 
 B = TypeVar("B", bound=Body)
 
@@ -210,9 +215,8 @@ def _sentence(expected: list[str], value: Any) -> str:
 
 def _note_unknown(kind: type[Body], value: dict[str, Any]) -> None:
     """Logs once for each field that is left out."""
-    known = {name for name, field in kind.model_fields.items()} | {
-        str(field.alias) for field in kind.model_fields.values() if field.alias
-    }
+    aliases = {field.alias for field in kind.model_fields.values() if field.alias}
+    known = {*kind.model_fields, *aliases, *kind.refused()}
     for name in value.keys() - known:
         entry = (request.path, name[:100])
         with _lock:

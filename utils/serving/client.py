@@ -161,7 +161,8 @@ class ModelClient:
             self._check_phase()
             for job in jobs:
                 if isinstance(job, EmbedJob) and not self.facts.embeds:
-                    raise ApiError(400, f"{job.model} gives no vectors", param="model", code="unsupported_model")
+                    text = f"{job.model} gives no vectors, as an exported model (--mode static); serve the model itself"
+                    raise ApiError(400, text, param="model", code="unsupported_model")
             self._check_room(jobs)
             if not self._answers:
                 self._progress = time.monotonic()

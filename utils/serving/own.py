@@ -69,6 +69,7 @@ class ChatBody(Body):
         None, description="most tokens of the prompt; of a longer one the oldest rounds go first, then its end"
     )
     stream: bool | None = Field(None, description="answer in pieces, one object a line")
+    model: str | None = Field(None, description="a name of /v1/models; the first of them if left out")
 
 
 class Utterance(BaseModel):
@@ -107,7 +108,7 @@ def chat() -> Response:
     piece of the answer. A header X-Prompt-Cut says that the prompt was longer than src_length.
     """
     served, body = serving(), read(ChatBody)
-    name, prepared = served.model(None)
+    name, prepared = served.model(body.model)
     messages = _messages(body)
     with reading("history" if body.history else "context"):
         prompt, cut = _prompt(messages, prepared, body.src_length or served.settings.src_length)

@@ -92,8 +92,10 @@ def complete() -> Response:
     for number, prompt in enumerate(prompts):
         check_length(prompt.ids, limit, "prompt" if len(prompts) == 1 else f"prompt.{number}")
     if len(prompts) * request.answers > limits.ANSWERS:
-        text = f"n: {len(prompts)} prompts with {request.answers} answers each are more than {limits.ANSWERS}"
-        raise ApiError(400, text, param="n")
+        field = "prompt" if request.answers == 1 else "n"
+        each = "1 answer" if request.answers == 1 else f"{request.answers} answers"
+        text = f"{field}: {len(prompts)} prompts with {each} each are more than the {limits.ANSWERS} of a request"
+        raise ApiError(400, text, param=field)
     jobs = _jobs(request, served, name, prepared, prompts, limit)
     answers = answer(served, jobs)
     head = Head("cmpl", "text_completion", name)

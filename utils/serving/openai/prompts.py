@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from utils.data.encode import encode_source
 from utils.data.template import OPENED, ChatTemplate, JinjaTemplate, Message, Tools
+from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
 from utils.inference.loading import Prepared
 from utils.serving import limits
@@ -121,16 +122,24 @@ class Asked:
             cut_to: most tokens; the oldest rounds go first, then the end of the last message.
 
         Raises:
-            ApiError: 400, the template refuses the conversation.
+            ApiError: 400, the template refuses the conversation, or itself writes more than `cut_to`.
         """
         with reading("messages"):
             if not self._ask:
                 ids, _ = self.template.encode_conversation(self.tokenizer, self.messages, self.tools)
                 ids = ids[:-1] if self._continue else ids
                 return ids if cut_to is None else ids[-cut_to:]
-            if cut_to is None:
-                return self.template.encode_prompt(self.tokenizer, self.messages, self.tools)
+            ids = self.template.encode_prompt(self.tokenizer, self.messages, self.tools)
+        if cut_to is None or len(ids) <= cut_to:
+            return ids
+        try:
             return encode_source(self.messages, self.tokenizer, self.template, cut_to, self.tools)[0]
+        except UserError:
+            text = (
+                f"truncate_prompt_tokens: {cut_to} tokens have no room for what the chat template itself writes; "
+                "set it higher"
+            )
+            raise ApiError(400, text, param="truncate_prompt_tokens") from None
 
     def opened_tag(self, ids: Sequence[int]) -> str | None:
         """The tag of a reasoning that the prompt has begun, such as "think"."""

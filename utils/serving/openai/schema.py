@@ -24,8 +24,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "grammar": ("",),
     "service_tier": ("auto", "default"),
+    "suffix": ("",),
 }
-_REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {**_REFUSED, "suffix": ("",)}
 _REFUSED_OF_CHATS: dict[str, tuple[Any, ...]] = {
     **_REFUSED,
     "functions": ([],),
@@ -68,11 +68,6 @@ class Request(bodies.Body):
                 text = f"{name}: this server cannot do that; leave the field out"
                 raise ApiError(400, text, param=name, code="unsupported_parameter")
         return {name: given for name, given in value.items() if given is not None}
-
-    @classmethod
-    def refused(cls) -> dict[str, tuple[Any, ...]]:
-        """Fields that are known and cannot be served, with the values that ask for nothing."""
-        return {}
 
 
 class Open(Request):
@@ -174,7 +169,7 @@ class CompletionRequest(Generation):
 
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:
-        return _REFUSED_OF_COMPLETIONS
+        return _REFUSED
 
 
 class Part(Request):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flask import Response
+from flask import Response, g
 
 from utils.serving.answering import Answers, Usage, streamed
 from utils.serving.errors import openai_body
@@ -18,11 +18,13 @@ DONE = "data: [DONE]\n\n"
 
 
 class Head:
-    """What every object of an answer begins with."""
+    """What every object of an answer begins with. Its id stands in the log line of the request."""
 
     def __init__(self, prefix: str, kind: str, model: str) -> None:
+        answer_id = f"{prefix}-{secrets.token_hex(12)}"
+        g.record.facts["answer_id"] = answer_id
         self._fields = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": answer_id,
             "object": kind,
             "created": int(time.time()),
             "model": model,
