@@ -1,7 +1,7 @@
 # make demo   tunes a real language model on this machine and shows that it answers better
 # make test   runs the whole test suite
 # make slow   runs the tests that take minutes: random rows and texts through everything that reads them
-# make matrix runs every cell of the support table and rewrites it in README.md, then every parallel layout (an hour)
+# make matrix runs every cell of the support table and rewrites it in README.md, then every layout and server (90 minutes)
 # All set up .venv first; what is done already is skipped.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
@@ -43,7 +43,7 @@ matrix: $(INSTALLED)
 	$(BIN)/python tools/matrix.py
 	@echo "==> matrix: every family in every parallel layout"
 	$(BIN)/python tools/layouts.py
-	@echo "==> matrix: checkpoints across layouts, and what happens when ranks fail"
+	@echo "==> matrix: checkpoints across layouts, ranks that fail, and every family through the server"
 	$(BIN)/python -m pytest -m matrix
 
 lint: $(INSTALLED)
