@@ -105,10 +105,27 @@ def test_filters_keep_ties_and_never_everything_away() -> None:
     assert ids.tolist() == [0, 2] and probabilities[1] == 1.0
 
 
-def test_draw_at_the_borders() -> None:
-    ids, probabilities = np.array([3, 5, 9]), np.array([0.25, 0.5, 0.25])
-    found = [draw(ids, probabilities, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, np.nextafter(1, 0))]
-    assert found == [3, 3, 5, 5, 9, 9]
+def test_noise_in_the_last_digits_changes_no_draw() -> None:
+    """Half of the probability is one token's, and the rest lies in a long tail: by their places in the running sum
+    some of these draws would be others."""
+    logits = np.random.default_rng(0).normal(0, 1, 50_000).astype(np.float32)
+    logits[0] = np.log(np.exp(logits[1:]).sum())
+    noisy = logits.copy()
+    noisy[0] += 3e-6  # what other rows of a batch change
+    samplers = [RowSampler(SamplingOptions(top_k=0), prompt=[], end_ids=(), seed=1, row=0) for _ in range(2)]
+    found = [(samplers[0].choose(logits), samplers[1].choose(noisy)) for _ in range(300)]
+    assert noisy[0] > logits[0] and 100 < sum(one > 0 for one, _ in found) < 200
+    assert all(one == other for one, other in found)
+
+
+def test_draws_from_several_blocks_follow_the_distribution() -> None:
+    ids = np.array([*range(5), *range(250, 260), 300, 70_000])
+    weights = np.arange(1.0, ids.size + 1)
+    keys = np.random.default_rng(3).integers(2**64, size=DRAWS, dtype=np.uint64)
+    found = np.searchsorted(ids, [draw(ids, weights, int(key)) for key in keys])
+    expected = weights / weights.sum() * DRAWS
+    statistic = ((np.bincount(found, minlength=ids.size) - expected) ** 2 / expected).sum()
+    assert statistic < 39.3  # of 16 degrees of freedom, one in a thousand
 
 
 def test_repetition_penalty_table() -> None:
@@ -327,16 +344,10 @@ def test_a_copied_stream_goes_on_alone(text: str, at: int) -> None:
     assert stream.text == whole.text == text.split("ab")[0]
 
 
-@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000, 5000])
-def test_a_draw_is_the_place_in_the_running_sum(size: int) -> None:
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_nothing_is_drawn_that_cannot_be(size: int) -> None:
     random = np.random.default_rng(size)
-    for _ in range(50):
-        weights = np.exp(random.normal(0, 3, size)) * (random.random(size) < 0.6)
-        weights[random.integers(size)] = 1.0
-        ids = np.arange(size) + 7
-        for uniform in (*random.random(4), 0.0, 1 - 2**-53):
-            found = draw(ids, weights, float(uniform)) - 7
-            mass = np.cumsum(weights)
-            assert weights[found] > 0  # never a token that cannot be
-            assert mass[found] - weights[found] <= uniform * mass[-1] * (1 + 1e-12)
-            assert mass[found] >= uniform * mass[-1] * (1 - 1e-12)
+    weights = np.exp(random.normal(0, 3, size)) * (random.random(size) < 0.6)
+    weights[random.integers(size)] = 1.0
+    for key in (0, 2**64 - 1, *random.integers(2**64, size=200, dtype=np.uint64)):
+        assert weights[draw(np.arange(size) + 7, weights, int(key)) - 7] > 0

@@ -27,6 +27,11 @@ Alternatives = tuple[tuple[int, float], ...]  # tokens at one place, the likelie
 # the whole vocabulary.
 TOP_P_HEAD = 1024
 DRAW_BLOCK = 256
+_BEHIND_IDS = 2**32
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIXING = tuple(
+    (np.uint64(shift), np.uint64(factor)) for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+)
 MOST_TOP_LOGPROBS = 20
 
 
@@ -232,25 +237,38 @@ def filtered_probabilities(scores: Floats, options: SamplingOptions) -> tuple[Id
     return ids, probabilities
 
 
-def draw(ids: Ids, probabilities: Floats, uniform: float) -> int:
-    """The id at `uniform` in [0, 1) of the distribution function.
+def draw(ids: Ids, probabilities: Floats, key: int) -> int:
+    """Each id with its probability: first a block of neighbouring ids, then one of them, both as `_winner` does.
 
-    `ids` are in ascending order, not by probability, so that rounding differences between batch
-    sizes cannot swap two nearly equal tokens.
+    Args:
+        ids: [n], rising.
+        probabilities: [n] of these; they need not sum to 1.
+        key: of the random numbers, below 2**64.
     """
-    # sums of blocks, then of the one block where it is: a running sum over a vocabulary takes ten times as long
-    blocks = np.cumsum(np.add.reduceat(probabilities, np.arange(0, probabilities.size, DRAW_BLOCK)))
-    block = _first_above(blocks, uniform * blocks[-1])
-    first = block * DRAW_BLOCK
-    before = blocks[block - 1] if block else 0.0
-    mass = np.cumsum(probabilities[first : first + DRAW_BLOCK])
-    return int(ids[first + _first_above(mass, uniform * blocks[-1] - before)])
+    # all ids at once would take far longer
+    starts = np.unique(np.searchsorted(ids, np.arange(0, ids[-1] + 1, DRAW_BLOCK)))
+    chosen = _winner(_BEHIND_IDS + ids[starts] // DRAW_BLOCK, np.add.reduceat(probabilities, starts), key)
+    begin, end = [*starts, ids.size][chosen : chosen + 2]
+    return int(ids[begin + _winner(ids[begin:end], probabilities[begin:end], key)])
 
 
-def _first_above(mass: Floats, sought: float) -> int:
-    """The first place of a running sum above `sought`; at most the last one where it grows, whatever was rounded."""
-    place, last = np.searchsorted(mass, sought, side="right"), np.searchsorted(mass, mass[-1], side="left")
-    return int(min(place, last))
+def _winner(numbers: Ids, weights: Floats, key: int) -> int:
+    """The place of the first in a race where each arrives after an exponential time, divided by its weight.
+
+    So each wins with a chance in proportion to its weight. Other last digits of the weights, as another batch gives
+    them, make another one win only where two arrive at nearly the same time. At a place in the running sum, they would
+    move all borders, and in the long tail of a vocabulary these are as close to each other as that.
+
+    Args:
+        numbers: of those who run; with the key each decides a time, whoever else runs.
+    """
+    # the sequence that begins with the key, at these places: SplitMix64, Steele et al. 2014
+    bits = numbers.astype(np.uint64) * _GOLDEN + np.array([key], dtype=np.uint64)
+    for shift, factor in _MIXING:
+        bits = (bits ^ (bits >> shift)) * factor
+    bits ^= bits >> np.uint64(31)
+    uniform = ((bits >> np.uint64(12)) + 0.5) * 2.0**-52  # neither 0 nor 1
+    return int((weights / -np.log(uniform)).argmax())
 
 
 def log_softmax(logits: NDArray[np.float32]) -> Floats:
@@ -390,7 +408,7 @@ class RowSampler:
             scores = self._history.penalised(scores)
         if self.options.greedy:
             return int(scores.argmax())
-        return draw(*filtered_probabilities(scores, self.options), self._random.random())
+        return draw(*filtered_probabilities(scores, self.options), int(self._random.integers(2**64, dtype=np.uint64)))
 
     def accept(self, token: int) -> None:
         """Adds a token to the history."""
