@@ -82,7 +82,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def running(prepared: Prepared, client: FakeClient | None = None, **settings: Any) -> Iterator[Running]:
     """A server; ended afterwards."""
     client = client or FakeClient()
-    arguments = ServeArguments(**{"src_length": 128, "max_length": 256, **settings})
+    arguments = ServeArguments(src_length=128, max_length=256)
+    for name, value in settings.items():
+        arguments.set_from(name, value, f"--{name}")
     metrics = Metrics(["tiny"], lambda: client.state)
     served = Served(client, {"tiny": prepared}, arguments, metrics, time.time(), places(REQUESTS))
     app = create_app(served)
@@ -147,6 +149,33 @@ def test_what_a_request_says_holds_for_it_alone(plain: Running) -> None:
     options = default.options
     assert (options.top_k, options.top_p, options.temperature, options.repetition_penalty) == (1, 1.0, 1.0, 1.0)
     assert options.max_new_tokens == 256 - len(default.prompt)
+
+
+def test_max_length_bounds_prompt_and_answer_on_all_routes(prepared: Prepared) -> None:
+    words = {"prompt": [5] * 10, "max_tokens": 10_000}
+    messages = {"messages": [{"role": "user", "content": "say"}]}
+    for settings, most, own in (({}, 512, 256), ({"max_length": 200}, 200, 200)):
+        with running(prepared, **settings) as server:
+            for path, body, bound in (
+                ("/v1/completions", words, most),
+                ("/v1/chat/completions", messages, most),
+                ("/api/chat", {"context": "say"}, own),
+                ("/api/chat", {"context": "say", "max_length": 9999}, most),
+                ("/api/chat", {"context": "say " * 900, "max_length": 9999, "src_length": 9999}, most),
+            ):
+                assert server.json("POST", path, body)[0] == 200
+                job = server.client.given[-1].job
+                assert len(job.prompt) + job.options.max_new_tokens == bound
+            assert server.json("GET", "/v1/models")[1]["data"][0]["max_model_len"] == most
+            assert server.json("POST", "/tokenize", {"content": "say"})[1]["max_model_len"] == most
+            for path, body in (
+                ("/v1/completions", {"prompt": [5] * most}),
+                ("/v1/chat/completions", {"messages": [{"role": "user", "content": "say " * most}]}),
+                ("/v1/embeddings", {"input": [5] * (most + 1)}),
+            ):
+                status, found = server.json("POST", path, body)
+                assert (status, found["error"]["code"]) == (400, "context_length_exceeded")
+                assert f"takes {most}" in found["error"]["message"]
 
 
 def test_history_comes_as_a_list_or_as_a_text_and_with_either_names(plain: Running) -> None:

@@ -24,6 +24,7 @@ from utils.serving.app import create_app
 from utils.serving.bodies import faults_of, load_json
 from utils.serving.context import Served
 from utils.serving.errors import ApiError
+from utils.serving.http import places
 from utils.serving.metrics import Metrics
 from utils.serving.openai.embeddings import unit
 from utils.serving.openai.logprobs import LOWEST, CompletionLogprobs, chat_entries
@@ -236,11 +237,9 @@ def test_minus_infinity_is_a_number_that_json_has(tokenizers: dict[str, Tokenize
 
 
 def test_vectors_have_length_one() -> None:
-    assert np.isclose(np.linalg.norm(unit([3.0, 4.0])), 1) and unit([3.0, 4.0]) == [
-        0.6000000238418579,
-        0.800000011920929,
-    ]
-    assert unit([0.0, 0.0]) == [0.0, 0.0]
+    found = unit(np.array([3.0, 4.0], np.float32))
+    assert np.isclose(np.linalg.norm(found), 1) and found == [0.6000000238418579, 0.800000011920929]
+    assert unit(np.zeros(2, np.float32)) == [0.0, 0.0]
 
 
 # --- what goes wrong behind the first piece ------------------------------------------------------------
@@ -254,7 +253,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error(tmp_path: Path, path: str, 
     client = FakeClient(error="no memory is left")
     models = {"tiny": prepare(str(model), device="cpu")}
     metrics = Metrics(["tiny"], lambda: client.state)
-    served = Served(client, models, ServeArguments(src_length=128, max_length=256), metrics, 0.0)
+    served = Served(client, models, ServeArguments(src_length=128, max_length=256), metrics, 0.0, places(1))
     asking = create_app(served).test_client()
     plain = asking.post(path, json=body)
     assert plain.status_code == 500

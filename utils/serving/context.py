@@ -60,6 +60,15 @@ class Served:
             )
         return name, self.models[name]
 
+    def longest(self, prepared: Prepared) -> int:
+        """Most tokens of prompt and answer together on all routes: the model's positions, or less if --max_length was
+        given. Its default only limits models that have no limit of their own.
+        """
+        limits = [limit for limit in (prepared.positions, self.client.facts.max_positions) if limit is not None]
+        if not limits or "max_length" in self.settings.provided:
+            limits.append(self.settings.max_length)
+        return min(limits)
+
 
 def attach(app: Any, served: Served) -> None:
     """Gives an app what its routes need."""

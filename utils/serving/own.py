@@ -63,7 +63,7 @@ class ChatBody(Body):
     temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy")
     repetition_penalty: float | None = Field(None, ge=1e-6, le=1e6, description="1 is off")
     max_length: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
-        None, description="most tokens of prompt and answer together"
+        None, description="most tokens of prompt and answer together; never more than the server takes"
     )
     src_length: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
         None, description="most tokens of the prompt; of a longer one the oldest rounds go first, then its end"
@@ -110,9 +110,10 @@ def chat() -> Response:
     served, body = serving(), read(ChatBody)
     name, prepared = served.model(body.model)
     messages = _messages(body)
+    limit = served.longest(prepared)
     with reading("history" if body.history else "context"):
-        prompt, cut = _prompt(messages, prepared, body.src_length or served.settings.src_length)
-    job = Job(name, prompt, _options(body, served.settings, len(prompt)), stream=bool(body.stream))
+        prompt, cut = _prompt(messages, prepared, body.src_length or served.settings.src_length, limit)
+    job = Job(name, prompt, _options(body, served.settings, len(prompt), limit), stream=bool(body.stream))
     answers = answer(served, [job])
     if job.stream:
         response = streamed(answers, _lines(answers), NDJSON, lambda error: _line(error_body(error)))
@@ -171,10 +172,14 @@ def _messages(body: ChatBody) -> list[Message]:
     return messages
 
 
-def _prompt(messages: list[Message], prepared: Prepared, src_length: int) -> tuple[list[int], bool]:
-    """(prompt, whether anything was left out of it), as a chat in the terminal makes it."""
-    if prepared.positions is not None and src_length >= prepared.positions:
-        src_length = prepared.positions // 2
+def _prompt(messages: list[Message], prepared: Prepared, src_length: int, limit: int) -> tuple[list[int], bool]:
+    """(prompt, whether anything was left out of it), as a chat in the terminal makes it.
+
+    Args:
+        limit: most tokens of prompt and answer together.
+    """
+    if src_length >= limit:
+        src_length = limit // 2
     forgotten = forgotten_rounds(messages, prepared.tokenizer, prepared.template, src_length)
     first = 1 if messages[0]["role"] == "system" else 0
     del messages[first : first + 2 * forgotten]
@@ -182,13 +187,16 @@ def _prompt(messages: list[Message], prepared: Prepared, src_length: int) -> tup
     return ids, was_cut or forgotten > 0
 
 
-def _options(body: ChatBody, settings: ServeArguments, prompt_tokens: int) -> SamplingOptions:
+def _options(body: ChatBody, settings: ServeArguments, prompt_tokens: int, limit: int) -> SamplingOptions:
     """How to answer: what the request says, and for the rest what the server was started with.
+
+    Args:
+        limit: most tokens of prompt and answer together.
 
     Raises:
         ApiError: 400; the prompt leaves an answer no room.
     """
-    longest = body.max_length or settings.max_length
+    longest = min(body.max_length or settings.max_length, limit)
     if prompt_tokens >= longest:
         raise ApiError(
             400,

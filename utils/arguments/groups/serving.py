@@ -44,6 +44,13 @@ class ServedArguments(Arguments):
     lora_modules: list[str] = arg(  # noqa: RUF009
         [], "LoRA adapters served beside the model, each under a name: NAME=FOLDER NAME=FOLDER", many=True
     )
+    max_length: int = arg(
+        2048,
+        "longest prompt and answer together, for all routes; if left out, the model's positions, and 2048 for "
+        "requests to /api/chat that say nothing else",
+        minimum=2,
+        unit="tokens",
+    )
     max_batch_size: int = arg(8, "answers at a time", minimum=1, maximum=1024, unit="answers")
     max_queue: int = arg(256, "requests that may wait; more are refused with 429", minimum=0, unit="requests")
     request_timeout: float = arg(600.0, "longest time of a request, waiting included", above=0, unit="seconds")

@@ -14,7 +14,7 @@ from utils.serving.errors import ApiError
 from utils.serving.openai.calling import calling_of
 from utils.serving.openai.choice import Choice, Plan
 from utils.serving.openai.options import answer_budget, grammar_of, sampling_options
-from utils.serving.openai.prompts import Asked, check_length, end_ids, kept, positions
+from utils.serving.openai.prompts import Asked, check_length, end_ids, kept
 from utils.serving.openai.schema import ChatRequest
 from utils.serving.openai.stream import Head, event_stream, usage_of
 from utils.serving.openapi import described
@@ -32,7 +32,7 @@ def complete_chat() -> Response:
     name, prepared = served.model(request.model)
     calling = calling_of(request, prepared.template, prepared.tokenizer)
     asked = Asked(prepared, request, request.messages, None if calling is None else calling.tools)
-    limit = positions(served, prepared)
+    limit = served.longest(prepared)
     ids = asked.ids(kept(request.truncate_prompt_tokens, limit))
     check_length(ids, limit, "messages")
     grammar = grammar_of(request) if calling is None or calling.grammar is None else calling.grammar
@@ -42,7 +42,7 @@ def complete_chat() -> Response:
     options = sampling_options(
         request,
         prepared,
-        budget=_budget(request, limit - len(ids), served.settings.max_length),
+        budget=_budget(request, limit - len(ids)),
         grammar=grammar,
         logprobs=bool(request.logprobs),
         top_logprobs=top,
@@ -67,15 +67,15 @@ def complete_chat() -> Response:
     return jsonify(head(choices=choices, usage=usage_of(answers.usage)))
 
 
-def _budget(request: ChatRequest, left: int, default: int) -> int:
-    """
+def _budget(request: ChatRequest, left: int) -> int:
+    """Most tokens of an answer; all that there is room for, if the request says nothing.
+
     Args:
-        left: tokens that the model has room for.
-        default: most tokens of an answer for which the request says nothing.
+        left: tokens that there is room for.
     """
     if request.max_completion_tokens is not None:
-        return answer_budget(request.max_completion_tokens, "max_completion_tokens", default, left, request)
-    return answer_budget(request.max_tokens, "max_tokens", default, left, request)
+        return answer_budget(request.max_completion_tokens, "max_completion_tokens", left, left, request)
+    return answer_budget(request.max_tokens, "max_tokens", left, left, request)
 
 
 def _choice(plan: Plan, index: int, answer: Answer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from utils.serving.context import Served, serving
 from utils.serving.errors import ApiError
 from utils.serving.openai.logprobs import CompletionLogprobs, scored
 from utils.serving.openai.options import ANSWER_TOKENS, answer_budget, grammar_of, sampling_options
-from utils.serving.openai.prompts import check_ids, check_length, encode_text, end_ids, kept, positions
+from utils.serving.openai.prompts import check_ids, check_length, encode_text, end_ids, kept
 from utils.serving.openai.schema import CompletionRequest
 from utils.serving.openai.stream import Head, event_stream, usage_of
 from utils.serving.openapi import described
@@ -86,7 +86,7 @@ def complete() -> Response:
     request = read(CompletionRequest)
     served = serving()
     name, prepared = served.model(request.model)
-    limit = positions(served, prepared)
+    limit = served.longest(prepared)
     cut_to = kept(request.truncate_prompt_tokens, limit)
     prompts = [_cut(prompt, cut_to, prepared) for prompt in _prompts(request, prepared)]
     for number, prompt in enumerate(prompts):

@@ -15,7 +15,7 @@ from utils.serving.answering import answer, collect
 from utils.serving.bodies import read
 from utils.serving.context import serving
 from utils.serving.errors import ApiError
-from utils.serving.openai.prompts import check_ids, check_length, encode_text, kept, positions
+from utils.serving.openai.prompts import check_ids, check_length, encode_text, kept
 from utils.serving.openai.schema import EmbeddingRequest
 from utils.serving.openapi import described
 from utils.serving.protocol import EmbedJob
@@ -30,7 +30,7 @@ def embed() -> Response:
     request = read(EmbeddingRequest)
     served = serving()
     name, prepared = served.model(request.model)
-    limit = positions(served, prepared)
+    limit = served.longest(prepared)
     cut_to = kept(request.truncate_prompt_tokens, limit + 1)  # no answer needs room
     prompts = [ids if cut_to is None else ids[-cut_to:] for ids in _inputs(request, prepared)]
     for number, ids in enumerate(prompts):

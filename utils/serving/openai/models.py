@@ -7,7 +7,6 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from utils.serving.context import Served, serving
-from utils.serving.openai.prompts import positions
 from utils.serving.openapi import described
 
 routes = Blueprint("models", __name__)
@@ -37,6 +36,6 @@ def _model(served: Served, name: str) -> dict[str, Any]:
         "object": "model",
         "created": int(served.started),
         "owned_by": "paddle_llm",
-        "max_model_len": positions(served, served.models[name]),
+        "max_model_len": served.longest(served.models[name]),
         "parent": None if name == base else base,
     }

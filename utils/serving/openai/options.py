@@ -58,12 +58,12 @@ def sampling_options(
 
 
 def answer_budget(asked: int | None, field: str, default: int, left: int, request: Generation) -> int:
-    """Most tokens of an answer: what was asked for, as far as the model has room.
+    """Most tokens of an answer: what was asked for, as far as there is room.
 
     Args:
         asked: None takes the default.
         field: the name of what was asked.
-        left: tokens that the model has room for.
+        left: tokens that there is room for.
 
     Raises:
         ApiError: 400, min_tokens is above it.

@@ -11,19 +11,13 @@ from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
 from utils.inference.loading import Prepared
 from utils.serving import limits
-from utils.serving.context import Served, reading
+from utils.serving.context import reading
 from utils.serving.errors import ApiError
 from utils.serving.openai.schema import ChatMessage, Generation, Part, Templated
 
 OWN_VALUES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"}
 OWN_ROLES = {"developer": "system"}
 SHOWN_TOKENS = 8  # of a prompt, where its end is looked at
-
-
-def positions(served: Served, prepared: Prepared) -> int:
-    """Most tokens of prompt and answer together; of a model without a limit as many as max_length says."""
-    found = [limit for limit in (prepared.positions, served.client.facts.max_positions) if limit is not None]
-    return min(found, default=served.settings.max_length)
 
 
 def vocabulary(prepared: Prepared) -> int:
@@ -46,7 +40,7 @@ def check_length(ids: Sequence[int], limit: int, field: str, *, answered: bool =
         together = " of prompt and answer together" if answered else ""
         raise ApiError(
             400,
-            f"{field}: the prompt has {len(ids)} tokens, and the model takes {limit}{together}; "
+            f"{field}: the prompt has {len(ids)} tokens, and this server takes {limit}{together}; "
             "shorten it, or set truncate_prompt_tokens",
             param=field,
             code="context_length_exceeded",

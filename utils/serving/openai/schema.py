@@ -131,7 +131,7 @@ class Generation(Request):
     )
     ignore_eos: bool | None = Field(None, description="the model's end tokens do not end the answer")
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, description="cut the prompt to so many tokens; -1 to what the model can take"
+        None, ge=-1, description="cut the prompt to so many tokens; -1 to what the server takes"
     )
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="a JSON schema of the answer")
@@ -240,7 +240,7 @@ class ChatRequest(Generation, Templated):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_tokens: int | None = Field(None, ge=1, description="what is left of the model's positions if left out")
+    max_tokens: int | None = Field(None, ge=1, description="all that there is room for if left out")
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=limits.TOP_LOGPROBS, description="needs logprobs")

@@ -14,7 +14,7 @@ from utils.serving.bodies import read
 from utils.serving.context import serving
 from utils.serving.errors import ApiError
 from utils.serving.openai.logprobs import bytes_of, shown
-from utils.serving.openai.prompts import Asked, check_ids, encode_text, positions
+from utils.serving.openai.prompts import Asked, check_ids, encode_text
 from utils.serving.openai.schema import DetokenizeRequest, TemplateRequest, TokenizeRequest, tools_of
 from utils.serving.openapi import described
 
@@ -30,7 +30,7 @@ def tokenize() -> Response:
     _, prepared = served.model(request.model)
     ids = _ids(request, prepared)
     tokens: list[Any] = [_piece(prepared, token) for token in ids] if request.with_pieces else ids
-    found = {"tokens": tokens, "count": len(ids), "max_model_len": positions(served, prepared)}
+    found = {"tokens": tokens, "count": len(ids), "max_model_len": served.longest(prepared)}
     if request.return_token_strs:
         found["token_strs"] = [shown(bytes_of(prepared.tokenizer, token)) for token in ids]
     return jsonify(found)
