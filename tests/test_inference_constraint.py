@@ -22,7 +22,7 @@ from utils.checkpoints.embedded import NAME as EMBEDDED
 from utils.checkpoints.locate import locate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
-from utils.inference.constraint import MOST_CHARACTERS, Constrainer, check
+from utils.inference.constraint import MOST_CHARACTERS, MOST_OF_CHOICE, Constrainer, check
 from utils.inference.generator import Completion
 from utils.inference.grammar import Grammar
 from utils.inference.sampling import SamplingOptions
@@ -248,6 +248,7 @@ HOSTILE: dict[str, Grammar] = {
     "open group": Grammar("regex", "(" * 2000),
     "open escape": Grammar("regex", "a\\"),
     "no choices": Grammar("choice", "[]"),
+    "long choice": Grammar("choice", json.dumps(["a", "b" * (MOST_OF_CHOICE + 1)])),
     "no start": Grammar("lark", 'begin: "a"'),
     "endless": Grammar("lark", "start: start"),
 }
@@ -272,6 +273,7 @@ def test_a_form_that_cannot_be_followed_is_refused_soon(name: str) -> None:
         of_schema({"type": "object", "properties": {"child": {"$ref": "#"}}}),
         of_schema(nested(40)),
         Grammar("regex", "(a?){200}a{200}"),
+        Grammar("choice", json.dumps(["a" * MOST_OF_CHOICE, "b" * MOST_OF_CHOICE])),
         Grammar("regex", "(((a{1,100}){1,100}){1,100}){1,100}"),
         Grammar("json_object"),
     ],

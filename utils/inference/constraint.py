@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
 
 MOST_CHARACTERS = 65_536  # of the text of a grammar
+MOST_OF_CHOICE = 4096  # characters: the longer one text is, the longer takes each step of it
 _KEPT = 32  # forms that are ready for the next answer
 _NAMES: dict[Kind, str] = {
     "json_object": "the JSON object",
@@ -227,6 +228,9 @@ def _compilable(grammar: Grammar, *, drops_blank: bool = False) -> str:
             choices = _parsed(grammar)
             if not (isinstance(choices, list) and choices and all(isinstance(one, str) and one for one in choices)):
                 raise UserError(_fault(grammar, "it is no list of texts that are not empty"))
+            if (longest := max(map(len, choices))) > MOST_OF_CHOICE:
+                said = f"one has {longest} characters, and at most {MOST_OF_CHOICE} are taken"
+                raise UserError(_fault(grammar, said))
             form["lark_grammar"] = "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
     first = [{"name": "answer", "lark_grammar": f"start: {blank} @form"}] if drops_blank else []
     try:
