@@ -120,6 +120,8 @@ class Server:
                 signals.end(number)
             return
         self._ending = time.monotonic()
+        if self._page is not None:
+            self._page.leave()
         signals.notice(
             f"ending after {signals.name(number)}: running requests have {self._run.shutdown_timeout:g} s to finish; "
             "a second signal ends at once"

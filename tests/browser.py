@@ -56,10 +56,11 @@ class Page:
 
     def open(self) -> None:
         """As for the first time in a new tab: nothing is kept."""
-        self.browser.get(self.url)
+        self.browser.get(f"{self.url}theme.css")  # without scripts, which would write what they still know
         self.browser.execute_script("sessionStorage.clear(); localStorage.clear()")
         self.browser.delete_all_cookies()
-        self.reload()
+        self.browser.get(self.url)
+        self.wait(self.is_ready)
 
     def reload(self) -> None:
         self.browser.refresh()
@@ -94,6 +95,10 @@ class Page:
             "return [...document.querySelectorAll(arguments[0])].map(part => part.innerText)", selector
         )
         return found
+
+    def name(self, selector: str) -> str:
+        """What screen readers call a part."""
+        return self.find(selector).accessible_name
 
     # --- what it shows --------------------------------------------------------------------------------
 
@@ -133,7 +138,7 @@ class Page:
 
     def answered(self) -> None:
         """Waits for the end of an answer, which says how many tokens it has."""
-        self.wait(lambda: self.is_free and "tokens/s" in self.status)
+        self.wait(lambda: self.is_free and "first after" in self.status)
 
     def press(self, selector: str) -> None:
         """Presses the last button that the selector finds, once it can be pressed."""

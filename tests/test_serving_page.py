@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from browser import DESK, KEPT, PHONE, Page, chromium, resize
-from serving_processes import Running, free_port, server, until
+from serving_processes import Running, free_port, processes, server, until
 from tiny_runs import ROOT
 
 from utils.checkpoints.embedded import NAME
 from utils.serving.page.settings import PageSettings
 from utils.serving.page.texts import LANGUAGES, TEXTS
+from utils.serving.supervisor import FIRST_PAUSE, PageProcess
 
 LONG = "Write a very long story about a dragon and a ship."
 
@@ -91,7 +92,7 @@ def test_a_conversation(page: Page) -> None:
 
     page.set(max_tokens=17)
     page.press_last("Retry")
-    page.wait(lambda: "17 tokens" in page.status)
+    page.wait(lambda: page.is_free and "17 tokens" in page.status)
     assert page.questions == ["Tell me about the sea.", "And the moon?"] and len(page.answers) == 2
 
     kept = page.questions, page.answers
@@ -105,6 +106,7 @@ def test_a_conversation(page: Page) -> None:
 
     page.press_last("Edit")
     field = page.wait(lambda: page.find("#chat textarea"))
+    assert field.rect["width"] > 0.8 * page.find("#chat").rect["width"]
     field.clear()
     field.send_keys("Tell me about the sun.")
     page.press_last("Submit")
@@ -122,9 +124,11 @@ def test_stop_ends_the_work(page: Page, served: tuple[Running, str]) -> None:
     page.set(max_tokens=2048)
     page.ask(LONG)
     page.wait(lambda: page.answers and len(page.answers[0]) > 20)
+    page.wait(lambda: page.status.startswith("writing · ") and "tokens/s" in page.status)
     assert running_answers(running) == 1
+    assert page.name("#message .stop-button") == "Stop"
     page.press("#message .stop-button")
-    page.wait(lambda: page.is_free and page.status == "stopped")
+    page.wait(lambda: page.is_free and page.status.startswith("stopped · ") and "tokens/s" in page.status)
     until(lambda: running_answers(running) == 0, 5)
     stopped = page.answers[0]
     page.ask("Again.")
@@ -139,11 +143,15 @@ def test_stop_ends_the_work(page: Page, served: tuple[Running, str]) -> None:
 
 def test_languages_and_themes(page: Page) -> None:
     """By the browser's language at first, and as the user says from then on."""
-    assert set(page.texts("#new_chat, #send")) == {"New chat"}
+    assert page.texts("#new_chat") == ["New chat"]
+    page.wait(lambda: page.name("#message .submit-button") == "Send")
+    assert "__i18n__" not in page.script("return document.body.innerText")
     page.press("#language")
     page.wait(lambda: page.texts("#new_chat") == ["新对话"])
     page.wait(page.is_ready)
     assert page.find("#message textarea").get_attribute("placeholder") == TEXTS["message"][1]
+    page.wait(lambda: page.name("#message .submit-button") == TEXTS["send"][1])
+    assert "__i18n__" not in page.script("return document.body.innerText")
     page.ask("你好")
     page.wait(lambda: page.is_free and "词元/秒" in page.status)
     page.press("#language")
@@ -318,3 +326,41 @@ def test_few_routes_and_no_files(tmp_path: Path) -> None:
         assert answers(port, "POST", "/gradio_api/queue/join", "x" * (9 << 20))[0] == 413
         parent.kill()
         until(lambda: answers(port, "GET", "/")[0] == 0, 5)
+
+
+def test_signals_are_left_to_the_server(capfd: pytest.CaptureFixture[str]) -> None:
+    """One that goes to all processes does not end the page before the server, which then does not start it again."""
+    settings = PageSettings(f"http://127.0.0.1:{free_port()}", port=free_port(), parent=os.getpid())
+    page = PageProcess(settings)
+    page.start()
+    try:
+        until(lambda: answers(settings.port, "GET", "/theme.css")[0] == 200, 60)
+        (number,) = processes(f"LLM_PAGE_PORT={settings.port}")
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            os.kill(number, ending)
+        time.sleep(0.5)
+        assert answers(settings.port, "GET", "/theme.css")[0] == 200
+        page.leave()
+        os.kill(number, signal.SIGKILL)
+        time.sleep(2 * FIRST_PAUSE)
+        assert not processes(f"LLM_PAGE_PORT={settings.port}")
+    finally:
+        page.stop()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_broken_gradio_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gradio.py").write_text("raise AttributeError('no such part\\nof it')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    page = PageProcess(PageSettings(f"http://127.0.0.1:{free_port()}", port=free_port(), parent=os.getpid()))
+    page.start()
+    said: list[str] = []
+    try:
+        until(lambda: said.append(capfd.readouterr().err) or "goes on without" in "".join(said), 60)
+        time.sleep(2 * FIRST_PAUSE)
+    finally:
+        page.stop()
+    lines = "".join([*said, capfd.readouterr().err]).splitlines()
+    assert len(lines) == 2 and "(AttributeError: no such part)" in lines[0] and "--no_ui" in lines[0], lines

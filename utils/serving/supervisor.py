@@ -144,10 +144,14 @@ class PageProcess:
         """Starts it; returns at once."""
         self._thread.start()
 
+    def leave(self) -> None:
+        """From here on it is not started again; call it as soon as the server begins to end."""
+        self._ended.set()
+
     def stop(self) -> None:
         """Ends it."""
         with self._lock:
-            self._ended.set()
+            self.leave()
             if self._process is not None:
                 self._process.kill()  # it has nothing to lose
         self._thread.join()
@@ -163,11 +167,13 @@ class PageProcess:
                 )
             self._failures.ready()
             code = self._process.wait()
-            if self._ended.is_set():
-                return
             self._failures.add(code)
+            if self._ended.wait(self._failures.pause):  # the same signal may have ended it and be about to end us
+                return
+            if code == EXIT_USER_ERROR:
+                notice("there is no page, for the reason above; the API goes on without")
+                return
             if self._failures.enough:
                 notice(f"the page {self._failures.how}, {self._failures.count} times in a row; the API goes on without")
                 return
-            notice(f"the page {self._failures.how}; starting it again in {self._failures.pause:g} s")
-            self._ended.wait(self._failures.pause)
+            notice(f"the page {self._failures.how}; starting it again")

@@ -16,7 +16,7 @@ CONNECT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Piece:
-    """News of an answer: text, why it has ended, or its token counts."""
+    """News of an answer: text, why it has ended, its token counts so far."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -63,7 +63,7 @@ class Api:
             ApiError: the API says that it cannot answer, or has to break off.
             httpx.HTTPError: nobody answers, or the connection has broken.
         """
-        body = {**request, "stream": True, "stream_options": {"include_usage": True}}
+        body = {**request, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != httpx.codes.OK:
                 await answer.aread()

@@ -88,6 +88,7 @@ class Progress:
         self.text = ""
         self._started = time.monotonic()
         self._first: float | None = None
+        self._counted = 0.0  # when the counts came
         self._not_ready = ""
         self._finish_reason: str | None = None
         self._counts: tuple[int, int] | None = None
@@ -104,28 +105,44 @@ class Progress:
             self._finish_reason = news.finish_reason or self._finish_reason
             if news.prompt_tokens is not None and news.completion_tokens is not None:
                 self._counts = (news.prompt_tokens, news.completion_tokens)
+                self._counted = time.monotonic()
 
     def line(self) -> str:
         """While the answer is under way."""
         seconds = time.monotonic() - self._started
         if self._not_ready:
             return status(say(self.language, "loading", seconds=seconds, message=self._not_ready))
-        return status(say(self.language, "writing" if self.text else "waiting", seconds=seconds))
+        if not self.text:
+            return status(say(self.language, "waiting", seconds=seconds))
+        return status(self._with_speed(say(self.language, "writing", seconds=seconds)))
+
+    def stopped_line(self) -> str:
+        """Once the user has stopped it."""
+        return status(self._with_speed(say(self.language, "stopped")))
 
     def last_line(self) -> str:
-        """Once it is complete: counts, and the rate from the first token on."""
+        """Once it is complete."""
         now = time.monotonic()
-        first = now if self._first is None else self._first
         if self._counts is None:
             line = say(self.language, "done_uncounted", seconds=now - self._started)
         else:
-            prompt, completion = self._counts
-            rate = (completion - 1) / (now - first) if completion > 1 and now > first else 0.0
-            wait = first - self._started
-            line = say(self.language, "done", completion=completion, rate=rate, first=wait, prompt=prompt)
+            prompt, _ = self._counts
+            wait = (now if self._first is None else self._first) - self._started
+            line = f"{self._speed()} · {say(self.language, 'done', first=wait, prompt=prompt)}"
         if self._finish_reason == "length":
             line += " · " + say(self.language, "cut")
         return status(line)
+
+    def _with_speed(self, line: str) -> str:
+        return f"{line} · {self._speed()}" if self._counts and self._counts[1] else line
+
+    def _speed(self) -> str:
+        """The tokens that have come, and how fast they do from the first one on."""
+        assert self._counts is not None
+        completion = self._counts[1]
+        seconds = self._counted - self._first if self._first is not None else 0.0
+        rate = (completion - 1) / seconds if completion > 1 and seconds > 0 else 0.0
+        return say(self.language, "speed", completion=completion, rate=rate)
 
 
 @dataclass(frozen=True)
@@ -193,7 +210,7 @@ class Conversation:
             body = body_of(models[0], system, asked, Sampling(*settings))
             async for _ in every(SHOW_SECONDS, self._patiently(body), progress.take, running.stop):
                 yield with_answer(asked, progress.text), progress.line(), gr.skip()
-            line = status(say(language, "stopped")) if running.stop.is_set() else progress.last_line()
+            line = progress.stopped_line() if running.stop.is_set() else progress.last_line()
         except (ApiError, httpx.HTTPError, ValueError) as error:
             line = failure(language, error)
         finally:

@@ -105,7 +105,10 @@ class Guard:
         language = language_of(request.headers, request.cookies)
         text = re.sub(r"<meta\s+(property|name)=\"(og|twitter):[^>]*>", "", text)  # names of foreign addresses
         text = text.replace('lang="en"', f'lang="{language}"', 1)
-        text = text.replace("<head>", f"<head><script>{self._script}</script>", 1)
+        script = self._script
+        for key in ("send", "stop"):
+            script = script.replace(f"{{{{{key}}}}}", say(language, key))
+        text = text.replace("<head>", f"<head><script>{script}</script>", 1)
         text = re.sub(r"<script\b", f'<script nonce="{nonce}"', text)
         return HTMLResponse(text, headers={"Content-Security-Policy": policy(f"'self' 'nonce-{nonce}' 'unsafe-eval'")})
 

@@ -70,7 +70,7 @@ def build(conversation: Conversation, title: str) -> gr.Blocks:
             placeholder=I18N("message"),
             container=False,
             max_lines=10,
-            submit_btn=str(I18N("send")),
+            submit_btn=True,  # with an icon; page.js gives it its name
             autofocus=True,
         )
         shown, asked = [chat, status, box], [chat, box, model, system, *sampling]

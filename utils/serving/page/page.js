@@ -1,8 +1,9 @@
-// Runs before Gradio: language and theme as the user has chosen them, and what the browser keeps of a conversation.
+// Runs before Gradio: names of buttons, language and theme as the user has chosen them, and what the browser keeps of a conversation.
 const page = (() => {
   const LANGUAGE = document.documentElement.lang;
   const KEPT = "page-kept-1"; // another number when the kept values change their order or form
   const THEME = "page-theme";
+  const BUTTONS = { "#message .submit-button": "{{send}}", "#message .stop-button": "{{stop}}" };
   let restored = false; // before that the parts of the page hold what they are made with
 
   for (const [name, value] of [["language", LANGUAGE], ["languages", [LANGUAGE]]]) {
@@ -16,7 +17,18 @@ const page = (() => {
   addEventListener("DOMContentLoaded", () => {
     new MutationObserver(showTheme).observe(document.body, { attributes: true, attributeFilter: ["class"] });
     showTheme();
+    new MutationObserver(nameButtons).observe(document.body, { childList: true, subtree: true });
   });
+  // Gradio draws them anew each time, with an icon alone.
+  const nameButtons = () => {
+    for (const [selector, name] of Object.entries(BUTTONS)) {
+      const button = document.querySelector(selector);
+      if (button && button.title !== name) {
+        button.title = name;
+        button.setAttribute("aria-label", name);
+      }
+    }
+  };
 
   return {
     switchLanguage() {

@@ -16,8 +16,8 @@ from utils.serving.page.layout import FOLDER, I18N, build
 from utils.serving.page.settings import PageSettings
 
 
-def serve(settings: PageSettings) -> None:
-    """Serves the page until the process ends."""
+def application(settings: PageSettings) -> Guard:
+    """The page as an ASGI application."""
     page = build(Conversation(Api(settings.api_url, settings.api_key)), settings.title or "Chat")
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -36,4 +36,9 @@ def serve(settings: PageSettings) -> None:
         css=(FOLDER / "page.css").read_text("utf-8"),
     )
     shutil.rmtree(get_upload_folder(), ignore_errors=True)  # for uploads, which the guard does not let through
-    uvicorn.run(Guard(app, settings), host=settings.host, port=settings.port, log_level="error")
+    return Guard(app, settings)
+
+
+def serve(app: Guard, settings: PageSettings) -> None:
+    """Serves the page until the process ends."""
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="error")

@@ -43,10 +43,8 @@ TEXTS = {
         "The server is not ready yet, your message waits for it · {seconds:.0f} s · {message}",
         "服务器尚未就绪，消息将在就绪后发送 · {seconds:.0f} 秒 · {message}",
     ),
-    "done": (
-        "{completion} tokens · {rate:.1f} tokens/s · first after {first:.2f} s · prompt {prompt} tokens",
-        "{completion} 个词元 · {rate:.1f} 词元/秒 · 首个用时 {first:.2f} 秒 · 提示 {prompt} 个词元",
-    ),
+    "speed": ("{completion} tokens · {rate:.1f} tokens/s", "{completion} 个词元 · {rate:.1f} 词元/秒"),
+    "done": ("first after {first:.2f} s · prompt {prompt} tokens", "首个用时 {first:.2f} 秒 · 提示 {prompt} 个词元"),
     "done_uncounted": ("done · {seconds:.1f} s", "完成 · {seconds:.1f} 秒"),
     "cut": ("the answer has reached its longest length", "回答已达到长度上限"),
     "stopped": ("stopped", "已停止"),
