@@ -520,6 +520,7 @@ USER = {"role": "user", "content": "a"}
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
         ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_grammar": "start: <[999999]>"}, "guided_grammar"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"messages": [{"role": "user", "content": "one " * 2000}]}, "messages"),
     ],

@@ -28,6 +28,13 @@ TEMPLATE = (
 CITIES = {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}}
 TOOLS: Any = [tool("weather", CITIES, ("city", "days")), tool("now")]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
+CALLED = {"tool_choice": "required"}
+PARAMETERS = "tools.0.function.parameters"
+ARGUMENTS_THAT_ARE_NONE: list[dict[str, Any]] = [
+    {"type": "array"},
+    {"$ref": "#"},
+    {"anyOf": [{"type": "array"}, {"type": "string"}]},
+]
 THINK = {"chat_template_kwargs": {"thinking": True}}
 
 
@@ -184,12 +191,29 @@ def test_tools_calls_and_their_results_are_in_the_prompt(client: Client) -> None
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "none"}}}, "tool_choice"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [tool("a", {"b": {"type": "c"}})], "tool_choice": "required"}, "tools"),
+        ({"tools": [tool("a", {"b": {"type": "c"}})], "tool_choice": "required"}, PARAMETERS),
+        *(
+            ({"tools": [{"type": "function", "function": {"name": "a", "parameters": schema}}], **CALLED}, PARAMETERS)
+            for schema in ARGUMENTS_THAT_ARE_NONE
+        ),
     ],
 )
 def test_tools_that_cannot_be_served(client: Client, fields: dict[str, Any], param: str) -> None:
     error = client.fault(client.chat, "a", extra_body=fields)
     assert (error.status_code, error.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"b": {"const": 5}}, "required": ["b"], "additionalProperties": False},
+        {"type": ["object", "null"], "additionalProperties": False},
+    ],
+)
+def test_arguments_are_an_object_whatever_else_they_may_be(client: Client, schema: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "a", "parameters": schema}}]
+    answer = client.chat("a", tools=tools, tool_choice="required", max_tokens=400, extra_body={"seed": 1})
+    assert isinstance(json.loads(answer.choices[0].message.tool_calls[0].function.arguments), dict)
 
 
 # --- reasonings and other values of templates ----------------------------------------------------------

@@ -164,25 +164,28 @@ class _Walk:
             self._matcher.consume_token(token)  # what fails here, the next mask tells
 
 
-def check(grammar: Grammar) -> None:
+def check(grammar: Grammar, vocabulary: int | None = None) -> None:
     """Finds out whether answers of a form can be made, in bounded time and memory whatever it says.
+
+    Args:
+        vocabulary: of the logits; the token ids that a grammar names are below it. None leaves them unchecked.
 
     Raises:
         UserError: one sentence.
     """
-    if (fault := _checked(grammar)) is not None:
+    if (fault := _checked(grammar, vocabulary if grammar.kind == "lark" else None)) is not None:
         raise UserError(fault)
 
 
 @lru_cache(maxsize=256)
-def _checked(grammar: Grammar) -> str | None:
+def _checked(grammar: Grammar, vocabulary: int | None) -> str | None:
     """What is wrong with a form, as a process of its own finds it: the library may take long for a hostile one, or
     crash."""
     try:
         text = _compilable(grammar)
     except UserError as error:
         return str(error)
-    trial = json.dumps({"grammar": text, "limits": _LIMITS})
+    trial = json.dumps({"grammar": text, "limits": _LIMITS, "vocabulary": vocabulary})
     command = [sys.executable, "-P", str(_TRIAL)]
     with _trials:
         try:

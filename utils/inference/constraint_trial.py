@@ -1,7 +1,7 @@
 """Tries a grammar in a process of its own; `constraint.check` starts it.
 
-Reads {"grammar": ..., "limits": ...} from standard input; writes what is wrong, or nothing. A grammar that takes too
-much time or memory, or crashes the library, ends the process by a signal.
+Reads {"grammar": ..., "limits": ..., "vocabulary": ...} from standard input; writes what is wrong, or nothing. A
+grammar that takes too much time or memory, or crashes the library, ends the process by a signal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Bytes:
 def main() -> None:
     trial = json.loads(sys.stdin.buffer.read())
     highest = max((int(place) for place in NAMED.findall(trial["grammar"]) if len(place) < 8), default=0)
-    tokenizer = LLTokenizer(TokenizerWrapper(Bytes(min(highest, MOST_IDS))))
+    known = MOST_IDS if trial["vocabulary"] is None else trial["vocabulary"] - 1
+    tokenizer = LLTokenizer(TokenizerWrapper(Bytes(min(highest, known, MOST_IDS))))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

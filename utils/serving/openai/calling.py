@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from utils.data.template import ChatTemplate, Tools
+from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
+from utils.inference.constraint import check
 from utils.inference.grammar import Grammar
 from utils.serving.errors import ApiError
-from utils.serving.openai.options import checked_grammar
 from utils.serving.openai.schema import ChatRequest, NamedTool, tools_of
-from utils.serving.tools import CallForm, form_of
+from utils.serving.tools import CallForm, arguments_schema, form_of
+from utils.settings import shown
 
 form_of_calls = lru_cache(maxsize=64)(form_of)  # it renders examples
 
@@ -60,8 +63,45 @@ def calling_of(request: ChatRequest, template: ChatTemplate, tokenizer: Tokenize
         raise ApiError(400, f"tool_choice: there is no function {name!r:.80} among tools", param="tool_choice")
     grammar = None
     if name is not None or choice == "required":
-        grammar = checked_grammar(form.grammar(tools, name, parallel=parallel), "tools")
+        grammar = form.grammar(tools, name, parallel=parallel)
+        _check_parameters(tools, name, grammar)
     return Calling(form, tools, parallel, grammar)
+
+
+def _check_parameters(tools: Tools, name: str | None, grammar: Grammar) -> None:
+    """
+    Args:
+        name: of the only function that may be called; None is any.
+        grammar: of the calls.
+
+    Raises:
+        ApiError: 400, arguments that are no object, or that cannot be made.
+    """
+    fault = _fault(grammar)
+    for place, tool in enumerate(tools):
+        function = tool["function"]
+        if name not in (None, function["name"]):
+            continue
+        schema = arguments_schema(function)
+        found = None
+        if schema["type"] != "object":
+            found = f'the type of arguments must be "object", not {shown(schema["type"])}'
+        elif fault is not None:
+            found = _fault(Grammar("json_schema", json.dumps(schema)))
+        if found is not None:
+            field = f"tools.{place}.function.parameters"
+            raise ApiError(400, f"{field}: {function['name']} cannot be called: {found}", param=field)
+    if fault is not None:
+        raise ApiError(400, f"tools: {fault}", param="tools")
+
+
+def _fault(grammar: Grammar) -> str | None:
+    """Why a form cannot be followed."""
+    try:
+        check(grammar)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def joined(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:

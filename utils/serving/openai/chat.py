@@ -35,7 +35,7 @@ def complete_chat() -> Response:
     limit = served.longest(prepared)
     ids = asked.ids(kept(request.truncate_prompt_tokens, limit))
     check_length(ids, limit, "messages")
-    grammar = grammar_of(request) if calling is None or calling.grammar is None else calling.grammar
+    grammar = grammar_of(request, prepared) if calling is None or calling.grammar is None else calling.grammar
     top = request.top_logprobs or 0
     if top and not request.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")

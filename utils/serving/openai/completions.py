@@ -141,7 +141,7 @@ def _jobs(
     tells_prompt = bool(request.echo) and request.logprobs is not None
     if request.max_tokens == 0 and not tells_prompt:
         raise ApiError(400, "max_tokens: expected at least 1; 0 only with echo and logprobs", param="max_tokens")
-    grammar = grammar_of(request)
+    grammar = grammar_of(request, prepared)
     jobs = []
     for prompt in prompts:
         left = limit - len(prompt.ids)

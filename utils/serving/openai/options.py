@@ -90,7 +90,7 @@ def _biases(request: Generation, prepared: Prepared) -> tuple[tuple[int, float],
     return tuple(found)
 
 
-def grammar_of(request: Generation) -> Grammar | None:
+def grammar_of(request: Generation, prepared: Prepared) -> Grammar | None:
     """The form that the answer must have; None is free.
 
     Raises:
@@ -110,7 +110,10 @@ def grammar_of(request: Generation) -> Grammar | None:
         *_, last = forms
         raise ApiError(400, f"{', '.join(forms)}: an answer can have one form only", param=last)
     for field, form in forms.items():
-        checked_grammar(form, field)
+        try:
+            check(form, vocabulary(prepared))
+        except UserError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from None
         return form
     return None
 
@@ -130,19 +133,6 @@ def _guided(
     if grammar is not None:
         forms[f"{prefix}grammar"] = Grammar("lark", grammar)
     return forms
-
-
-def checked_grammar(grammar: Grammar, field: str) -> Grammar:
-    """A form that can be followed.
-
-    Raises:
-        ApiError: 400, it cannot.
-    """
-    try:
-        check(grammar)
-    except UserError as error:
-        raise ApiError(400, f"{field}: {error}", param=field) from None
-    return grammar
 
 
 def _of_format(asked: ResponseFormat) -> Grammar | None:

@@ -9,7 +9,7 @@ marks = Visible(form, tokenizer, stop, end_ids)        an answer's text with the
 """
 
 from utils.serving.tools.calls import CallReader, Said, read_answer
-from utils.serving.tools.form import CallForm, form_of
+from utils.serving.tools.form import CallForm, arguments_schema, form_of
 from utils.serving.tools.visible import Visible
 
-__all__ = ["CallForm", "CallReader", "Said", "Visible", "form_of", "read_answer"]
+__all__ = ["CallForm", "CallReader", "Said", "Visible", "arguments_schema", "form_of", "read_answer"]

@@ -75,7 +75,7 @@ class CallForm:
         rules = []
         functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
         for place, function in enumerate(functions):
-            schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": JSON_BLANKS}
+            schema = {**arguments_schema(function), "x-guidance": JSON_BLANKS}
             rules.append(f"call{place}: {self._literal(function['name'] + self.middle)} %json {json.dumps(schema)}")
         call = "call: " + " | ".join(f"call{place}" for place in range(len(functions)))
         more = (
@@ -97,6 +97,13 @@ class CallForm:
             if mark is not None:
                 words.append("/[a-zA-Z0-9]{9}/" if mark == ID else f"<[{self.special[mark]}]>")
         return " ".join(words)
+
+
+def arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments, which are an object also where it does not say so."""
+    schema = function.get("parameters") or NO_PARAMETERS
+    kind = schema.get("type", "object")
+    return {**schema, "type": "object" if isinstance(kind, list) and "object" in kind else kind}
 
 
 def form_of(template: ChatTemplate, tokenizer: Tokenizer) -> CallForm | None:
