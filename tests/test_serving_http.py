@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from utils.arguments import ServeArguments
 from utils.inference.loading import Prepared, prepare
 from utils.inference.sampling import SamplingOptions
 from utils.serving import http as http_module
-from utils.serving import limits, openapi
+from utils.serving import limits, openapi, record
 from utils.serving.answering import answer, collect
 from utils.serving.app import create_app
 from utils.serving.bodies import read_object
@@ -45,15 +47,14 @@ class Running(Asked):
 
 
 class Log:
-    """What stands on standard error."""
+    """What is written to standard error meanwhile."""
 
-    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
-        self._capture, self._text = capture, ""
+    def __init__(self, file: Path) -> None:
+        self._file = file
 
     @property
     def text(self) -> str:
-        self._text += self._capture.readouterr().err
-        return self._text
+        return self._file.read_text("utf-8")
 
     def of(self, *ids: str) -> list[dict[str, Any]]:
         """The lines of requests, which are written when their responses have been sent."""
@@ -67,8 +68,12 @@ class Log:
 
 
 @pytest.fixture
-def log(capfd: pytest.CaptureFixture[str]) -> Log:
-    return Log(capfd)
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+    file = tmp_path / "log"  # pytest's own capture loses what threads write while it is read
+    with file.open("a", encoding="utf-8") as output:
+        monkeypatch.setattr(record, "sys", SimpleNamespace(stderr=output))
+        yield Log(file)
+        monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
