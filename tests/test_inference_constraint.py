@@ -82,7 +82,7 @@ def test_answers_of_fifty_schemas_are_valid(name: str, options: SamplingOptions,
         assert fits(schema, found.text), (key, found.text)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_of_a_real_model_are_valid(options: SamplingOptions) -> None:
     from utils.inference.loading import load, prepare

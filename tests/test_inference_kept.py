@@ -263,11 +263,10 @@ def test_hundreds_of_requests_and_cancels_at_random(chunk: int | None, limit: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["eager", "inference"])
-def test_memory_is_flat_over_a_thousand_requests(engine: str) -> None:
+def test_memory_is_flat_over_a_thousand_requests() -> None:
     """Of a real engine, whose kept heads have gone and come again many times."""
     scheduler = Scheduler(
-        ENGINES[engine](case("llama_tiny")), Letters(), (), 4, prefill_chunk=16, prompt_cache_bytes=2**20
+        ENGINES["inference"](case("llama_tiny")), Letters(), (), 4, prefill_chunk=16, prompt_cache_bytes=2**20
     )
     limit, used = 2**20, []
     for number in range(1000):
