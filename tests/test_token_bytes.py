@@ -29,9 +29,8 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_all_tokens_are_the_text(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode_text("a" + text)
-    if tokenizer.unknown_id in ids:
-        pytest.skip("the vocabulary lacks a character")
+    known = [sign for sign in text if tokenizer.unknown_id not in tokenizer.encode_text(f"a{sign}")]
+    ids = tokenizer.encode_text("a" + "".join(known))
     whole = tokenizer.decode(ids, skip_special=False)
     joined = b"".join(token_bytes(tokenizer, token_id) for token_id in ids)
     assert joined.decode().lstrip(" ") == whole
