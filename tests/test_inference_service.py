@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from letters import VOCABULARY, Letters
 from reference_engine import FunctionEngine, random_logits
 
 from utils.errors import UserError
@@ -21,21 +22,8 @@ from utils.inference.service import MOST_FAILURES, News, Service
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 
-VOCABULARY = 24
 GREEDY = SamplingOptions(max_new_tokens=6)
 SAMPLED = SamplingOptions(max_new_tokens=20, top_k=0, min_new_tokens=20)
-
-
-class Letters:
-    """Token i is the i-th letter; token 0 ends an answer and shows no text."""
-
-    eos_ids = (0,)
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - 96 for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(96 + token) for token in ids if token)
 
 
 class Engine(FunctionEngine):

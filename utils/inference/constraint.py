@@ -92,7 +92,7 @@ class Constrainer:
 
         limits = llguidance.LLParserLimits(**_LIMITS)
         text = _compilable(grammar, drops_blank=self._words.drops_blank)
-        matcher = llguidance.LLMatcher(self._words.library, text, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(self._words.built, text, log_level=0, limits=limits)
         if matcher.is_error():
             raise UserError(_fault(grammar, matcher.get_error()))
         return matcher
@@ -103,7 +103,7 @@ class _Vocabulary:
 
     Attributes:
         tokens: the bytes of each id of the logits. Special ones have a name that is no text, each its own.
-        library: the library's tokenizer.
+        built: the library's tokenizer.
         drops_blank: whether the blank before the first token of a text is no part of it.
     """
 
@@ -123,8 +123,8 @@ class _Vocabulary:
         self.tokens = [text or b"<|%d|>" % place for place, text in enumerate(texts)]
         self.eos_token_id = min(end_ids)
         self._tokenizer = tokenizer
-        self.library: Any = None
-        self.library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), eos_token=sorted(end_ids))
+        self.built: Any = None
+        self.built = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self), eos_token=sorted(end_ids))
 
     def __call__(self, text: bytes | str) -> list[int]:
         """The tokens that the model itself would write for a text, or others that make it."""
@@ -132,7 +132,7 @@ class _Vocabulary:
         ids = self._tokenizer.encode_text(text, continuation=True)
         if b"".join(self.tokens[token] for token in ids if token < len(self.tokens)) == text.encode():
             return ids
-        return self.library.greedy_tokenize(text) if self.library is not None else []
+        return self.built.greedy_tokenize(text) if self.built is not None else []
 
 
 class _Walk:
