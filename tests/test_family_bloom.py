@@ -13,7 +13,7 @@ from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
 from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.families import FAMILIES, family_of
-from utils.families.architecture import alibi_slopes
+from utils.model.architecture import alibi_slopes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

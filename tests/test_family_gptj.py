@@ -19,8 +19,8 @@ from utils.checkpoints.match import match
 from utils.checkpoints.tensors import in_memory, read_tensors, write_lazy
 from utils.errors import UserError
 from utils.families import FAMILIES, family_of
-from utils.families.architecture import turned_neighbours
 from utils.kernels import inference as kernels
+from utils.model.architecture import turned_neighbours
 
 FAMILY = FAMILIES["gptj"]
 IDS = np.array([[5, 6, 7, 90, 91, 5, 6]])

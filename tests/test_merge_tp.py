@@ -26,9 +26,10 @@ from utils.checkpoints.shards import join, part_length, split
 from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
-from utils.families import ModelShape, Weight
-from utils.families.base import Split, import_attribute
+from utils.families.base import import_attribute
 from utils.families.tokenizers import load_tokenizer
+from utils.model.architecture import ModelShape
+from utils.model.weights import Split, Weight
 
 Arrays = dict[str, np.ndarray]
 

@@ -15,7 +15,7 @@ from launching import launch, start_launched
 from tiny_runs import Result, Tiny, tiny  # noqa: F401
 
 from utils.errors import UserError
-from utils.families import ModelShape
+from utils.model.architecture import ModelShape
 from utils.parallel.topology import Layout
 from utils.training.sampler import EpochSampler
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.families import ModelShape
+from utils.model.architecture import ModelShape
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
 from utils.training.memory import memory_bytes

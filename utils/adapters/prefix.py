@@ -18,8 +18,9 @@ from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
-from utils.families import FamilySpec, Layers, ModelShape
+from utils.families import FamilySpec, Layers
 from utils.families.text import places
+from utils.model.architecture import ModelShape
 from utils.partition.tensor import Held
 
 

@@ -9,7 +9,7 @@ from utils.adapters.check import PREFIX_CONFIG, adapter_weights, base_faults, mi
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
 from utils.errors import UserError, raise_if
-from utils.families import ModelShape
+from utils.model.architecture import ModelShape
 from utils.settings import FLAG, Table, whole
 
 MAX_SIZE = 2**31 - 1

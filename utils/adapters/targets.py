@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, stored_shape
 from utils.errors import UserError
-from utils.families import Weight
+from utils.model.weights import Weight
 
 
 def target_patterns(linears: Sequence[str], targets: Sequence[str], others: Collection[str] = ()) -> list[str]:

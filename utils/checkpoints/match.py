@@ -10,7 +10,7 @@ from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.quantized import ADVICE, of_quantized
 from utils.checkpoints.tensors import FLOATS, LazyTensor
 from utils.errors import UserError, raise_if
-from utils.families import Weight
+from utils.model.weights import Weight
 
 _SHOWN = 10  # names listed of each kind of fault
 

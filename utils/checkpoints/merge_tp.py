@@ -33,8 +33,8 @@ from utils.checkpoints.save import MAX_SHARD_BYTES, write_model
 from utils.checkpoints.shards import axis_of, join, runs
 from utils.checkpoints.tensors import LazyTensor, cast, open_tensors
 from utils.errors import UserError, notice, raise_if
-from utils.families import Weight
 from utils.families.config import COMMON
+from utils.model.weights import Weight
 from utils.settings import FLAG, TEXTS, Table, read_json, typed
 
 MERGE_RECORD = "merge_tp.json"  # what was merged; also marks what another merge may replace

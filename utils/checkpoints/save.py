@@ -10,7 +10,8 @@ import numpy as np
 
 from utils.checkpoints.files import write_json
 from utils.checkpoints.tensors import LazyTensor, cast, write_shards
-from utils.families import FamilySpec, Weight
+from utils.families import FamilySpec
+from utils.model.weights import Weight
 
 MAX_SHARD_BYTES = 5 * 10**9
 _METADATA = {"paddle": {"format": "np"}, "hf": {"format": "pt"}}

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from utils.families.base import ModelShape, Split
+from utils.model.architecture import ModelShape
+from utils.model.weights import Split
 
 PADDING = 128  # a padded vocabulary has fewer rows than this more for each process
 Run = tuple[int, int, int]  # its place in the whole, its place in the part, its length

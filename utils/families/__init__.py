@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from utils.families.base import FamilySpec, Layers, ModelShape, Weight
+from utils.families.base import FamilySpec, Layers
 from utils.families.bloom import BLOOM
 from utils.families.chatglm import CHATGLM
 from utils.families.chatglm2 import CHATGLM2
@@ -22,7 +22,7 @@ FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, GPT, OPT, GLM, QWEN, QWEN2, MISTRAL, GPTJ)
 }
 
-__all__ = ["FAMILIES", "FamilySpec", "Layers", "ModelShape", "Weight", "family_of"]
+__all__ = ["FAMILIES", "FamilySpec", "Layers", "family_of"]
 
 
 def family_of(config: Mapping[str, Any]) -> FamilySpec | None:

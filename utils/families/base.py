@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from utils.errors import raise_if
 from utils.families import config as kinds
 from utils.families.text import Places, Text
+from utils.model.architecture import Architecture, ModelShape
+from utils.model.weights import Weight
 from utils.settings import Table
 
 if TYPE_CHECKING:
-    from utils.families.architecture import Architecture
     from utils.families.tokenizers import Tokenizer
 
 
@@ -28,50 +29,6 @@ Layers = list[tuple[Any, Any]]  # (key, value) tensors of every layer
 # (layer, hidden, cached key, cached value) -> (hidden, key, value); hidden states are [batch, length, hidden],
 # keys and values [batch, cached + length, kv_heads, head_dim], of this process's heads
 LayerForward = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
-
-# How tensor parallelism shares a parameter (in the Paddle layout: a Linear's matrix is [in, out]) among processes:
-# "column", "row": equal parts of the outputs (also of their bias), or of the inputs.
-# "vocabulary", "vocabulary_columns": rows of a table, or columns of a head; where the degree does not divide
-#     them every process has all, or the last ones are padded.
-# "key_value": outputs by whole heads; too few heads are not shared.
-# "query_key_value": all queries, then all keys, then all values; each of the three is shared by heads.
-# "by_head": the same, but a share has the query, key and value of one head behind those of another.
-# "halves": two halves, such as gate and up, of which each is shared.
-Split = Literal[
-    "column", "row", "vocabulary", "vocabulary_columns", "key_value", "query_key_value", "by_head", "halves"
-]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """How one tensor of the Hugging Face layout maps to one parameter of the Paddle model.
-
-    Attributes:
-        published: its name in published checkpoints.
-        parameter: the name of the Paddle model's parameter.
-        transpose: Paddle's Linear keeps [in, out] where PyTorch keeps [out, in].
-        conv1d: the matrix of a Linear that is published as [in, out] too (GPT-2's Conv1D).
-        part: (index, count): the parameter is one of `count` equal parts of the published tensor along
-            its output axis, such as the query of a fused query, key and value.
-        split: how tensor parallelism shares the parameter; None gives every process all of it.
-    """
-
-    published: str
-    parameter: str
-    transpose: bool = False
-    conv1d: bool = False
-    part: tuple[int, int] | None = None
-    split: Split | None = None
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the parameter is the matrix of a Linear layer."""
-        return self.transpose or self.conv1d
-
-    @property
-    def output_axis(self) -> int:
-        """The axis of the published tensor (matrix or bias) along which its parts lie."""
-        return 0 if self.transpose else -1
 
 
 @dataclass(frozen=True)
@@ -338,25 +295,3 @@ class FamilySpec(ABC):
         hidden, forward = self.embed(model, context), self.layer(model, context)
         hidden = run_layers(self.stack(model), hidden, cache, forward, kept=kept)
         return self.finish(model, hidden), kept
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder: counts of heads, layers, vocabulary; `positions` is None without a limit."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    positions: int | None
-    tied: bool
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights, norms and biases left out (below 1 %)."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)

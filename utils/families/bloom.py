@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, alibi_slopes
-from utils.families.base import Dropout, ModelShape, Split, Weight
+from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places
+from utils.model.architecture import Architecture, LayerNames, ModelShape, alibi_slopes
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table
 
 _LINEARS: dict[str, Split] = {

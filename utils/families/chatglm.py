@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import Context, ModelShape, Split, Weight
+from utils.families.base import Context
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
+from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError, notice
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, turned_neighbours
-from utils.families.base import Dropout, ModelShape, Split, Weight
+from utils.families.base import Dropout
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
+from utils.model.architecture import Architecture, LayerNames, ModelShape, turned_neighbours
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from utils.settings import FLAG, TEXT, TEXTS, Kind, Table, list_of, number, typed, whole, whole_of
 
 if TYPE_CHECKING:
-    from utils.families.base import ModelShape
+    from utils.model.architecture import ModelShape
 
 FILE = "config.json"
 # Far above every model there is, and low enough that nothing is made of a mistyped number.

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import Context, Dropout, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
+from utils.model.architecture import Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, PositionTable
-from utils.families.base import Dropout, ModelShape, Split, Weight
+from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
+from utils.model.architecture import Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table
 
 _SAME = (

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from utils.errors import raise_if
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, turned_neighbours
-from utils.families.base import Dropout, ModelShape, Split, Weight
+from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
+from utils.model.architecture import Architecture, LayerNames, ModelShape, turned_neighbours
+from utils.model.weights import Split, Weight
 from utils.settings import TEXT, Table, whole
 
 _LINEARS: dict[str, Split] = {

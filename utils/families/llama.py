@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 from utils.errors import UserError, raise_if
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, Rotary
-from utils.families.base import Context, Dropout, FamilySpec, LayerForward, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout, FamilySpec, LayerForward
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
+from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, TEXT, Table
 
 # of the seven Linears of a layer

@@ -12,9 +12,10 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.families import config as kinds
-from utils.families.architecture import Architecture, LayerNames, Rotary, partial_order
-from utils.families.base import Context, Dropout, FamilySpec, LayerForward, ModelShape, Split, Weight
+from utils.families.base import Context, Dropout, FamilySpec, LayerForward
 from utils.families.text import Places, Text
+from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary, partial_order
+from utils.model.weights import Split, Weight
 from utils.settings import FLAG, Table, number
 
 if TYPE_CHECKING:

@@ -13,11 +13,10 @@ from paddle import Tensor, nn
 from tqdm import tqdm
 
 from utils.checkpoints.tensors import cast
-from utils.families import ModelShape
-from utils.families.architecture import Architecture, LayerNames, Rotary
 from utils.kernels import in_place
 from utils.kernels import inference as kernels
 from utils.kernels.shared import SharedRows, SharedTable
+from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
 from utils.partition.parts import Parts
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from utils.errors import UserError, raise_if
 
 if TYPE_CHECKING:
-    from utils.families.base import ModelShape
+    from utils.model.architecture import ModelShape
 
 
 def world_size(environment: Mapping[str, str] | None = None) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 
 from utils.checkpoints.shards import axis_of, join, split
 from utils.errors import raise_if
-from utils.families.base import FamilySpec, Split
+from utils.families.base import FamilySpec
+from utils.model.weights import Split
 
 _ADAPTER = ("lora_A", "lora_B")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from utils.families.base import ModelShape
+from utils.model.architecture import ModelShape
 from utils.parallel.topology import Layout
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

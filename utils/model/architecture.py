@@ -12,9 +12,29 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.families.base import ModelShape
-
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder: counts of heads, layers, vocabulary; `positions` is None without a limit."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    positions: int | None
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, norms and biases left out (below 1 %)."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a model is, stated once: its facts, and what is computed from them."""
