@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from serving_cases import ServerProcess, serving_process
 from utils import runtime
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOWEST = 10  # files told at the end
+pytest_plugins = ["fake_sides"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 runtime.prepare()
@@ -39,3 +42,16 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tells which files took longest, so that nobody has to wonder where the minutes of the suite go."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):  # one for setup, call and teardown each
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > SLOWEST:
+        terminalreporter.section(f"the {SLOWEST} slowest of {len(seconds)} files, {sum(seconds.values()):.0f} s")
+        for file in sorted(seconds, key=lambda file: -seconds[file])[:SLOWEST]:
+            terminalreporter.line(f"{seconds[file]:6.0f} s  {file}")

@@ -11,13 +11,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from test_benchmark_inference import benchmark, fake, sides  # noqa: F401
 
 from utils.errors import UserError
 
 
 @pytest.fixture
-def pairs(benchmark: ModuleType) -> ModuleType:  # noqa: F811
+def pairs(benchmark: ModuleType) -> ModuleType:
     import static_graph
 
     return static_graph
@@ -57,7 +56,7 @@ def test_a_run(
     suffix: str,
     name: str,
     pairs: ModuleType,
-    fake: Callable[..., list[str]],  # noqa: F811
+    fake: Callable[..., list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

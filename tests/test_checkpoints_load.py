@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_copies import faults, tiny_copy
 
 from utils.checkpoints import Checkpoint, fingerprint, locate
 from utils.checkpoints.fingerprint import same_base
@@ -34,20 +35,6 @@ def logits(checkpoint: Checkpoint, ids: np.ndarray, model: Any = None) -> np.nda
     with paddle.no_grad():
         hidden = checkpoint.family.forward_hidden(model, {"input_ids": paddle.to_tensor(ids)})
         return checkpoint.family.logits(model, hidden).numpy()
-
-
-def tiny_copy(folder: Path, **config: Any) -> Path:
-    """llama_tiny with some fields of its config.json replaced."""
-    shutil.copytree(FIXTURES / "llama_tiny", folder)
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, **config}))
-    return folder
-
-
-def faults(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        load_model(locate(folder), "float32")
-    return "\n".join(caught.value.faults)
 
 
 @pytest.mark.parametrize(("folder", "key"), [("llama_tiny", "tiny"), ("llama_plain", "plain")])

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_copies import faults, tiny_copy
 from family_cases import FIXTURES
-from test_checkpoints_load import faults, tiny_copy
 from tiny_runs import run_main, write_rows
 
 from utils.checkpoints import locate

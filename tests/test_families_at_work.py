@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 import pytest
 from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, eager, hidden_logits
-from test_finetune_resume import interrupt, same_run
+from interrupted import interrupt, same_run
 from tiny_runs import Result, Tiny, run_main, write_rows
 
 from utils.checkpoints import locate

@@ -84,6 +84,12 @@ def test_packages_import_only_what_they_may(root: Path) -> None:
     assert not faults
 
 
+def test_no_test_imports_from_another(root: Path) -> None:
+    """What two share is in a module of its own: a test can be read, moved and run alone."""
+    for path in (root / "tests").rglob("*.py"):
+        assert not {name for name in imported(path) if name.split(".")[0].startswith("test_")}, path
+
+
 def test_nothing_imports_a_script(root: Path) -> None:
     for path in (root / "utils").rglob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & set(SCRIPTS), path

@@ -11,9 +11,9 @@ import numpy as np
 import paddle
 import pytest
 from family_cases import NAMES, case
+from interrupted import interrupt
 from paddle.base import core
 from saved import held, save_trained
-from test_finetune_resume import interrupt
 from tiny_runs import Tiny, tiny  # noqa: F401
 
 from utils.arguments import FinetuneArguments
