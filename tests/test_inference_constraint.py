@@ -21,9 +21,11 @@ from tiny_tokenizers import write_bpe, write_sentencepiece
 from utils.checkpoints.embedded import NAME as EMBEDDED
 from utils.checkpoints.locate import locate
 from utils.errors import UserError
+from utils.families.token_bytes import token_bytes
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.constraint import MOST_CHARACTERS, MOST_OF_CHOICE, Constrainer, check
-from utils.inference.generator import Completion
+from utils.inference.digits import MOST_DIGITS
+from utils.inference.generator import Completion, Generator
 from utils.inference.grammar import Grammar
 from utils.inference.sampling import SamplingOptions
 
@@ -207,6 +209,71 @@ def test_answers_side_by_side_have_their_own_place_in_a_form(tokenizer: Tokenize
     together = generator.generate([[5]] * 8, options)
     alone = [generator.generate([[5]], options, numbers=[number])[0] for number in range(8)]
     assert together == alone and len({found.text for found in together}) == 8
+
+
+# --- what a model would go on with for ever --------------------------------------------------------------
+
+NUMBERS: dict[str, Any] = {
+    "any": {"type": "number"},
+    "in bounds": {"type": "number", "minimum": 0, "maximum": 1},
+    "more than nothing": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "less than one": {"type": "number", "exclusiveMaximum": 1},
+    "whole": {"type": "integer"},
+    "tens": {"type": "integer", "multipleOf": 10},
+    "several": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3},
+    "named": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "maxProperties": 1},
+}
+
+
+def eager(tokenizer: Tokenizer, signs: bytes) -> Generator:
+    """A model that prefers tokens of certain signs to all others, and otherwise says as `dice` does."""
+    function = dice(tokenizer)
+    tokens = (token_bytes(tokenizer, place) for place in range(tokenizer.vocabulary))
+    bonus = np.array([30.0 * (bool(token) and not token.strip(signs)) for token in tokens] + [0.0] * MORE)
+    return generator_of(tokenizer, lambda text: function(text) + bonus)
+
+
+@pytest.mark.parametrize("name", ["bpe", "sentencepiece", EMBEDDED])
+@pytest.mark.parametrize("signs", [b"0", b"9", b"0123456789", b"0123456789.eE+-"])
+def test_numbers_end(name: str, signs: bytes, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(name, tmp_path)
+    each = [replace(SAMPLED, grammar=of_schema(schema)) for schema in NUMBERS.values()]
+    for (key, schema), found in zip(
+        NUMBERS.items(), eager(tokenizer, signs).generate([[5]] * len(each), each), strict=True
+    ):
+        assert found.finish_reason == "stop", (key, found.text)
+        assert fits(schema, found.text), (key, found.text)
+        assert max(map(len, re.findall(r"\d+", found.text))) <= MOST_DIGITS + 1, (key, found.text)
+
+
+def test_digits_that_are_text_or_must_be_stay(tokenizer: Tokenizer) -> None:
+    long = "1" * 50
+    forms = [
+        of_schema({"type": "string", "pattern": "^[0-9]+$", "minLength": 40, "maxLength": 50}),
+        of_schema({"const": {'"1\\': ["\\", long]}}),
+        Grammar("calls", f'start: "{long}"'),
+        Grammar("regex", "[0-9]{40,50}"),
+        Grammar("lark", "start: /[0-9]{40,50}/"),
+    ]
+    options = [replace(SAMPLED, grammar=form) for form in forms]
+    text, inside, *others = [found.text for found in eager(tokenizer, b"1").generate([[5]] * len(forms), options)]
+    assert json.loads(text) == long and json.loads(inside) == {'"1\\': ["\\", long]}
+    assert others == [long, long, long]
+
+
+def test_numbers_of_calls_end(tokenizer: Tokenizer) -> None:
+    grammar = Grammar("calls", 'start: "<f 1>" %json {"type": "array", "items": {"type": "number"}, "maxItems": 1} "<"')
+    (found,) = eager(tokenizer, b"1").generate([[5]], replace(SAMPLED, grammar=grammar))
+    assert found.finish_reason == "stop" and re.fullmatch(r"<f 1>\s*\[\s*1{20}\D+", found.text), found.text
+
+
+@pytest.mark.parametrize("signs", [b" ", b"\n", b" \n\t\r"])
+def test_blanks_end(tokenizer: Tokenizer, signs: bytes) -> None:
+    for key in ("invoice", "list of objects", "several types"):
+        schema = SCHEMAS[key]
+        options = replace(SAMPLED, max_new_tokens=4000, grammar=of_schema(schema))
+        (found,) = eager(tokenizer, signs).generate([[5]], options)
+        assert found.finish_reason == "stop" and fits(schema, found.text), (key, found.text)
 
 
 # --- what is refused ------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
-from utils.inference.grammar import JSON_BLANKS, Grammar, Kind
+from utils.inference.digits import DigitRun, DigitTokens
+from utils.inference.grammar import JSON_BLANKS, JSON_KINDS, Grammar, Kind
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -30,6 +31,7 @@ _NAMES: dict[Kind, str] = {
     "regex": "the regular expression",
     "choice": "the list of choices",
     "lark": "the grammar",
+    "calls": "the form of calls",
 }
 # Work and memory of one form: a step takes some ten milliseconds at most, its automaton about 40 MB.
 _LIMITS: dict[str, Any] = {"step_lexer_fuel": 50_000, "max_lexer_states": 20_000, "verbose_errors": False}
@@ -81,7 +83,8 @@ class Constrainer:
         Raises:
             UserError: see `check`, which finds the same, and more, before an answer is asked for.
         """
-        return _Walk(self._ready(grammar).deep_copy(), self._vocabulary, self._end_ids)
+        run = DigitRun() if grammar.kind in JSON_KINDS else None
+        return _Walk(self._ready(grammar).deep_copy(), self._words, self._end_ids, run)
 
     @cached_property
     def _words(self) -> _Vocabulary:
@@ -103,6 +106,7 @@ class _Vocabulary:
 
     Attributes:
         tokens: the bytes of each id of the logits. Special ones have a name that is no text, each its own.
+        digits: with which they begin.
         built: the library's tokenizer.
         drops_blank: whether the blank before the first token of a text is no part of it.
     """
@@ -121,6 +125,7 @@ class _Vocabulary:
             texts[place] = b""
         self.special_token_ids = [place for place, text in enumerate(texts) if not text]
         self.tokens = [text or b"<|%d|>" % place for place, text in enumerate(texts)]
+        self.digits = DigitTokens(self.tokens)
         self.eos_token_id = min(end_ids)
         self._tokenizer = tokenizer
         self.built: Any = None
@@ -136,10 +141,15 @@ class _Vocabulary:
 
 
 class _Walk:
-    """A `Constraint` that walks through a grammar."""
+    """A `Constraint` that walks through a grammar; numbers of JSON end where they get too long, if they can."""
 
-    def __init__(self, matcher: Any, vocabulary: int, end_ids: frozenset[int]) -> None:
-        self._matcher, self._vocabulary, self._end_ids = matcher, vocabulary, end_ids
+    def __init__(self, matcher: Any, words: _Vocabulary, end_ids: frozenset[int], run: DigitRun | None) -> None:
+        """
+        Args:
+            matcher: at the beginning of the grammar.
+            run: of digits, in an answer that is JSON.
+        """
+        self._matcher, self._words, self._end_ids, self._run = matcher, words, end_ids, run
         self._said_end = False
 
     @property
@@ -147,21 +157,44 @@ class _Walk:
         return self._said_end or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     def mask(self) -> NDArray[np.bool_]:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
+        allowed = self._allowed(self._matcher)
         if self._matcher.is_error() or not allowed.any():
             said = _line(self._matcher.get_error())
             raise UserError(
                 "the answer cannot go on in its form, which takes too much work or signs that the model's tokens lack"
                 + (f" ({said})" if said else "")
             )
+        if self._run is not None and self._run.room < self._words.digits.most:
+            return self._ending_number(allowed, self._run.room)
         return allowed
 
     def accept(self, token: int) -> None:
         if token in self._end_ids:
             self._said_end = True
-        else:
-            self._matcher.consume_token(token)  # what fails here, the next mask tells
+            return
+        self._matcher.consume_token(token)  # what fails here, the next mask tells
+        if self._run is not None:
+            self._run.add(self._words.tokens[token])
+
+    def _allowed(self, matcher: Any) -> NDArray[np.bool_]:
+        """Which tokens a matcher allows."""
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=len(self._words.tokens), bitorder="little").view(np.bool_)
+
+    def _ending_number(self, allowed: NDArray[np.bool_], room: int) -> NDArray[np.bool_]:
+        """Of these tokens those that bring no more digits than there is room for; if there are none, digits behind
+        which the number can end; else all."""
+        digits = self._words.digits
+        rest: NDArray[np.bool_] = allowed & (digits.leading <= max(room, 0))
+        if not rest.any():  # as in 0.000, which must be more than 0
+            rest[[token for token in digits.single if allowed[token] and self._may_end(token)]] = True
+        return rest if rest.any() else allowed
+
+    def _may_end(self, digit: int) -> bool:
+        """Whether a number may end behind one more digit."""
+        after = self._matcher.deep_copy()
+        after.consume_token(digit)
+        return bool((self._allowed(after) & (self._words.digits.leading == 0)).any())
 
 
 def check(grammar: Grammar, vocabulary: int | None = None) -> None:
@@ -221,7 +254,7 @@ def _compilable(grammar: Grammar, *, drops_blank: bool = False) -> str:
         if not isinstance(schema, dict):
             raise UserError(_fault(grammar, "it is neither an object nor true"))
         form["json_schema"] = {**schema, "x-guidance": JSON_BLANKS}
-    elif grammar.kind == "lark":
+    elif grammar.kind in ("lark", "calls"):
         form["lark_grammar"] = text
     else:
         blank = '" "'

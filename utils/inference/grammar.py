@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+Kind = Literal["json_object", "json_schema", "regex", "choice", "lark", "calls"]
 KINDS: tuple[str, ...] = get_args(Kind)
+JSON_KINDS = ("json_object", "json_schema", "calls")  # whose answers are JSON, with or without marks around it
 # Between the parts of JSON, as the library has it in a schema under "x-guidance": as models write it on one line or on
 # many, but not without end, as a sampled answer may.
 JSON_BLANKS = {"whitespace_pattern": r"\x20{1,2}|\n[\x20\t]{0,32}"}
@@ -23,6 +24,7 @@ class Grammar:
             "regex": text that the regular expression matches as a whole (Rust's syntax, without look-around).
             "choice": one of the strings of `text`, a JSON list.
             "lark": a context-free grammar in llguidance's form of Lark, whose first rule is `start`.
+            "calls": such a grammar of calls of functions, whose arguments are JSON.
         text: see kind.
 
     Raises:

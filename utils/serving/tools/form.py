@@ -84,7 +84,7 @@ class CallForm:
             else ""
         )
         start = f"start: {self._literal(self.before)} call{more} {self._literal(self.after)}"
-        return Grammar("lark", "\n".join([start, call, *rules]))
+        return Grammar("calls", "\n".join([start, call, *rules]))
 
     def _literal(self, text: str) -> str:
         """A text of the form in the words of a grammar."""
