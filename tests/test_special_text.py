@@ -13,10 +13,11 @@ from tiny_special import KINDS, WRITTEN, all_kinds
 from tiny_tokenizers import CHATML, LLAMA2, write_bpe, write_sentencepiece
 
 from utils.data.encode import Example, encode_row, encode_source
+from utils.data.paddlenlp_template import PaddleNLPTemplate
 from utils.data.pretrain_build import BuildOptions, build
 from utils.data.pretrain_files import open_tokens
 from utils.data.rows import Row, parse_row, read_rows
-from utils.data.template import ChatTemplate, JinjaTemplate, Message, PaddleNLPTemplate, PlainTemplate
+from utils.data.template import ChatTemplate, JinjaTemplate, Message, PlainTemplate
 from utils.families import FAMILIES
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, LLAMA2, write_bpe, write_sentencepiece
 
-from utils.data.template import ChatTemplate, JinjaTemplate, Message, PaddleNLPTemplate, PlainTemplate
+from utils.data.paddlenlp_template import PaddleNLPTemplate
+from utils.data.template import ChatTemplate, JinjaTemplate, Message, PlainTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 
