@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving_cases import ServerProcess, serving_process
+from serving_processes import ServerProcess, server
 
 from utils import runtime
 
@@ -26,16 +26,17 @@ def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     from tiny_models import write_tiny_llama
 
     folder = tmp_path_factory.mktemp("tiny_server")
-    with serving_process(folder, write_tiny_llama(folder / "model"), "--served_model_name", "tiny") as server:
-        yield server
+    model = write_tiny_llama(folder / "model")
+    with server(folder, "--model_name_or_path", model, "--served_model_name", "tiny") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A real server of the embedded model, shared by all tests: leave it as it was."""
     folder = tmp_path_factory.mktemp("real_server")
-    with serving_process(folder, "smollm2-135m-instruct", "--inference_model", "true") as server:
-        yield server
+    with server(folder, "--model_name_or_path", "smollm2-135m-instruct", "--inference_model") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

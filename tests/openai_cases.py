@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
-from serving_cases import Asked
+from serving_processes import Asked
 
 SECONDS = 300.0
 CUT = "\ufffd"  # stands for a character that the last token has begun
+HELLO = "one two three"
+TEXTS = ["我喜欢喝茶，你好！", "🙂👩‍👩‍👧 e\u0301 ñ", "日本語テキスト", "emoji 🏳️‍🌈 flags 🇫🇷", "नमस्ते दुनिया", "a\tb\nc"]
+ENDLESS = {"ignore_eos": True}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from utils.inference.commands import AnyJob, EmbedJob
 from utils.serving.errors import ApiError
-from utils.serving.protocol import AnyJob, EmbedJob, Ending, Update
+from utils.serving.protocol import Ending, Update
 
 
 @dataclass

@@ -13,7 +13,7 @@ from letters import VOCABULARY, Letters
 from reference_engine import FunctionEngine, random_logits
 
 from utils.errors import UserError
-from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
+from utils.inference.commands import Cancel, Command, EmbedJob, Job, Stop, Submit, from_json, to_json
 from utils.inference.engine import Vectors
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
@@ -55,7 +55,7 @@ def maker(engine: Engine, batch_size: int = 4) -> Callable[[], Scheduler]:
 
 
 def ask(key: int, model: str = "one", options: SamplingOptions = GREEDY, prompt: Sequence[int] = (3, 4, 5)) -> Submit:
-    return Submit(key, model, list(prompt), options, stream=True)
+    return Submit(key, Job(model, list(prompt), options, stream=True))
 
 
 def drive(service: Service) -> list[News]:
@@ -134,7 +134,7 @@ def test_a_cancelled_request_is_gone_at_once() -> None:
 def test_stop_forgets_all() -> None:
     engine = Engine()
     service = Service({"one": maker(engine)})
-    service.post(ask(1, options=SAMPLED), Embed(2, "one", [[1]]))
+    service.post(ask(1, options=SAMPLED), Submit(2, EmbedJob("one", [[1]])))
     service.turn()
     service.post(ask(3), Stop())
     assert service.turn() == [] and service.stopped and not service.busy and not engine.texts
@@ -147,7 +147,7 @@ def test_vectors_come_between_steps() -> None:
     engine = Engine()
     service = Service({"one": maker(engine)})
     prompts = [[1] * 3, [2] * 4, [3] * 9]
-    service.post(ask(1, options=SAMPLED), Embed(2, "one", prompts))
+    service.post(ask(1, options=SAMPLED), Submit(2, EmbedJob("one", prompts)))
     first = service.turn()
     assert [(news.key, news.opened) for news in first] == [(2, True), (1, False)] and engine.embedded == []
     for number in (1, 2):
@@ -161,7 +161,7 @@ def test_vectors_come_between_steps() -> None:
 def test_vectors_that_nobody_wants_are_given_up() -> None:
     engine = Engine()
     service = Service({"one": maker(engine)})
-    service.post(Embed(1, "one", [[1], [2], [3]]), Embed(2, "one", [[4]]))
+    service.post(Submit(1, EmbedJob("one", [[1], [2], [3]])), Submit(2, EmbedJob("one", [[4]])))
     service.turn()
     service.turn()
     service.post(Cancel(1))
@@ -195,7 +195,7 @@ def test_a_step_that_fails_ends_its_requests_only(capsys: pytest.CaptureFixture[
 def test_too_little_memory_is_said() -> None:
     engine = Engine()
     service = Service({"one": maker(engine)}, recovers=True)
-    service.post(ask(1), Embed(2, "one", [[1]]))
+    service.post(ask(1), Submit(2, EmbedJob("one", [[1]])))
     engine.fault = MemoryError()
     errors = {news.key: news.error for news in drive(service) if news.error}
     assert errors == dict.fromkeys((1, 2), "there was too little memory for this answer")
@@ -276,7 +276,7 @@ def test_commands_as_json_are_complete() -> None:
     for command in (
         ask(1, options=replace(SAMPLED, seed=5, stop=("a",))),
         Cancel(3),
-        Embed(4, "one", [[1], [2]]),
+        Submit(4, EmbedJob("one", [[1], [2]])),
         Stop(),
     ):
         assert from_json(to_json(command)) == command

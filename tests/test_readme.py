@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import takewhile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_processes import Running, free_port, server
+from serving_processes import ServerProcess, free_port, server
 from tiny_models import write_tiny_llama
 
 from utils.checkpoints import locate, shards
@@ -97,17 +96,13 @@ def serve(words: list[str], folder: Path, asked: list[str]) -> None:
     with server(folder, *options, launcher=words[:at]) as running:
         said = [curl(shlex.split(line), running) for line in asked or [ASKED]]
         assert all(answer.get("error_code") == 0 or answer["choices"] for answer in said)
-        assert running.end() == (
-            signal.SIGTERM if "paddle.distributed.launch" in words else 0
-        )  # as the launcher has it
-        running.gone()
 
 
-def curl(words: list[str], running: Running) -> Any:
+def curl(words: list[str], running: ServerProcess) -> Any:
     """The answer to a command of README.md; nobody needs to have curl."""
     assert words[0] == "curl" and words[1].startswith(DOCUMENTED)
     assert words[2:4] == ["-H", "Content-Type: application/json"] and words[4] == "-d"
-    status, answer = running.ask(words[1].removeprefix(DOCUMENTED), json.loads(words[5]))
+    status, answer = running.json("POST", words[1].removeprefix(DOCUMENTED), json.loads(words[5]))
     assert status == 200, answer
     return answer
 

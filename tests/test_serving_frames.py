@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
+from utils.inference.commands import Cancel, Command, EmbedJob, Job, Stop, Submit, from_json, to_json
 from utils.inference.grammar import KINDS, Grammar
 from utils.inference.sampling import SamplingOptions
 from utils.serving.frames import Link, LinkError, pack, unpack
@@ -39,12 +39,9 @@ options = st.builds(
     top_logprobs=st.integers(0, 20),
 )
 prompts = st.lists(ids, max_size=5)
-commands = (
-    st.builds(Submit, keys, texts, prompts, options, st.integers(0, 100), st.booleans())
-    | st.builds(Cancel, keys)
-    | st.builds(Embed, keys, texts, st.lists(prompts, max_size=3))
-    | st.just(Stop())
-)
+answers = st.builds(Job, texts, prompts, options, st.integers(0, 100), st.booleans())
+vectors = st.builds(EmbedJob, texts, st.lists(prompts, max_size=3))
+commands = st.builds(Submit, keys, answers | vectors) | st.builds(Cancel, keys) | st.just(Stop())
 endings = st.builds(
     Ending,
     finish_reason=st.sampled_from(["stop", "length", "error"]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from openai_cases import Client, said, streamed
-from serving_cases import ServerProcess
+from serving_processes import ServerProcess
 
 from utils.checkpoints.embedded import NAME
 

@@ -12,7 +12,7 @@ import jsonschema_rs
 import pytest
 from openai_cases import Client, said, streamed
 from saved import write_lora
-from serving_cases import ServerProcess, serving_process
+from serving_processes import ServerProcess, server
 from tiny_models import write_tiny_llama
 from tool_templates import HERMES, tool
 
@@ -39,20 +39,29 @@ THINK = {"chat_template_kwargs": {"thinking": True}}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("tools")
     model = write_tiny_llama(folder / "model", max_position_embeddings=2048)
     template = folder / "template.jinja"
     template.write_text(TEMPLATE, "utf-8")
     adapter = write_lora(folder / "adapter", locate(model), spread=1.0)
-    options = ["--served_model_name", "tools", "--chat_template", template, "--lora_modules", f"tuned={adapter}"]
-    with serving_process(folder, model, *options, env={"LLM_API_KEY": KEY}) as running:
+    options = [
+        "--model_name_or_path",
+        model,
+        "--served_model_name",
+        "tools",
+        "--chat_template",
+        template,
+        "--lora_modules",
+        f"tuned={adapter}",
+    ]
+    with server(folder, *options, "--chat_template", template, environment={"LLM_API_KEY": KEY}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Client:
-    return Client(server, "tools", KEY)
+def client(served: ServerProcess) -> Client:
+    return Client(served, "tools", KEY)
 
 
 def merged(chunks: Any) -> list[dict[str, Any]]:
@@ -80,8 +89,8 @@ def check(name: str, arguments: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["wrong", KEY[:-1], f"{KEY}x"])
-def test_a_wrong_key_is_refused(server: ServerProcess, key: str) -> None:
-    error = Client(server, "tools", key).fault(Client(server, "tools", key).chat, "a")
+def test_a_wrong_key_is_refused(served: ServerProcess, key: str) -> None:
+    error = Client(served, "tools", key).fault(Client(served, "tools", key).chat, "a")
     assert error.status_code == 401 and type(error).__name__ == "AuthenticationError"
 
 
@@ -89,8 +98,8 @@ def test_a_wrong_key_is_refused(server: ServerProcess, key: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(server: ServerProcess) -> Client:
-    return Client(server, "tuned", KEY)
+def tuned(served: ServerProcess) -> Client:
+    return Client(served, "tuned", KEY)
 
 
 def test_an_adapter_is_a_model_beside_its_base(client: Client, tuned: Client) -> None:

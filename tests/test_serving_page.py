@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import DESK, KEPT, PHONE, Page, chromium, resize
-from serving_processes import Running, free_port, processes, server, until
+from serving_processes import ServerProcess, free_port, processes, server, until
 from tiny_runs import ROOT
 
 from utils.checkpoints.embedded import NAME
@@ -28,7 +28,7 @@ LONG = "Write a very long story about a dragon and a ship."
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, str]]:
     """A server and the address of its page."""
     port = free_port()
     options = ["--model_name_or_path", NAME, "--inference_model", "true", "--port", port, "--title", "A <b>title</b>"]
@@ -38,7 +38,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, 
 
 
 @pytest.fixture(scope="module")
-def in_browser(served: tuple[Running, str]) -> Iterator[Page]:
+def in_browser(served: tuple[ServerProcess, str]) -> Iterator[Page]:
     with chromium() as browser:
         yield Page(browser, served[1])
 
@@ -65,13 +65,6 @@ def answers(port: int, method: str, path: str, body: str = "", **headers: str) -
         return 0, "", {}
     finally:
         connection.close()
-
-
-def running_answers(running: Running) -> float:
-    """How many answers the server is working on."""
-    with running.open("/metrics") as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("paddle_llm:num_requests_running"))
 
 
 def test_a_conversation(page: Page) -> None:
@@ -118,25 +111,25 @@ def test_a_conversation(page: Page) -> None:
     page.wait(lambda: page.questions == [] and page.answers == [])
 
 
-def test_stop_ends_the_work(page: Page, served: tuple[Running, str]) -> None:
+def test_stop_ends_the_work(page: Page, served: tuple[ServerProcess, str]) -> None:
     """Of the server too, at once; so does the end of the page. What has come stays."""
     running, _ = served
     page.set(max_tokens=2048)
     page.ask(LONG)
     page.wait(lambda: page.answers and len(page.answers[0]) > 20)
     page.wait(lambda: page.status.startswith("writing · ") and "tokens/s" in page.status)
-    assert running_answers(running) == 1
+    assert running.answering() == 1
     assert page.name("#message .stop-button") == "Stop"
     page.press("#message .stop-button")
     page.wait(lambda: page.is_free and page.status.startswith("stopped · ") and "tokens/s" in page.status)
-    until(lambda: running_answers(running) == 0, 5)
+    until(running.idle, 5)
     stopped = page.answers[0]
     page.ask("Again.")
     page.wait(lambda: len(page.answers) == 2)
     assert page.answers[0] == stopped
 
     page.browser.get("about:blank")
-    until(lambda: running_answers(running) == 0, 5)
+    until(running.idle, 5)
     page.browser.get(page.url)
     page.wait(lambda: page.questions == [LONG, "Again."])
 
@@ -189,7 +182,7 @@ def test_on_a_phone(page: Page) -> None:
     assert page.find("#temperature").is_displayed()
 
 
-def test_what_goes_wrong_is_one_line(page: Page, served: tuple[Running, str]) -> None:
+def test_what_goes_wrong_is_one_line(page: Page, served: tuple[ServerProcess, str]) -> None:
     """The model's process has gone: the message waits for it, the answer comes without a reload."""
     running, _ = served
     page.set(seed=2**70)
@@ -199,7 +192,7 @@ def test_what_goes_wrong_is_one_line(page: Page, served: tuple[Running, str]) ->
     page.set(seed=-1)
 
     os.kill(running.worker(), signal.SIGKILL)
-    until(lambda: running.status != "ok")
+    until(lambda: running.health() != "ok")
     page.ask("Two?")
     page.wait(lambda: page.status.startswith("The server is not ready yet"))
     page.answered()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_cases import SECONDS, ServerProcess, request_bytes, serving_process, until
+from serving_processes import SECONDS, ServerProcess, memory, processes, request_bytes, server, until
 from tiny_models import write_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -190,22 +190,23 @@ KINDS: list[tuple[Callable[[Clients, random.Random], None], int]] = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With short answers, few threads, and nothing kept of earlier prompts."""
     folder = tmp_path_factory.mktemp("soak")
     model = write_tiny_llama(folder / "model")
     options = ["--src_length", 100, "--max_length", 140, "--max_queue", 32, "--prompt_cache_gib", 0]
-    with serving_process(folder / "run", model, "--served_model_name", "tiny", *options) as running:
+    names = ["--model_name_or_path", model, "--served_model_name", "tiny"]
+    with server(folder, *names, *options) as running:
         yield running
 
 
-def test_two_thousand_clients_of_all_kinds_leave_nothing_behind(server: ServerProcess) -> None:
-    clients = Clients(server, {})
+def test_two_thousand_clients_of_all_kinds_leave_nothing_behind(served: ServerProcess) -> None:
+    clients = Clients(served, {})
     for path in CHATS:
-        status, _, content = server.ask("POST", path, body_of(path, "say red"))
+        status, _, content = served.ask("POST", path, body_of(path, "say red"))
         assert status == 200
         clients.expected[path] = clients.text(path, content)
-    held = [server.raw(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-") for _ in range(20)]
+    held = [served.raw(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-") for _ in range(20)]
     kinds, weights = zip(*KINDS, strict=True)
 
     def one(number: int) -> str:
@@ -218,24 +219,24 @@ def test_two_thousand_clients_of_all_kinds_leave_nothing_behind(server: ServerPr
     with ThreadPoolExecutor(CLIENTS) as pool:
         for numbers in (range(WARM_UP), range(WARM_UP, REQUESTS)):
             done.update(pool.map(one, numbers))
-            assert until(server.idle)
-            sizes.append(server.memory())
+            until(served.idle)
+            sizes.append(sum(map(memory, processes(served.mark))))
     assert len(done) == len(KINDS)
     assert sizes[1] <= sizes[0] * (1 + GROWTH) + SLACK, [size / 2**20 for size in sizes]
-    assert all(record["status"] < 500 for record in server.records())
+    assert all(record["status"] < 500 for record in served.records())
     for connection in held:
         connection.close()
     clients.good(random.Random(0))
-    assert until(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < 100, SECONDS)
+    until(lambda: len(os.listdir(f"/proc/{served.process.pid}/fd")) < 100, SECONDS)
 
 
-def test_schemathesis_finds_no_fault(server: ServerProcess, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_fault(served: ServerProcess, tmp_path: Path) -> None:
     """Bodies that fit the schema may still ask for what a model cannot do (an empty prompt, unknown token ids)."""
-    command = [str(Path(sys.executable).with_name("st")), "run", f"{server.url}/openapi.json"]
+    command = [str(Path(sys.executable).with_name("st")), "run", f"{served.url}/openapi.json"]
     options = ["--exclude-checks", "positive_data_acceptance", "--max-examples", "10", "--generation-deterministic"]
     phases = ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--continue-on-failure"]
     done = subprocess.run(
         [*command, *options, *phases], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert until(server.idle)
+    until(served.idle)

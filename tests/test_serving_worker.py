@@ -14,14 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from serving_processes import READY_SECONDS, Running, free_port, processes, server, until
+from serving_processes import READY_SECONDS, ServerProcess, free_port, memory, processes, server, until
 from tiny_models import write_tiny_llama
 
+from utils.inference.commands import EmbedJob, Job
 from utils.inference.sampling import SamplingOptions
 from utils.serving import supervisor
 from utils.serving.client import Answering, ModelClient
 from utils.serving.errors import ApiError
-from utils.serving.protocol import EmbedJob, Job, Update
+from utils.serving.protocol import Update
 from utils.serving.settings import ModelSettings
 from utils.serving.supervisor import GOOD_WHILE, MOST_FAILURES, MOST_FAILURES_TO_START, Failures
 
@@ -194,12 +195,6 @@ def test_without_a_queue_only_what_can_begin_is_taken(model: Path) -> None:
 # --- cancelling ---------------------------------------------------------------------------------------
 
 
-def memory(number: int) -> int:
-    """KiB of a process that are in memory."""
-    with open(f"/proc/{number}/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
-
-
 def cancel(client: ModelClient, count: int) -> None:
     """Some in the queue or while their prompt is read, others while they run."""
     for number in range(count):
@@ -281,7 +276,6 @@ def test_weights_that_cannot_be_read_end_the_server(model: Path, tmp_path: Path)
     with server(tmp_path, "--model_name_or_path", tmp_path, wait=False) as running:
         assert running.process.wait(READY_SECONDS) == 2
         assert running.said.count("error: ") == 1 and "Traceback" not in running.said
-        running.gone()
 
 
 # --- the server around it -------------------------------------------------------------------------------
@@ -289,7 +283,7 @@ def test_weights_that_cannot_be_read_end_the_server(model: Path, tmp_path: Path)
 CHAT = {"context": "Hello", "max_length": 3000, "stream": True}
 
 
-def serving(model: Path, folder: Path, *options: object) -> AbstractContextManager[Running]:
+def serving(model: Path, folder: Path, *options: object) -> AbstractContextManager[ServerProcess]:
     words = ("--model_name_or_path", model, "--max_length", 3000, "--src_length", 100, "--dtype", "float32")
     return server(folder, *words, *options)
 
@@ -300,7 +294,7 @@ def test_a_server_from_start_to_end(model: Path, tmp_path: Path) -> None:
     """
     with serving(model, tmp_path) as running:
         assert "try it: curl " in running.said
-        status, found = running.ask("/api/chat", {"context": "Hello", "max_length": 60})
+        status, found = running.json("POST", "/api/chat", {"context": "Hello", "max_length": 60})
         assert status == 200 and found["result"]["response"]["utterance"]
         before = sorted(path.name for path in tmp_path.iterdir())
         with running.open("/api/chat", {**CHAT, "max_length": 600}) as stream:
@@ -308,8 +302,8 @@ def test_a_server_from_start_to_end(model: Path, tmp_path: Path) -> None:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(running.worker(), number)
             running.process.send_signal(signal.SIGTERM)
-            until(lambda: running.status in ("stopping", ""))
-            assert running.ask("/api/chat", {"context": "Hello"})[0] == 503
+            until(lambda: running.health() in ("stopping", ""))
+            assert running.json("POST", "/api/chat", {"context": "Hello"})[0] == 503
             lines += stream.readlines()
         assert b'"error_code": 0' in lines[-1] and len(lines) > 100
         assert running.process.wait(30) == 0
@@ -329,16 +323,14 @@ def test_an_end_that_does_not_wait(model: Path, tmp_path: Path, how: str) -> Non
             assert b"the server is stopping" in stream.readlines()[-1]
             assert running.process.wait(30) == 0 and time.monotonic() - started >= 1
         else:
-            until(lambda: running.status == "stopping" and time.monotonic() - started > 1.5)
+            until(lambda: running.health() == "stopping" and time.monotonic() - started > 1.5)
             assert running.end(signal.SIGINT, 10) == 128 + signal.SIGINT
-        running.gone()
 
 
 def test_a_signal_while_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
     with server(tmp_path, "--model_name_or_path", model, wait=False) as running:
-        until(lambda: running.status == "loading", READY_SECONDS)
+        until(lambda: running.health() == "loading", READY_SECONDS)
         assert running.end(signal.SIGTERM, 20) == 0
-        running.gone()
 
 
 def test_killed_processes(model: Path, tmp_path: Path) -> None:
@@ -351,11 +343,11 @@ def test_killed_processes(model: Path, tmp_path: Path) -> None:
         asked = [("/api/chat", {**CHAT, "stream": False}), ("/v1/chat/completions", whole)]
         asked.append(("/v1/embeddings", {"input": [[5] * 2500] * 256}))
         plain = [pool.submit(running.open, *one) for one in asked]
-        until(lambda: b'num_requests_running{model_name="tiny"} 5.0' in running.open("/metrics").read())
+        until(lambda: running.answering() == 5)
         killed = running.worker()
         os.kill(killed, signal.SIGKILL)
         started = time.monotonic()
-        until(lambda: running.status == "restarting", 1)
+        until(lambda: running.health() == "restarting", 1)
         for stream in streams:
             assert b"the process of the model has ended" in stream.readlines()[-1]
         for response in [one.result(1) for one in plain]:
@@ -364,14 +356,13 @@ def test_killed_processes(model: Path, tmp_path: Path) -> None:
             assert "the process of the model has ended" in error.get("error_msg", "") + str(error.get("error", ""))
         assert time.monotonic() - started < 1
         running.ready()
-        assert running.ask("/api/chat", {"context": "Hello", "max_length": 60})[0] == 200
+        assert running.json("POST", "/api/chat", {"context": "Hello", "max_length": 60})[0] == 200
         assert running.worker() != killed
         with running.open("/api/chat", CHAT) as stream:
             stream.readline()
             assert len(processes(running.mark)) == 2
             running.process.kill()
             running.process.wait()
-            running.gone()
 
 
 def test_a_model_that_cannot_be_kept_alive(model: Path, tmp_path: Path) -> None:
@@ -379,7 +370,7 @@ def test_a_model_that_cannot_be_kept_alive(model: Path, tmp_path: Path) -> None:
         killed: set[int] = set()
 
         def kill_the_next() -> bool:
-            found = {n for n, line in processes(running.mark).items() if "utils.serving.worker" in line} - killed
+            found = set(running.workers()) - killed
             for number in found:
                 os.kill(number, signal.SIGKILL)
             killed.update(found)
@@ -390,7 +381,6 @@ def test_a_model_that_cannot_be_kept_alive(model: Path, tmp_path: Path) -> None:
         assert running.said.count("starting it again in") == MOST_FAILURES_TO_START - 1
         assert "was killed, perhaps because memory was short, 3 times in a row; the server ends" in running.said
         assert "Traceback" not in running.said
-        running.gone()
 
 
 def test_pauses_grow_and_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,4 +424,3 @@ def test_the_page_is_kept_alive_and_ends_with_the_server(model: Path, tmp_path: 
         until(lambda: page() not in ([], [first_page]) and answers(), READY_SECONDS)
         running.process.kill()
         running.process.wait()
-        running.gone()

@@ -4,64 +4,86 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from utils.inference.grammar import Grammar
 from utils.inference.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
-class Submit:
-    """Answer a prompt.
+class Job:
+    """One answer that is wanted. Of n answers to one prompt each is a job, with numbers from 0.
 
     Attributes:
-        key: what news of the answer are marked with; of no other request that is still unanswered.
-        model: served name.
+        model: served name; of the base or of an adapter.
         prompt: token ids.
-        options, number, stream: see `Scheduler.submit`.
+        options: how to answer.
+        number: what the random numbers depend on beside the seed.
+        stream: whether text is wanted before the answer is complete.
     """
 
-    key: int
     model: str
     prompt: Sequence[int]
     options: SamplingOptions
     number: int = 0
     stream: bool = False
 
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        return [self.prompt]
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """Vectors that are wanted, one for each prompt (token ids); to a queue they are one answer."""
+
+    model: str
+    prompts: Sequence[Sequence[int]]
+    number: ClassVar[int] = 0
+    stream: ClassVar[bool] = False
+
+
+AnyJob = Job | EmbedJob
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Do a job.
+
+    Attributes:
+        key: what its news are marked with; of no other job that is still undone.
+    """
+
+    key: int
+    job: AnyJob
+
 
 @dataclass(frozen=True)
 class Cancel:
-    """Forget a request; one that is complete, or was never made, is fine."""
+    """Forget a job; one that is complete, or was never given, is fine."""
 
     key: int
-
-
-@dataclass(frozen=True)
-class Embed:
-    """Give a vector for each prompt (token ids)."""
-
-    key: int
-    model: str
-    prompts: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Forget all requests and take no more."""
+    """Forget all jobs and take no more."""
 
 
-Command = Submit | Cancel | Embed | Stop
-_KINDS: dict[str, type[Command]] = {"submit": Submit, "cancel": Cancel, "embed": Embed, "stop": Stop}
-_NAMES = {kind: name for name, kind in _KINDS.items()}
+Command = Submit | Cancel | Stop
 
 
 def to_json(command: Command) -> list[Any]:
     """A command as a JSON value."""
-    values = [getattr(command, field.name) for field in fields(command)]
-    return [
-        _NAMES[type(command)],
-        *(_options(value) if isinstance(value, SamplingOptions) else value for value in values),
-    ]
+    match command:
+        case Submit(key, job):
+            values = [getattr(job, field.name) for field in fields(job)]
+            written = [_options(value) if isinstance(value, SamplingOptions) else value for value in values]
+            return ["answer" if isinstance(job, Job) else "embed", key, *written]
+        case Cancel(key):
+            return ["cancel", key]
+        case Stop():
+            return ["stop"]
 
 
 def from_json(value: Sequence[Any]) -> Command:
@@ -69,11 +91,18 @@ def from_json(value: Sequence[Any]) -> Command:
 
     Raises:
         UserError: sampling options out of range.
+        ValueError: no command.
     """
-    name, *values = value
-    kind: Any = _KINDS[name]
-    command: Command = kind(*(_read_options(one) if isinstance(one, dict) else one for one in values))
-    return command
+    match value:
+        case ["answer", key, model, prompt, options, *rest]:
+            return Submit(key, Job(model, prompt, _read_options(options), *rest))
+        case ["embed", key, *values]:
+            return Submit(key, EmbedJob(*values))
+        case ["cancel", key]:
+            return Cancel(key)
+        case ["stop"]:
+            return Stop()
+    raise ValueError(f"no command: {value!r:.80}")
 
 
 def _options(options: SamplingOptions) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Generator as PythonGenerator
 from contextlib import closing
 from functools import partial
 
-from utils.inference.commands import Submit
+from utils.inference.commands import Job, Submit
 from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine
 from utils.inference.grammar import Grammar
@@ -99,7 +99,7 @@ class Generator:
             # longest first: too little memory shows at once
             for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
                 number = index if numbers is None else numbers[index]
-                service.post(Submit(index, "", prompts[index], each[index], number))
+                service.post(Submit(index, Job("", prompts[index], each[index], number)))
             while service.busy:
                 for index, event in _events(service):
                     if event.completion is not None:
@@ -118,7 +118,7 @@ class Generator:
         """
         completion: Completion | None = None
         with closing(self.service(1)) as service:
-            service.post(Submit(0, "", prompt, options, number, stream=True))
+            service.post(Submit(0, Job("", prompt, options, number, stream=True)))
             while completion is None:
                 for _, event in _events(service):
                     completion = event.completion

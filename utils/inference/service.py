@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from utils import runtime
 from utils.errors import UserError
-from utils.inference.commands import Cancel, Command, Embed, Stop, Submit, from_json, to_json
+from utils.inference.commands import Cancel, Command, EmbedJob, Job, Stop, Submit, from_json, to_json
 from utils.inference.engine import Engine, Vectors
 from utils.inference.request import Request
 from utils.inference.scheduler import Event, Scheduler
@@ -34,8 +34,8 @@ class News:
         key: of the command.
         event: of the scheduler.
         stream: whether text was asked for before the answer is complete.
-        opened: the vectors of an `Embed` are made from now on.
-        vectors: float32 [prompts, hidden] of an `Embed`.
+        opened: the vectors of an `EmbedJob` are made from now on.
+        vectors: float32 [prompts, hidden] of an `EmbedJob`.
         prompt_tokens: of all its prompts, with the vectors.
         error: why there will be no answer.
     """
@@ -51,9 +51,10 @@ class News:
 
 @dataclass(eq=False)
 class _Embedding:
-    """An `Embed`, and its vectors in the making once it is opened."""
+    """An `EmbedJob`, and its vectors in the making once it is opened."""
 
-    command: Embed
+    key: int
+    job: EmbedJob
     vectors: Vectors | None = None
 
     def close(self) -> None:
@@ -97,7 +98,7 @@ class Service:
         self._peers = peers or Alone()
         self._recovers = recovers
         self._inbox: SimpleQueue[Command] = SimpleQueue() if inbox is None else inbox
-        self._requests: dict[int, tuple[Submit, Request]] = {}
+        self._requests: dict[int, tuple[Job, Request]] = {}
         self._keys: dict[Request, int] = {}
         self._embeddings: deque[_Embedding] = deque()
         self._failures = 0
@@ -187,10 +188,10 @@ class Service:
 
     def _obey(self, command: Command) -> list[News]:
         match command:
-            case Submit():
-                return self._submit(command)
-            case Embed():
-                self._embeddings.append(_Embedding(command))
+            case Submit(key, Job() as job):
+                return self._submit(key, job)
+            case Submit(key, EmbedJob() as job):
+                self._embeddings.append(_Embedding(key, job))
             case Cancel(key):
                 self._cancel(key)
             case Stop():
@@ -198,24 +199,24 @@ class Service:
                 self.close()
         return []
 
-    def _submit(self, command: Submit) -> list[News]:
-        scheduler = self._schedulers[command.model]
+    def _submit(self, key: int, job: Job) -> list[News]:
+        scheduler = self._schedulers[job.model]
         try:
-            request = scheduler.submit(command.prompt, command.options, number=command.number, stream=command.stream)
+            request = scheduler.submit(job.prompt, job.options, number=job.number, stream=job.stream)
         except Exception as error:  # such as a grammar that cannot be used
             if not self._recovers:
                 raise
-            return [News(command.key, error=_told(error))]
-        self._requests[command.key] = command, request
-        self._keys[request] = command.key
+            return [News(key, error=_told(error))]
+        self._requests[key] = job, request
+        self._keys[request] = key
         return []
 
     def _cancel(self, key: int) -> None:
-        command, request = self._requests.pop(key, (None, None))
-        if command is not None and request is not None:
+        job, request = self._requests.pop(key, (None, None))
+        if job is not None and request is not None:
             del self._keys[request]
-            self._schedulers[command.model].cancel(request)
-        for embedding in [one for one in self._embeddings if one.command.key == key]:
+            self._schedulers[job.model].cancel(request)
+        for embedding in [one for one in self._embeddings if one.key == key]:
             self._embeddings.remove(embedding)
             embedding.close()
 
@@ -230,11 +231,11 @@ class Service:
         news = []
         for event in events:
             key = self._keys[event.request]
-            command, _ = self._requests[key]
+            job, _ = self._requests[key]
             if event.completion is not None:
                 self._failures = 0
                 del self._keys[event.request], self._requests[key]
-            news.append(News(key, event, command.stream))
+            news.append(News(key, event, job.stream))
         return news
 
     def _failed(self, name: str, error: Exception) -> list[News]:
@@ -246,39 +247,40 @@ class Service:
         self._schedulers[name].close()
         _give_back_memory(error)
         self._schedulers[name] = self._makers[name]()
-        keys = [key for key, (command, _) in self._requests.items() if command.model == name]
+        keys = [key for key, (job, _) in self._requests.items() if job.model == name]
         for key in keys:
             _, request = self._requests.pop(key)
             del self._keys[request]
         return [News(key, error=told) for key in keys]
 
     def _embed(self) -> list[News]:
-        """Goes on with the `Embed` that came first: answers in the making must not wait for all of it."""
+        """Goes on with the `EmbedJob` that came first: answers in the making must not wait for all of it."""
         embedding = self._embeddings[0]
-        command = embedding.command
+        key, job = embedding.key, embedding.job
         try:
             if embedding.vectors is None:  # told before it is begun, so that it is known what a process dies of
-                embedding.vectors = self._schedulers[command.model].engine.embed(command.prompts)
-                return [News(command.key, opened=True)]
+                embedding.vectors = self._schedulers[job.model].engine.embed(job.prompts)
+                return [News(key, opened=True)]
             next(embedding.vectors)
         except StopIteration as complete:
             self._embeddings.popleft()
-            return [News(command.key, vectors=complete.value, prompt_tokens=sum(map(len, command.prompts)))]
+            return [News(key, vectors=complete.value, prompt_tokens=sum(map(len, job.prompts)))]
         except Exception as error:
             if not self._recovers or self._peers.several:
                 raise
             self._embeddings.popleft()
             told = _told(error)
             _give_back_memory(error)
-            return [News(command.key, error=told)]
+            return [News(key, error=told)]
         self.steps += 1
         return []
 
 
 def _seeded(command: Command) -> Command:
     """With a seed that every process knows."""
-    if isinstance(command, Submit) and command.options.seed is None:
-        return replace(command, options=replace(command.options, seed=secrets.randbits(64)))
+    match command:
+        case Submit(key, Job(options=options) as job) if options.seed is None:
+            return Submit(key, replace(job, options=replace(options, seed=secrets.randbits(64))))
     return command
 
 

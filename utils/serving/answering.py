@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from flask import Response, g, request
 
+from utils.inference.commands import AnyJob, Job
 from utils.serving.context import Served, serving
 from utils.serving.errors import ApiError
-from utils.serving.protocol import AnyJob, Ending, Job, Update
+from utils.serving.protocol import Ending, Update
 from utils.serving.record import Record, failure
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from utils.errors import EXIT_USER_ERROR, notice
-from utils.inference.commands import Cancel, Embed, Stop, Submit, to_json
+from utils.inference.commands import AnyJob, Cancel, EmbedJob, Stop, Submit, to_json
 from utils.serving.errors import ApiError
 from utils.serving.frames import Link, LinkError, unpack
-from utils.serving.protocol import AnyJob, EmbedJob, Ending, Update
+from utils.serving.protocol import Ending, Update
 from utils.serving.settings import ModelSettings
 from utils.serving.supervisor import Failures, ModelProcess
 
@@ -169,7 +169,7 @@ class ModelClient:
             answers = [Answering(self, next(self._keys), job) for job in jobs]
             self._answers.update((answering.key, answering) for answering in answers)
             link = self._link
-        self._tell(link, [_command(answering) for answering in answers])
+        self._tell(link, [to_json(Submit(answering.key, answering.job)) for answering in answers])
         return answers
 
     def cancel(self, answering: Answering) -> None:
@@ -332,7 +332,7 @@ class ModelClient:
             self._link = link
             if self._phase != "stopping":
                 self._phase = "ready"
-            waiting = [_command(answering) for answering in self._answers.values()]
+            waiting = [to_json(Submit(answering.key, answering.job)) for answering in self._answers.values()]
         if waiting:
             self._tell(link, waiting)
         on_ready, self._on_ready = self._on_ready, None
@@ -363,10 +363,3 @@ class ModelClient:
             times = f"{self.failures.count} times in a row" if self.failures.count > 1 else "and is not started again"
             notice(f"the process of the model {self.failures.how}, {times}; the server ends")
         self._on_failure(EXIT_USER_ERROR if self.failures.last == EXIT_USER_ERROR else 1)
-
-
-def _command(answering: Answering) -> list[Any]:
-    job = answering.job
-    if isinstance(job, EmbedJob):
-        return to_json(Embed(answering.key, job.model, job.prompts))
-    return to_json(Submit(answering.key, job.model, job.prompt, job.options, job.number, job.stream))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from utils.data.encode import forgotten_rounds
 from utils.data.template import Message
+from utils.inference.commands import Job
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
 from utils.serving import limits
@@ -22,7 +23,6 @@ from utils.serving.bodies import Body, load_json, read
 from utils.serving.context import reading, serving
 from utils.serving.errors import ApiError
 from utils.serving.openapi import described
-from utils.serving.protocol import Job
 
 if TYPE_CHECKING:
     from utils.arguments import ServeArguments

@@ -1,53 +1,15 @@
-"""What the HTTP side and the process of the model say to each other."""
+"""What the process of the model says to the HTTP side, whose commands are those of `utils.inference.commands`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-from utils.inference.sampling import SamplingOptions
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from utils.inference.sampling import Alternatives
-
-
-@dataclass(frozen=True)
-class Job:
-    """One answer that is wanted. Of n answers to one prompt each is a job, with numbers from 0.
-
-    Attributes:
-        model: served name; of the base or of an adapter.
-        prompt: token ids.
-        options: how to answer.
-        number: what the random numbers depend on beside the seed.
-        stream: whether text is wanted before the answer is complete.
-    """
-
-    model: str
-    prompt: list[int]
-    options: SamplingOptions
-    number: int = 0
-    stream: bool = False
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [self.prompt]
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """Vectors that are wanted, one for each prompt (token ids); to the queue they are one answer."""
-
-    model: str
-    prompts: list[list[int]]
-    number: ClassVar[int] = 0
-    stream: ClassVar[bool] = False
-
-
-AnyJob = Job | EmbedJob
 
 
 @dataclass(frozen=True)

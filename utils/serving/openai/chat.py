@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
+from utils.inference.commands import Job
 from utils.serving.answering import Answer, Answers, answer, collect
 from utils.serving.bodies import read
 from utils.serving.context import serving
@@ -18,7 +19,7 @@ from utils.serving.openai.prompts import Asked, check_length, end_ids, kept
 from utils.serving.openai.schema import ChatRequest
 from utils.serving.openai.stream import Head, event_stream, usage_of
 from utils.serving.openapi import described
-from utils.serving.protocol import Job, Update
+from utils.serving.protocol import Update
 
 routes = Blueprint("chat completions", __name__)
 

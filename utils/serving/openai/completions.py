@@ -8,6 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
+from utils.inference.commands import Job
 from utils.inference.loading import Prepared
 from utils.inference.sampling import Alternatives
 from utils.serving import limits
@@ -21,7 +22,7 @@ from utils.serving.openai.prompts import check_ids, check_length, encode_text, e
 from utils.serving.openai.schema import CompletionRequest
 from utils.serving.openai.stream import Head, event_stream, usage_of
 from utils.serving.openapi import described
-from utils.serving.protocol import Ending, Job
+from utils.serving.protocol import Ending
 
 routes = Blueprint("completions", __name__)
 

@@ -9,6 +9,7 @@ import numpy as np
 from flask import Blueprint, Response, jsonify
 from numpy.typing import NDArray
 
+from utils.inference.commands import EmbedJob
 from utils.inference.loading import Prepared
 from utils.serving import limits
 from utils.serving.answering import answer, collect
@@ -18,7 +19,6 @@ from utils.serving.errors import ApiError
 from utils.serving.openai.prompts import check_ids, check_length, encode_text, kept
 from utils.serving.openai.schema import EmbeddingRequest
 from utils.serving.openapi import described
-from utils.serving.protocol import EmbedJob
 
 routes = Blueprint("embeddings", __name__)
 
