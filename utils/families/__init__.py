@@ -1,28 +1,31 @@
-"""The registry of model families. A new family is one module here and one line below."""
+"""The model families: each module of this package that defines one, by its short name and in the order of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from utils.families.base import FamilySpec, Layers
-from utils.families.bloom import BLOOM
-from utils.families.chatglm import CHATGLM
-from utils.families.chatglm2 import CHATGLM2
-from utils.families.glm import GLM
-from utils.families.gpt import GPT
-from utils.families.gptj import GPTJ
-from utils.families.llama import LLAMA
-from utils.families.mistral import MISTRAL
-from utils.families.opt import OPT
-from utils.families.qwen import QWEN
-from utils.families.qwen2 import QWEN2
-
-FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec for spec in (LLAMA, CHATGLM, CHATGLM2, BLOOM, GPT, OPT, GLM, QWEN, QWEN2, MISTRAL, GPTJ)
-}
 
 __all__ = ["FAMILIES", "FamilySpec", "Layers", "family_of"]
+
+
+def _defined() -> Iterator[FamilySpec]:
+    """One instance of every family: of each class that a module defines under a name of its own."""
+    for module in iter_modules(__path__):
+        if module.ispkg:
+            continue
+        found = import_module(f"{__name__}.{module.name}")
+        yield from (
+            value
+            for value in vars(found).values()
+            if isinstance(value, FamilySpec) and type(value).__module__ == found.__name__
+        )
+
+
+FAMILIES: dict[str, FamilySpec] = {spec.name: spec for spec in _defined()}
 
 
 def family_of(config: Mapping[str, Any]) -> FamilySpec | None:

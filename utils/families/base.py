@@ -1,7 +1,7 @@
 """What a model family is: the facts and the few functions that truly differ between families.
 
-A family is one subclass of `FamilySpec` in one module of this package, registered in
-`utils.families`. Nothing outside this package asks which family it is dealing with.
+A family is one subclass of `FamilySpec` in one module of this package, with its instance beside it: so it is
+found. Nothing outside this package asks which family it is dealing with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.errors import raise_if
 from utils.families import config as kinds
 from utils.families.text import Places, Text
 from utils.model.architecture import Architecture, ModelShape
-from utils.model.weights import Weight
+from utils.model.weights import Stored, Weight, weights
 from utils.settings import Table
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class FamilySpec(ABC):
         head_weight: path from the model to the weight of the head, or of the embedding that it is tied to.
         embedding: attribute of the backbone that embeds tokens (dots reach further inside).
         layers: attribute path from the model to the list of its transformer layers.
+        stored: how files hold its parameters.
         dropouts: all of the model's.
         lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
@@ -111,6 +112,7 @@ class FamilySpec(ABC):
     head_weight: str = "lm_head.weight"
     embedding: str = "embed_tokens"
     layers: str
+    stored: Stored = Stored()
     dropouts: tuple[Dropout, ...] = ()
     lora_targets: tuple[str, ...] = ()
     chat_template: str | None = None
@@ -152,9 +154,9 @@ class FamilySpec(ABC):
         known = self.paddle_config(config)
         return {dropout.of: known.get(dropout.name, dropout.default) for dropout in self.dropouts}
 
-    @abstractmethod
     def weights(self, config: Mapping[str, Any]) -> list[Weight]:
         """Every weight of the model, in layer order (embedding first, head last if untied)."""
+        return weights(self.architecture(config), self.stored)
 
     def ignored_weights(self) -> tuple[str, ...]:
         """Regular expressions of published tensors that hold no parameter (rotary caches, masks)."""

@@ -11,16 +11,10 @@ from utils.families import config as kinds
 from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places
-from utils.model.architecture import Architecture, LayerNames, ModelShape, alibi_slopes
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, alibi_slopes
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
-_LINEARS: dict[str, Split] = {
-    "self_attention.query_key_value": "column",  # head after head, each with all three
-    "self_attention.dense": "row",
-    "mlp.dense_h_to_4h": "column",
-    "mlp.dense_4h_to_h": "row",
-}
 _KEPT = (
     "vocab_size",
     "layer_norm_epsilon",
@@ -32,6 +26,16 @@ _KEPT = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+)
+PARTS = LayerNames(
+    attention_norm="input_layernorm",
+    query_key_value=("self_attention.query_key_value",),
+    by_head=True,
+    attention_out="self_attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out="mlp.dense_4h_to_h",
+    norms="first",
 )
 
 
@@ -56,6 +60,7 @@ class Bloom(DecoderFamily):
     layers = "bloom.h"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "lm_head.decoder_weight"
+    stored = Stored({"bloom": "transformer", "lm_head.decoder_weight": "lm_head.weight"})
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,27 +76,6 @@ class Bloom(DecoderFamily):
 
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return self.paddle_config(config)
-
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        both = ("weight", "bias")
-
-        def norm(published: str, parameter: str) -> list[Weight]:
-            return [Weight(f"{published}.{kind}", f"{parameter}.{kind}") for kind in both]
-
-        found = [Weight("transformer.word_embeddings.weight", "bloom.word_embeddings.weight", split="vocabulary")]
-        found += norm("transformer.word_embeddings_layernorm", "bloom.word_embeddings_layernorm")
-        for layer in range(self.shape(config).layers):
-            source, target = f"transformer.h.{layer}", f"bloom.h.{layer}"
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                found += norm(f"{source}.{name}", f"{target}.{name}")
-            for name, split in _LINEARS.items():
-                shared = None if split == "row" else split
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", True, split=split))
-                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias", split=shared))
-        found += norm("transformer.ln_f", "bloom.ln_f")
-        if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.decoder_weight", split="vocabulary"))
-        return found
 
     def ignored_weights(self) -> tuple[str, ...]:
         return (r"lm_head\.decoder_weight",)  # of tied heads, which PaddleNLP may store a second time
@@ -113,22 +97,12 @@ class Bloom(DecoderFamily):
         )
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        def layer(number: int) -> LayerNames:
-            place = f"bloom.h.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.input_layernorm",
-                query_key_value=(f"{place}.self_attention.query_key_value",),
-                by_head=True,
-                attention_out=f"{place}.self_attention.dense",
-                mlp_norm=f"{place}.post_attention_layernorm",
-                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
-                mlp_out=f"{place}.mlp.dense_4h_to_h",
-            )
-
         shape = self.shape(config)
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*ATTENTION, *MLP),
             embedding="bloom.word_embeddings",
             embedding_norm="bloom.word_embeddings_layernorm",
             norm="layer",

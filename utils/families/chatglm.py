@@ -13,8 +13,8 @@ from utils.families import config as kinds
 from utils.families.base import Context
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
-from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Rotary
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
@@ -57,8 +57,15 @@ DEFAULTS: dict[str, Any] = {
 }
 # Keys that only ChatGLM2, ChatGLM3 and GLM-4 have, which share this model_type.
 LATER_KEYS = ("multi_query_attention", "multi_query_group_num", "padded_vocab_size", "kv_channels", "ffn_hidden_size")
-
-
+PARTS = LayerNames(
+    attention_norm="input_layernorm",
+    query_key_value=("attention.query_key_value",),
+    by_head=True,
+    attention_out="attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out="mlp.dense_4h_to_h",
+)
 NO_ANSWER = 1 << 30  # where a text without <sop> has its <sop>
 
 
@@ -84,6 +91,7 @@ class ChatGLM(DecoderFamily):
     embedding = "transformer.word_embeddings"
     layers = "chatglm.transformer.layers"
     head_weight = "lm_head.decoder_weight"
+    stored = Stored({"chatglm.transformer": "transformer"})
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("ice_text.model",)
@@ -109,27 +117,6 @@ class ChatGLM(DecoderFamily):
             "residual_layers": residual_layers(config),
             "use_cache": True,
         }
-
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        root = "chatglm.transformer"
-        found = [Weight("transformer.word_embeddings.weight", f"{root}.word_embeddings.weight", split="vocabulary")]
-
-        def add(name: str, split: Split | None = None) -> None:
-            published, parameter = f"transformer.{name}", f"{root}.{name}"
-            shared = None if split == "row" else split
-            found.append(Weight(f"{published}.weight", f"{parameter}.weight", transpose=bool(split), split=split))
-            found.append(Weight(f"{published}.bias", f"{parameter}.bias", split=shared))
-
-        for layer in range(layers(config)):
-            place = f"layers.{layer}"
-            add(f"{place}.input_layernorm")
-            add(f"{place}.attention.query_key_value", "column")  # head after head, each with all three
-            add(f"{place}.attention.dense", "row")
-            add(f"{place}.post_attention_layernorm")
-            add(f"{place}.mlp.dense_h_to_4h", "column")
-            add(f"{place}.mlp.dense_4h_to_h", "row")
-        add("final_layernorm")
-        return found
 
     def ignored_weights(self) -> tuple[str, ...]:
         """Rotary frequencies, and the head, which is the embedding a second time (also in Paddle's name)."""
@@ -159,22 +146,11 @@ class ChatGLM(DecoderFamily):
         for part in range(parts):
             inverse[part, part] = half  # each part of a head turns by one of the positions
         places = np.arange(shape.head_dim, dtype=np.int64).reshape(parts, 2, width // 2)
-
-        def layer(number: int) -> LayerNames:
-            place = f"chatglm.transformer.layers.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.input_layernorm",
-                query_key_value=(f"{place}.attention.query_key_value",),
-                by_head=True,
-                attention_out=f"{place}.attention.dense",
-                mlp_norm=f"{place}.post_attention_layernorm",
-                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
-                mlp_out=f"{place}.mlp.dense_4h_to_h",
-            )
-
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*ATTENTION, *MLP),
             embedding="chatglm.transformer.word_embeddings",
             norm="layer",
             epsilon=known["layernorm_epsilon"],

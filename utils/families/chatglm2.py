@@ -11,8 +11,8 @@ from utils.families import config as kinds
 from utils.families.base import Dropout
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
-from utils.model.architecture import Architecture, LayerNames, ModelShape, turned_neighbours
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, turned_neighbours
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ DEFAULTS: dict[str, Any] = {
 # Switches of the published code that no published model of this family turns.
 FIXED = {"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True, "fp32_residual_connection": False}
 HEAD = "chatglm_v2.output_layer"
-# The Linears of a layer.
-SPLITS: dict[str, Split] = {
-    "self_attention.query_key_value": "query_key_value",
-    "self_attention.dense": "row",
-    "mlp.dense_h_to_4h": "halves",
-    "mlp.dense_4h_to_h": "row",
-}
+PARTS = LayerNames(
+    attention_norm="input_layernorm",
+    query_key_value=("self_attention.query_key_value",),
+    attention_out="self_attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out="mlp.dense_4h_to_h",
+    norms="first",
+)
 
 
 class ChatGLM2(DecoderFamily):
@@ -87,6 +89,7 @@ class ChatGLM2(DecoderFamily):
     layers = "chatglm_v2.encoder.layers"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "chatglm_v2.output_layer.weight"
+    stored = Stored({"chatglm_v2": "transformer"})
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("tokenizer.model",)
@@ -138,30 +141,6 @@ class ChatGLM2(DecoderFamily):
             "use_cache": True,
         }
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        known = _known(config)
-        biased = {"query_key_value": known["add_bias_linear"] or known["add_qkv_bias"]}
-        found: list[Weight] = []
-
-        def add(name: str, split: Split | None = None) -> None:
-            found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}", split=split))
-
-        add("embedding.word_embeddings.weight", "vocabulary")
-
-        for layer in range(layers(config)):
-            place = f"encoder.layers.{layer}"
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                add(f"{place}.{name}.weight")
-            for part, split in SPLITS.items():
-                name = f"{place}.{part}.weight"
-                found.append(Weight(f"transformer.{name}", f"chatglm_v2.{name}", transpose=True, split=split))
-                if biased.get(part.split(".")[1], known["add_bias_linear"]):
-                    add(f"{place}.{part}.bias", None if split == "row" else split)
-        add("encoder.final_layernorm.weight")
-        head = "transformer.output_layer.weight"
-        found.append(Weight(head, f"{HEAD}.weight", transpose=True, split="vocabulary_columns"))
-        return found
-
     def ignored_weights(self) -> tuple[str, ...]:
         return (r".*rotary_pos_emb\.inv_freq",)
 
@@ -181,21 +160,12 @@ class ChatGLM2(DecoderFamily):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, shape = _known(config), self.shape(config)
-
-        def layer(number: int) -> LayerNames:
-            place = f"chatglm_v2.encoder.layers.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.input_layernorm",
-                query_key_value=(f"{place}.self_attention.query_key_value",),
-                attention_out=f"{place}.self_attention.dense",
-                mlp_norm=f"{place}.post_attention_layernorm",
-                mlp_in=(f"{place}.mlp.dense_h_to_4h",),
-                mlp_out=f"{place}.mlp.dense_4h_to_h",
-            )
-
+        joined = ("query_key_value",) if known["add_qkv_bias"] else ()
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*ATTENTION, *MLP) if known["add_bias_linear"] else joined,
             embedding="chatglm_v2.embedding.word_embeddings",
             norm="rms",
             epsilon=known["layernorm_epsilon"],

@@ -12,8 +12,8 @@ from utils.families import config as kinds
 from utils.families.base import Context, Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.text import Places, Text
-from utils.model.architecture import Architecture, LayerNames, ModelShape, PositionTable
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
 if TYPE_CHECKING:
@@ -64,19 +64,14 @@ FIELDS = (
     "pad_token_id",
     *ID_NAMES,
 )
-LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-# Of the Linears, in their order; the library keeps queries, keys and values in another order when it shares them.
-_SPLITS: tuple[Split, ...] = ("by_head", "row", "column", "row")
-
-
-def _split(name: str) -> Split | None:
-    """How a parameter is shared."""
-    if name == "word_embeddings.weight":
-        return "vocabulary"
-    path, kind = name.rsplit(".", 1)
-    split = next((split for linear, split in zip(LINEARS, _SPLITS, strict=True) if path.endswith(linear)), None)
-    return None if split == "row" and kind == "bias" else split
+PARTS = LayerNames(
+    attention_norm="input_layernorm",
+    query_key_value=("attention.query_key_value",),
+    attention_out="attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.dense_h_to_4h",),
+    mlp_out="mlp.dense_4h_to_h",
+)
 
 
 class Glm(DecoderFamily):
@@ -107,6 +102,7 @@ class Glm(DecoderFamily):
         Dropout("embedding", "embedding_dropout_prob", 0.1),
     )
     head_weight = "glm.word_embeddings.weight"
+    stored = Stored(heads_together=True)
     lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
     tokenizer_files = (SENTENCEPIECE_FILE, "vocab.json", "merges.txt")
@@ -155,19 +151,6 @@ class Glm(DecoderFamily):
             "spell_length": None,
         }
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        names = ["word_embeddings.weight", "transformer.position_embeddings.weight"]
-        names.append("transformer.block_position_embeddings.weight")
-        for layer in range(config["num_layers"]):
-            place = f"transformer.layers.{layer}"
-            for part in ("input_layernorm", *LINEARS[:2], "post_attention_layernorm", *LINEARS[2:]):
-                names += [f"{place}.{part}.weight", f"{place}.{part}.bias"]
-        names += ["transformer.final_layernorm.weight", "transformer.final_layernorm.bias"]
-        turned = tuple(f"{linear}.weight" for linear in LINEARS)
-        return [
-            Weight(f"glm.{name}", f"glm.{name}", transpose=name.endswith(turned), split=_split(name)) for name in names
-        ]
-
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return ModelShape(
@@ -183,21 +166,11 @@ class Glm(DecoderFamily):
         )
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        def layer(number: int) -> LayerNames:
-            place = f"glm.transformer.layers.{number}"
-            query_key_value, dense, mlp_in, mlp_out = (f"{place}.{name}" for name in LINEARS)
-            return LayerNames(
-                attention_norm=f"{place}.input_layernorm",
-                query_key_value=(query_key_value,),
-                attention_out=dense,
-                mlp_norm=f"{place}.post_attention_layernorm",
-                mlp_in=(mlp_in,),
-                mlp_out=mlp_out,
-            )
-
         return Architecture(
             self.shape(config),
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*ATTENTION, *MLP),
             embedding="glm.word_embeddings",
             tables=(
                 PositionTable("glm.transformer.position_embeddings", part=0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +12,8 @@ from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import Architecture, LayerNames, ModelShape, PositionTable
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
 _SAME = (
@@ -43,6 +44,26 @@ _DEFAULTS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
+PARTS = LayerNames(
+    attention_norm="norm1",
+    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.out_proj",
+    mlp_norm="norm2",
+    mlp_in=("linear1",),
+    mlp_out="linear2",
+)
+_PUBLISHED = {
+    "gpt.embeddings.word_embeddings": "transformer.wte",
+    "gpt.embeddings.position_embeddings": "transformer.wpe",
+    "gpt.decoder.layers": "transformer.h",
+    "norm1": "ln_1",
+    **dict.fromkeys(PARTS.query_key_value, "attn.c_attn"),
+    "self_attn.out_proj": "attn.c_proj",
+    "norm2": "ln_2",
+    "linear1": "mlp.c_fc",
+    "linear2": "mlp.c_proj",
+    "gpt.decoder.norm": "transformer.ln_f",
+}
 
 
 class Gpt(DecoderFamily):
@@ -68,6 +89,7 @@ class Gpt(DecoderFamily):
     embedding = "embeddings"
     layers = "gpt.decoder.layers"
     dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
+    stored = Stored(_PUBLISHED, conv1d=True)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 
@@ -101,34 +123,6 @@ class Gpt(DecoderFamily):
             return 4 * Gpt._get(config, "n_embd")
         return _DEFAULTS[published] if published in _DEFAULTS else config[published]
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        def both(
-            published: str, parameter: str, split: Split | None = None, part: tuple[int, int] | None = None
-        ) -> list[Weight]:
-            shared = None if split == "row" else split
-            return [
-                Weight(f"{published}.weight", f"{parameter}.weight", conv1d=bool(split), part=part, split=split),
-                Weight(f"{published}.bias", f"{parameter}.bias", part=part, split=shared),
-            ]
-
-        found = [
-            Weight("transformer.wte.weight", "gpt.embeddings.word_embeddings.weight", split="vocabulary"),
-            Weight("transformer.wpe.weight", "gpt.embeddings.position_embeddings.weight"),
-        ]
-        for layer in range(self.shape(config).layers):
-            source, target = f"transformer.h.{layer}", f"gpt.decoder.layers.{layer}"
-            found += both(f"{source}.ln_1", f"{target}.norm1")
-            for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                found += both(f"{source}.attn.c_attn", f"{target}.self_attn.{name}", "column", part=(index, 3))
-            found += both(f"{source}.attn.c_proj", f"{target}.self_attn.out_proj", "row")
-            found += both(f"{source}.ln_2", f"{target}.norm2")
-            found += both(f"{source}.mlp.c_fc", f"{target}.linear1", "column")
-            found += both(f"{source}.mlp.c_proj", f"{target}.linear2", "row")
-        found += both("transformer.ln_f", "gpt.decoder.norm")
-        if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.weight", split="vocabulary"))
-        return found
-
     def ignored_weights(self) -> tuple[str, ...]:
         return (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask as a buffer
 
@@ -151,24 +145,13 @@ class Gpt(DecoderFamily):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         shape = self.shape(config)
-        scale = shape.head_dim**-0.5 if self._get(config, "scale_attn_weights") else 1.0
-        by_layer = self._get(config, "scale_attn_by_inverse_layer_idx")
-
-        def layer(number: int) -> LayerNames:
-            place = f"gpt.decoder.layers.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.norm1",
-                query_key_value=tuple(f"{place}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
-                attention_out=f"{place}.self_attn.out_proj",
-                mlp_norm=f"{place}.norm2",
-                mlp_in=(f"{place}.linear1",),
-                mlp_out=f"{place}.linear2",
-                score_scale=scale / (number + 1) if by_layer else scale,
-            )
-
+        scaled = self._get(config, "scale_attn_weights")
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS if scaled else replace(PARTS, score_scale=1.0),
+            biased=(*ATTENTION, *MLP),
+            scale_by_layer=bool(self._get(config, "scale_attn_by_inverse_layer_idx")),
             embedding="gpt.embeddings.word_embeddings",
             tables=(PositionTable("gpt.embeddings.position_embeddings"),),
             norm="layer",

@@ -12,19 +12,17 @@ from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import Architecture, LayerNames, ModelShape, turned_neighbours
-from utils.model.weights import Split, Weight
+from utils.model.architecture import MLP, Architecture, LayerNames, ModelShape, turned_neighbours
 from utils.settings import TEXT, Table, whole
 
-_LINEARS: dict[str, Split] = {
-    "attn.q_proj": "column",
-    "attn.k_proj": "column",
-    "attn.v_proj": "column",
-    "attn.out_proj": "row",
-    "mlp.fc_in": "column",
-    "mlp.fc_out": "row",
-}
-_BIASED = ("mlp.fc_in", "mlp.fc_out")
+PARTS = LayerNames(
+    attention_norm="ln_1",
+    query_key_value=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    attention_out="attn.out_proj",
+    mlp_norm="ln_1",
+    mlp_in=("mlp.fc_in",),
+    mlp_out="mlp.fc_out",
+)
 _DEFAULTS = {  # the same names in both layouts
     "n_positions": 2048,
     "rotary_dim": 64,
@@ -93,25 +91,6 @@ class GptJ(DecoderFamily):
     def published_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return self.paddle_config(config)
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        found = [Weight("transformer.wte.weight", "transformer.wte.weight", split="vocabulary")]
-
-        def norm(name: str) -> list[Weight]:
-            return [Weight(f"{name}.{kind}", f"{name}.{kind}") for kind in ("weight", "bias")]
-
-        for layer in range(config["n_layer"]):
-            place = f"transformer.h.{layer}"
-            found += norm(f"{place}.ln_1")
-            for part, split in _LINEARS.items():
-                name = f"{place}.{part}"
-                found.append(Weight(f"{name}.weight", f"{name}.weight", transpose=True, split=split))
-                if part in _BIASED:
-                    found.append(Weight(f"{name}.bias", f"{name}.bias", split=None if split == "row" else split))
-        found += norm("transformer.ln_f")
-        found.append(Weight("lm_head.weight", "lm_head.weight", transpose=True, split="vocabulary_columns"))
-        found.append(Weight("lm_head.bias", "lm_head.bias", split="vocabulary_columns"))
-        return found
-
     def ignored_weights(self) -> tuple[str, ...]:
         return (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)  # the causal mask as a buffer
 
@@ -133,21 +112,12 @@ class GptJ(DecoderFamily):
         )
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        def layer(number: int) -> LayerNames:
-            place = f"transformer.h.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.ln_1",
-                query_key_value=tuple(f"{place}.attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
-                attention_out=f"{place}.attn.out_proj",
-                mlp_norm=f"{place}.ln_1",
-                mlp_in=(f"{place}.mlp.fc_in",),
-                mlp_out=f"{place}.mlp.fc_out",
-            )
-
         known, shape = self.paddle_config(config), self.shape(config)
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*MLP, "head"),
             embedding="transformer.wte",
             norm="layer",
             epsilon=known["layer_norm_epsilon"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -11,12 +11,19 @@ from utils.families import config as kinds
 from utils.families.base import Context, Dropout, FamilySpec, LayerForward
 from utils.families.rope import frequencies, rope_scaling
 from utils.families.text import Places
-from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, Rotary
+from utils.model.weights import Stored
 from utils.settings import FLAG, TEXT, Table
 
-# of the seven Linears of a layer
-_SPLITS: tuple[Split, ...] = ("column", "key_value", "key_value", "row", "column", "column", "row")
+PARTS = LayerNames(
+    attention_norm="input_layernorm",
+    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_out="mlp.down_proj",
+    norms="last",
+)
 
 
 class Llama(FamilySpec):
@@ -55,6 +62,7 @@ class Llama(FamilySpec):
     backbone = "llama"
     layers = "llama.layers"
     dropouts = (Dropout("attention", "attention_dropout"),)
+    stored = Stored({"llama": "model"})
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # of config.json, kept in the Hugging Face layout
     published_names: tuple[str, ...] = (
@@ -79,10 +87,9 @@ class Llama(FamilySpec):
 
     # --- what families of this build differ in ---------------------------------------------------
 
-    def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Which of `lora_targets` have a bias."""
-        attention = self.lora_targets[:4] if config.get("attention_bias") else ()
-        return attention + (self.lora_targets[4:] if config.get("mlp_bias") else ())
+    def biased(self, config: Mapping[str, Any]) -> tuple[Role, ...]:
+        """Which matrices have a bias."""
+        return (ATTENTION if config.get("attention_bias") else ()) + (MLP if config.get("mlp_bias") else ())
 
     # --- configuration ---------------------------------------------------------------------------
 
@@ -135,24 +142,6 @@ class Llama(FamilySpec):
             "rope_scaling": known["rope_scaling"],
         }
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        found = [Weight("model.embed_tokens.weight", f"{self.backbone}.embed_tokens.weight", split="vocabulary")]
-        biased = self.biased(config)
-        for layer in range(config["num_hidden_layers"]):
-            source, target = f"model.layers.{layer}", f"{self.backbone}.layers.{layer}"
-            for number, (name, split) in enumerate(zip(self.lora_targets, _SPLITS, strict=True)):
-                path = f"{'self_attn' if number < 4 else 'mlp'}.{name}"
-                found.append(Weight(f"{source}.{path}.weight", f"{target}.{path}.weight", True, split=split))
-                if name in biased:
-                    shared = None if split == "row" else split
-                    found.append(Weight(f"{source}.{path}.bias", f"{target}.{path}.bias", split=shared))
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
-        found.append(Weight("model.norm.weight", f"{self.backbone}.norm.weight"))
-        if not config.get("tie_word_embeddings", False):
-            found.append(Weight("lm_head.weight", "lm_head.weight", True, split="vocabulary_columns"))
-        return found
-
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         heads = config["num_attention_heads"]
         return ModelShape(
@@ -170,22 +159,11 @@ class Llama(FamilySpec):
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known = self.paddle_config(config)
         shape, found = self.shape(known), frequencies(known, self.shape(known).head_dim)
-
-        def layer(number: int) -> LayerNames:
-            place = f"{self.backbone}.layers.{number}"
-            query, key, value, out, gate, up, down = self.lora_targets
-            return LayerNames(
-                attention_norm=f"{place}.input_layernorm",
-                query_key_value=tuple(f"{place}.self_attn.{name}" for name in (query, key, value)),
-                attention_out=f"{place}.self_attn.{out}",
-                mlp_norm=f"{place}.post_attention_layernorm",
-                mlp_in=(f"{place}.mlp.{gate}", f"{place}.mlp.{up}"),
-                mlp_out=f"{place}.mlp.{down}",
-            )
-
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=self.biased(known),
             embedding=f"{self.backbone}.embed_tokens",
             norm="rms",
             epsilon=known.get("rms_norm_eps", 1e-6),
@@ -219,7 +197,7 @@ class Llama(FamilySpec):
         model.rotary_table = rotary.RotaryTable(found.inverse, found.magnitude)
         for layer in decoder.layers:
             del layer.self_attn.rotary_emb
-        self._fit_linears(model, shape, self.biased(given))
+        self._fit_linears(model, shape, {name.split(".")[-2] for name in self._biases(given)})
         model.attention_window = self.window(given)
         if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
             for part in model.sublayers():
@@ -227,7 +205,10 @@ class Llama(FamilySpec):
                     part.forward = norm.forward_of(part)
         return model
 
-    def _fit_linears(self, model: Any, shape: ModelShape, biased: tuple[str, ...]) -> None:
+    def _biases(self, config: Mapping[str, Any]) -> list[str]:
+        return [weight.parameter for weight in self.weights(config) if weight.parameter.endswith(".bias")]
+
+    def _fit_linears(self, model: Any, shape: ModelShape, biased: Collection[str]) -> None:
         """Replaces the Linear layers that the library makes of another size or bias than config.json says:
         its head_dim is always hidden / heads, and it has no biases.
         """

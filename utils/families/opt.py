@@ -11,20 +11,30 @@ from utils.families.base import Dropout
 from utils.families.decoder import DecoderFamily, activation_name
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import Architecture, LayerNames, ModelShape, PositionTable
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
-_NAMES = {  # of a layer: published -> of the Paddle model
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.k_proj",
-    "self_attn.v_proj": "self_attn.v_proj",
-    "self_attn.out_proj": "self_attn.out_proj",
-    "fc1": "linear1",
-    "fc2": "linear2",
+PARTS = LayerNames(
+    attention_norm="norm1",
+    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_out="self_attn.out_proj",
+    mlp_norm="norm2",
+    mlp_in=("linear1",),
+    mlp_out="linear2",
+    norms="last",
+)
+_PUBLISHED = {
+    "opt": "model",
+    "opt.embeddings.word_embeddings": "model.decoder.embed_tokens",
+    "opt.embeddings.position_embeddings": "model.decoder.embed_positions",
+    "opt.embeddings.project_in": "model.decoder.project_in",
+    "norm1": "self_attn_layer_norm",
+    "linear1": "fc1",
+    "linear2": "fc2",
+    "norm2": "final_layer_norm",
+    "lm_head.decoder_weight": "lm_head.weight",
 }
-_ROWS = ("self_attn.out_proj", "linear2")  # shared by their inputs in tensor parallelism
-_NORMS = {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -74,6 +84,7 @@ class Opt(DecoderFamily):
     layers = "opt.decoder.layers"
     dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
     head_weight = "lm_head.decoder_weight"
+    stored = Stored(_PUBLISHED)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 
@@ -107,35 +118,6 @@ class Opt(DecoderFamily):
     def _width(config: Mapping[str, Any]) -> int:
         return config.get("word_embed_proj_dim") or config["hidden_size"]
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        def both(published: str, parameter: str, split: Split | None = None) -> list[Weight]:
-            shared = None if split == "row" else split
-            return [
-                Weight(f"{published}.weight", f"{parameter}.weight", transpose=bool(split), split=split),
-                Weight(f"{published}.bias", f"{parameter}.bias", split=shared),
-            ]
-
-        projected = self._width(config) != config["hidden_size"]
-        root = "model.decoder"
-        found = [Weight(f"{root}.embed_tokens.weight", "opt.embeddings.word_embeddings.weight", split="vocabulary")]
-        if projected:
-            found.append(Weight(f"{root}.project_in.weight", "opt.embeddings.project_in.weight", True, split="column"))
-        found.append(Weight(f"{root}.embed_positions.weight", "opt.embeddings.position_embeddings.weight"))
-        for layer in range(config["num_hidden_layers"]):
-            source, target = f"{root}.layers.{layer}", f"opt.decoder.layers.{layer}"
-            for published, parameter in _NAMES.items():
-                split: Split = "row" if parameter in _ROWS else "column"
-                found += both(f"{source}.{published}", f"{target}.{parameter}", split)
-            for published, parameter in _NORMS.items():
-                found += both(f"{source}.{published}", f"{target}.{parameter}")
-        if self._get(config, "do_layer_norm_before") and not config.get("_remove_final_layer_norm"):
-            found += both(f"{root}.final_layer_norm", "opt.decoder.final_layer_norm")
-        if projected:
-            found.append(Weight(f"{root}.project_out.weight", "opt.decoder.project_out.weight", True, split="column"))
-        if not self.shape(config).tied:
-            found.append(Weight("lm_head.weight", "lm_head.decoder_weight", split="vocabulary"))
-        return found
-
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
         return bpe_tokenizer(folder, config)
 
@@ -154,22 +136,13 @@ class Opt(DecoderFamily):
         )
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        def layer(number: int) -> LayerNames:
-            place = f"opt.decoder.layers.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.norm1",
-                query_key_value=tuple(f"{place}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")),
-                attention_out=f"{place}.self_attn.out_proj",
-                mlp_norm=f"{place}.norm2",
-                mlp_in=(f"{place}.linear1",),
-                mlp_out=f"{place}.linear2",
-            )
-
         shape, norm_first = self.shape(config), bool(self._get(config, "do_layer_norm_before"))
         projected = self._width(config) != shape.hidden
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=(*ATTENTION, *MLP),
             embedding="opt.embeddings.word_embeddings",
             embedding_projection="opt.embeddings.project_in" if projected else None,
             tables=(PositionTable("opt.embeddings.position_embeddings", offset=2),),

@@ -14,8 +14,8 @@ from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.base import Context, Dropout, FamilySpec, LayerForward
 from utils.families.text import Places, Text
-from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary, partial_order
-from utils.model.weights import Split, Weight
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Rotary, partial_order
+from utils.model.weights import Stored
 from utils.settings import FLAG, Table, number
 
 if TYPE_CHECKING:
@@ -85,14 +85,15 @@ _KINDS: Table = {
     "rotary_emb_base": kinds.SCALE,
 }
 
-# The Linears of a layer; the first has a bias in every model.
-SPLITS: dict[str, Split] = {
-    "attn.c_attn": "query_key_value",
-    "attn.c_proj": "row",
-    "mlp.w1": "column",
-    "mlp.w2": "column",
-    "mlp.c_proj": "row",
-}
+PARTS = LayerNames(
+    attention_norm="ln_1",
+    query_key_value=("attn.c_attn",),
+    attention_out="attn.c_proj",
+    mlp_norm="ln_2",
+    mlp_in=("mlp.w2", "mlp.w1"),
+    mlp_out="mlp.c_proj",
+    norms="last",
+)
 
 
 class Qwen(FamilySpec):
@@ -110,6 +111,7 @@ class Qwen(FamilySpec):
     embedding = "wte"
     layers = "qwen.h"
     dropouts = (Dropout("attention", "attn_dropout_prob"), Dropout("embedding", "emb_dropout_prob"))
+    stored = Stored({"qwen": "transformer"})
     lora_targets = ("c_attn", "c_proj", "w1", "w2")
     chat_template = CHATML
     tokenizer_files = (VOCABULARY_FILE,)
@@ -148,23 +150,6 @@ class Qwen(FamilySpec):
             "use_flash_attn": "auto",
         }
 
-    def weights(self, config: Mapping[str, Any]) -> list[Weight]:
-        known = self.paddle_config(config)
-        biased = list(SPLITS)[: 1 if known["no_bias"] else None]
-        found = [Weight("transformer.wte.weight", "qwen.wte.weight", split="vocabulary")]
-        for layer in range(known["num_hidden_layers"]):
-            source, target = f"transformer.h.{layer}", f"qwen.h.{layer}"
-            for name, split in SPLITS.items():
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight", True, split=split))
-            for name in biased:
-                shared = None if SPLITS[name] == "row" else SPLITS[name]
-                found.append(Weight(f"{source}.{name}.bias", f"{target}.{name}.bias", split=shared))
-            for name in ("ln_1", "ln_2"):
-                found.append(Weight(f"{source}.{name}.weight", f"{target}.{name}.weight"))
-        found.append(Weight("transformer.ln_f.weight", "qwen.ln_f.weight"))
-        found.append(Weight("lm_head.weight", "lm_head.weight", True, split="vocabulary_columns"))
-        return found
-
     def ignored_weights(self) -> tuple[str, ...]:
         return (*super().ignored_weights(), r".*\.attn\.(masked_)?bias$")
 
@@ -191,20 +176,11 @@ class Qwen(FamilySpec):
         inverse = float(known.get("rotary_emb_base", 10000)) ** -exponents
         inverse[rotated // 2 :] = 0.0
 
-        def layer(number: int) -> LayerNames:
-            place = f"qwen.h.{number}"
-            return LayerNames(
-                attention_norm=f"{place}.ln_1",
-                query_key_value=(f"{place}.attn.c_attn",),
-                attention_out=f"{place}.attn.c_proj",
-                mlp_norm=f"{place}.ln_2",
-                mlp_in=(f"{place}.mlp.w2", f"{place}.mlp.w1"),
-                mlp_out=f"{place}.mlp.c_proj",
-            )
-
         return Architecture(
             shape,
-            layer,
+            layers=self.layers,
+            parts=PARTS,
+            biased=("query_key_value",) if known["no_bias"] else (*ATTENTION, *MLP),
             embedding="qwen.wte",
             norm="rms",
             epsilon=known.get("layer_norm_epsilon", 1e-6),

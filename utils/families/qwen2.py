@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.llama import Llama
+from utils.model.architecture import Role
+from utils.model.weights import Stored
 from utils.settings import FLAG, TEXTS, Table, whole
 
 
@@ -27,6 +29,7 @@ class Qwen2(Llama):
     model_class = "paddlenlp.transformers:Qwen2ForCausalLM"
     backbone = "qwen2"
     layers = "qwen2.layers"
+    stored = Stored({"qwen2": "model"})
     chat_template = (
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -35,8 +38,8 @@ class Qwen2(Llama):
     )
     published_names = (*Llama.published_names, "use_sliding_window", "sliding_window", "max_window_layers")
 
-    def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("q_proj", "k_proj", "v_proj")
+    def biased(self, config: Mapping[str, Any]) -> tuple[Role, ...]:
+        return ("query_key_value",)
 
     def window(self, config: Mapping[str, Any]) -> int | None:
         if not config.get("use_sliding_window"):

@@ -5,14 +5,16 @@ No Paddle. Names are those of the Paddle model's parameters (see `Weight.paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Role = Literal["query_key_value", "attention_out", "mlp_in", "mlp_out", "head"]  # of a matrix
+ATTENTION: tuple[Role, ...] = ("query_key_value", "attention_out")
+MLP: tuple[Role, ...] = ("mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,15 @@ class PositionTable:
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The parts of one layer.
+    """The parts of a layer, by their names within it; those that `Architecture.layer` gives are whole names.
 
     Attributes:
         query_key_value: one Linear with all three behind each other, or three Linears.
-        by_head: in the one Linear each head's query, key and value stand together.
+        mlp_norm: the name of `attention_norm` where both read the same.
         mlp_in: the Linears into the MLP; of a gated one the gate comes first (both in one Linear, or two).
+        by_head: in the one Linear each head's query, key and value stand together.
+        norms: where the norms stand among the parameters of a layer: before the matrices that read them, or before or
+            behind all matrices.
         score_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
     """
 
@@ -90,7 +95,20 @@ class LayerNames:
     mlp_in: tuple[str, ...]
     mlp_out: str
     by_head: bool = False
+    norms: Literal["between", "first", "last"] = "between"
     score_scale: float | None = None
+
+    def within(self, place: str) -> LayerNames:
+        """The same parts by their whole names."""
+        return replace(
+            self,
+            attention_norm=f"{place}.{self.attention_norm}",
+            query_key_value=tuple(f"{place}.{name}" for name in self.query_key_value),
+            attention_out=f"{place}.{self.attention_out}",
+            mlp_norm=f"{place}.{self.mlp_norm}",
+            mlp_in=tuple(f"{place}.{name}" for name in self.mlp_in),
+            mlp_out=f"{place}.{self.mlp_out}",
+        )
 
 
 @dataclass(frozen=True)
@@ -99,12 +117,14 @@ class Architecture:
 
     Attributes:
         shape: its sizes.
-        layer: the names of a layer's parts, by its number.
+        layers: the path of its layers; behind it comes the number of one.
+        parts: of each layer.
         norm: root mean square (without bias) or LayerNorm, everywhere.
         activation: of the MLP, by its published name (see `utils.kernels.inference`).
         gated: activation(gate) * up instead of activation(x).
+        biased: the matrices that have a bias.
         head: the parameter of the logits, a table [vocabulary, width] or a matrix [width, vocabulary], by its
-            whole name; None is the embedding. One that ends with ".weight" may have a bias beside it.
+            whole name; None is the embedding.
         head_is_table: which of the two.
         norm_first: norms stand before attention and MLP, else after the sums.
         residual: what the outputs of attention and MLP are added to: the hidden states, or their norm.
@@ -112,17 +132,20 @@ class Architecture:
         parallel: the MLP reads the hidden states before attention, through its own norm or attention's, and both
             outputs are added at once (Wang & Komatsuzaki 2021, GPT-J); only with `norm_first` and `residual` "hidden".
         causal: whether no token ever sees a later one.
+        scale_by_layer: whether the scores of layer n are divided by n + 1 (GPT-2's `scale_attn_by_inverse_layer_idx`).
         slopes: float32 [heads] of linear biases by position (ALiBi, arXiv:2108.12409), or None.
     """
 
     shape: ModelShape
-    layer: Callable[[int], LayerNames]
+    layers: str
+    parts: LayerNames
     embedding: str
     norm: Literal["rms", "layer"]
     epsilon: float
     activation: str
     gated: bool
     final_norm: str | None
+    biased: tuple[Role, ...] = ()
     head: str | None = None
     head_is_table: bool = False
     embedding_norm: str | None = None
@@ -136,6 +159,15 @@ class Architecture:
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0
     parallel: bool = False
+    scale_by_layer: bool = False
+
+    def layer(self, number: int) -> LayerNames:
+        """The parts of one layer."""
+        parts = self.parts.within(f"{self.layers}.{number}")
+        if not self.scale_by_layer:
+            return parts
+        scale = self.shape.head_dim**-0.5 if parts.score_scale is None else parts.score_scale
+        return replace(parts, score_scale=scale / (number + 1))
 
     @property
     def position_parts(self) -> int:

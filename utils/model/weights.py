@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from utils.model.architecture import Architecture, Role
 
 # How tensor parallelism shares a parameter (in the Paddle layout: a Linear's matrix is [in, out]) among processes:
 # "column", "row": equal parts of the outputs (also of their bias), or of the inputs.
@@ -48,3 +51,130 @@ class Weight:
     def output_axis(self) -> int:
         """The axis of the published tensor (matrix or bias) along which its parts lie."""
         return 0 if self.transpose else -1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the files of a family hold its parameters, where that does not follow from the architecture.
+
+    Attributes:
+        published: what published checkpoints call things, by our names: of the parts of a layer within it, else from
+            the beginning of a whole name to one of its dots. What is longest counts, and the rest of a name stays. Names
+            that have one published name are equal parts of it, in this order.
+        conv1d: the matrices of layers are published as [in, out] (GPT-2's Conv1D).
+        heads_together: shards of tensor-parallel runs hold a joined query, key and value head by head, though the whole
+            matrix does not.
+    """
+
+    published: Mapping[str, str] = field(default_factory=dict)
+    conv1d: bool = False
+    heads_together: bool = False
+
+    def name(self, parameter: str) -> str:
+        """The published name of a parameter, or of a part of a layer."""
+        found = parameter
+        while found not in self.published:
+            found, dot, _ = found.rpartition(".")
+            if not dot:
+                return parameter
+        return self.published[found] + parameter[len(found) :]
+
+    def part(self, name: str) -> tuple[int, int] | None:
+        """Which of how many equal parts of a published tensor a part of a layer is."""
+        alike = [ours for ours, theirs in self.published.items() if theirs == self.published.get(name)]
+        return (alike.index(name), len(alike)) if len(alike) > 1 else None
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """Something that has a weight, and maybe a bias.
+
+    Attributes:
+        split: of the weight.
+        kind: the last part of the weight's name.
+    """
+
+    name: str
+    split: Split | None = None
+    linear: bool = False
+    biased: bool = False
+    kind: str = "weight"
+
+    def weights(self, published: str, conv1d: bool = False, part: tuple[int, int] | None = None) -> Iterator[Weight]:
+        """
+        Args:
+            published: the name of the weight in published checkpoints.
+        """
+        turned, straight = self.linear and not conv1d, self.linear and conv1d
+        yield Weight(published, f"{self.name}.{self.kind}", turned, straight, part, self.split)
+        if self.biased:  # a bias belongs to the outputs: of rows all processes have all
+            split = None if self.split == "row" else self.split
+            yield Weight(f"{published.rpartition('.')[0]}.bias", f"{self.name}.bias", part=part, split=split)
+
+
+def weights(architecture: Architecture, stored: Stored) -> list[Weight]:
+    """Every weight of a model: what comes before the layers, the layers in their order, what comes behind them."""
+    found: list[Weight] = []
+    for operator in _before(architecture):
+        found += operator.weights(stored.name(f"{operator.name}.{operator.kind}"))
+    inside = _of_layer(architecture, heads_together=stored.heads_together)
+    for number in range(architecture.shape.layers):
+        place = f"{architecture.layers}.{number}"
+        for operator in inside:
+            published = f"{stored.name(place)}.{stored.name(operator.name)}.weight"
+            part = stored.part(operator.name)
+            found += replace(operator, name=f"{place}.{operator.name}").weights(published, stored.conv1d, part)
+    for operator in _behind(architecture):
+        found += operator.weights(stored.name(f"{operator.name}.{operator.kind}"))
+    return found
+
+
+def _before(architecture: Architecture) -> Iterator[_Operator]:
+    yield _Operator(architecture.embedding, "vocabulary")
+    if architecture.embedding_norm is not None:
+        yield _norm(architecture, architecture.embedding_norm)
+    if architecture.embedding_projection is not None:
+        yield _Operator(architecture.embedding_projection, "column", linear=True)
+    for table in architecture.tables:
+        yield _Operator(table.name)
+
+
+def _behind(architecture: Architecture) -> Iterator[_Operator]:
+    if architecture.final_norm is not None:
+        yield _norm(architecture, architecture.final_norm)
+    if architecture.output_projection is not None:
+        yield _Operator(architecture.output_projection, "column", linear=True)
+    if architecture.head is not None:
+        name, _, kind = architecture.head.rpartition(".")
+        split: Split = "vocabulary" if architecture.head_is_table else "vocabulary_columns"
+        yield _Operator(name, split, not architecture.head_is_table, "head" in architecture.biased, kind)
+
+
+def _norm(architecture: Architecture, name: str) -> _Operator:
+    return _Operator(name, biased=architecture.norm == "layer")
+
+
+def _of_layer(architecture: Architecture, *, heads_together: bool) -> list[_Operator]:
+    """The operators of any layer, by their names within it."""
+    parts, shape = architecture.parts, architecture.shape
+
+    def linears(role: Role, names: tuple[str, ...], *splits: Split) -> list[_Operator]:
+        biased = role in architecture.biased
+        return [_Operator(name, split, True, biased) for name, split in zip(names, splits, strict=True)]
+
+    if len(parts.query_key_value) == 3:
+        narrow: Split = "column" if shape.kv_heads == shape.heads else "key_value"
+        attention = linears("query_key_value", parts.query_key_value, "column", narrow, narrow)
+    elif parts.by_head:
+        attention = linears("query_key_value", parts.query_key_value, "column")
+    else:
+        attention = linears("query_key_value", parts.query_key_value, "by_head" if heads_together else "query_key_value")
+    attention += linears("attention_out", (parts.attention_out,), "row")
+    halves = architecture.gated and len(parts.mlp_in) == 1
+    mlp = linears("mlp_in", parts.mlp_in, *(["halves"] if halves else ["column"] * len(parts.mlp_in)))
+    mlp += linears("mlp_out", (parts.mlp_out,), "row")
+    first = [_norm(architecture, parts.attention_norm)]
+    second = [] if parts.mlp_norm == parts.attention_norm else [_norm(architecture, parts.mlp_norm)]
+    if parts.norms == "between":
+        return first + attention + second + mlp
+    return first + second + attention + mlp if parts.norms == "first" else attention + mlp + first + second
