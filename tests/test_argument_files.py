@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from family_cases import WITH_TOKENIZER, case
@@ -39,6 +41,33 @@ def test_every_family_has_its_files_and_a_guide(family: str) -> None:
         assert re.fullmatch(rf"\./checkpoints/\w+_{method}_ckpts", str(values["output_dir"]))
     for written in re.findall(rf"\./({re.escape(family)}/\S+\.json)", guide):
         assert (ROOT / written).is_file()
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("argument_files", ROOT / "tools" / "argument_files.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_files_of_all_families_are_in_step(family: str, tool: ModuleType) -> None:
+    """`python tools/argument_files.py` brings them there."""
+    for method in METHODS:
+        pattern, own = ((ROOT / name / f"{method}_argument.json").read_text("utf-8") for name in (tool.PATTERN, family))
+        assert tool.in_step(pattern, own) == own, method
+
+
+def test_a_change_reaches_all_families_and_keeps_what_is_theirs(tool: ModuleType) -> None:
+    pattern = (ROOT / tool.PATTERN / "sft_argument.json").read_text("utf-8")
+    own = (ROOT / "chatglm2" / "sft_argument.json").read_text("utf-8")
+    changed = tool.in_step(pattern.replace('"warmup_steps": 30', '"warmup_steps": 31'), own)
+    assert json.loads(changed) == {**json.loads(own), "warmup_steps": 31}
+    new = json.loads(tool.first(pattern, "another", "house/model"))
+    assert new["model_name_or_path"] == "house/model" and new["output_dir"] == "./checkpoints/another_sft_ckpts"
+    assert new["dataset_name_or_path"] == "./data"
 
 
 def tiny_model(family: str) -> Path:
