@@ -1,4 +1,4 @@
-"""The parameters of a model and their published tensors, derived from its architecture: as families listed them once."""
+"""The parameters of a model and their published tensors follow from its architecture: as they were once listed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from utils.families import config as kinds
 from utils.families.base import Dropout
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, turned_neighbours
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, turned_neighbours
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -160,7 +160,7 @@ class ChatGLM2(DecoderFamily):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, shape = _known(config), self.shape(config)
-        joined = ("query_key_value",) if known["add_qkv_bias"] else ()
+        joined: tuple[Role, ...] = ("query_key_value",) if known["add_qkv_bias"] else ()
         return Architecture(
             shape,
             layers=self.layers,

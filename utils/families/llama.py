@@ -15,16 +15,6 @@ from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, M
 from utils.model.weights import Stored
 from utils.settings import FLAG, TEXT, Table
 
-PARTS = LayerNames(
-    attention_norm="input_layernorm",
-    query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    attention_out="self_attn.o_proj",
-    mlp_norm="post_attention_layernorm",
-    mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-    mlp_out="mlp.down_proj",
-    norms="last",
-)
-
 
 class Llama(FamilySpec):
     """Also the base of families that are built like LLaMA and differ in biases or the reach of attention."""
@@ -61,6 +51,15 @@ class Llama(FamilySpec):
     model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
     layers = "llama.layers"
+    parts = LayerNames(
+        attention_norm="input_layernorm",
+        query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out="mlp.down_proj",
+        norms="last",
+    )
     dropouts = (Dropout("attention", "attention_dropout"),)
     stored = Stored({"llama": "model"})
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -162,7 +161,7 @@ class Llama(FamilySpec):
         return Architecture(
             shape,
             layers=self.layers,
-            parts=PARTS,
+            parts=self.parts,
             biased=self.biased(known),
             embedding=f"{self.backbone}.embed_tokens",
             norm="rms",

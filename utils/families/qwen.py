@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +15,7 @@ from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.base import Context, Dropout, FamilySpec, LayerForward
 from utils.families.text import Places, Text
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Rotary, partial_order
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, turned_halves
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table, number
 
@@ -170,12 +171,14 @@ class Qwen(FamilySpec):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, shape = self.paddle_config(config), self.shape(config)
-        rotated = int(shape.head_dim * known.get("rotary_pct", 1.0))
-        exponents = np.zeros(shape.head_dim // 2, dtype=np.float64)
-        exponents[: rotated // 2] = np.arange(0, rotated, 2) / rotated
-        inverse = float(known.get("rotary_emb_base", 10000)) ** -exponents
-        inverse[rotated // 2 :] = 0.0
-
+        turned = int(shape.head_dim * known.get("rotary_pct", 1.0))
+        rotary = turned_halves(shape.head_dim, turned, float(known.get("rotary_emb_base", 10000)))
+        if known["use_logn_attn"]:
+            rotary = replace(rotary, logn_length=known["seq_length"])
+        if known["use_dynamic_ntk"]:
+            power = np.zeros(shape.head_dim // 2)
+            power[: turned // 2] = -np.arange(0, turned, 2) / (turned - 2)
+            rotary = replace(rotary, stretch_power=power.astype(np.float32))
         return Architecture(
             shape,
             layers=self.layers,
@@ -188,14 +191,7 @@ class Qwen(FamilySpec):
             gated=True,
             final_norm="qwen.ln_f",
             head="lm_head.weight",
-            rotary=Rotary(
-                inverse[None].astype(np.float32),
-                partial_order(shape.head_dim, rotated),
-                stretch_power=(-exponents * rotated / (rotated - 2)).astype(np.float32)
-                if known["use_dynamic_ntk"]
-                else None,
-                logn_length=known["seq_length"] if known["use_logn_attn"] else None,
-            ),
+            rotary=rotary,
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:

@@ -5,8 +5,8 @@ No Paddle. Names are those of the Paddle model's parameters (see `Weight.paramet
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,8 @@ class LayerNames:
         by_head: in the one Linear each head's query, key and value stand together.
         norms: where the norms stand among the parameters of a layer: before the matrices that read them, or before or
             behind all matrices.
+        query_norm, key_norm: root mean squares of the queries and keys of each head, before they turn.
+        attention_out_norm, mlp_out_norm: of what is added to the hidden states.
         score_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
     """
 
@@ -96,19 +98,39 @@ class LayerNames:
     mlp_out: str
     by_head: bool = False
     norms: Literal["between", "first", "last"] = "between"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    attention_out_norm: str | None = None
+    mlp_out_norm: str | None = None
     score_scale: float | None = None
 
     def within(self, place: str) -> LayerNames:
         """The same parts by their whole names."""
-        return replace(
-            self,
-            attention_norm=f"{place}.{self.attention_norm}",
-            query_key_value=tuple(f"{place}.{name}" for name in self.query_key_value),
-            attention_out=f"{place}.{self.attention_out}",
-            mlp_norm=f"{place}.{self.mlp_norm}",
-            mlp_in=tuple(f"{place}.{name}" for name in self.mlp_in),
-            mlp_out=f"{place}.{self.mlp_out}",
-        )
+
+        def whole(name: Any) -> Any:
+            if isinstance(name, str):
+                return f"{place}.{name}"
+            return None if name is None else tuple(map(whole, name))
+
+        return replace(self, **{name: whole(getattr(self, name)) for name in _NAMES})
+
+
+_NAMES = tuple(field.name for field in fields(LayerNames) if field.name not in ("by_head", "norms", "score_scale"))
+
+
+@dataclass(frozen=True)
+class Local:
+    """Layers that see only what is near, among others that see all (Gemma 2 and 3).
+
+    Attributes:
+        layers: their numbers.
+        window: how many tokens one sees, itself among them; a prefix is always seen.
+        rotary: theirs, with the `order` of the other layers'.
+    """
+
+    layers: frozenset[int]
+    window: int
+    rotary: Rotary
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,8 @@ class Architecture:
         layers: the path of its layers; behind it comes the number of one.
         parts: of each layer.
         norm: root mean square (without bias) or LayerNorm, everywhere.
+        norm_offset: what is added to the weights of norms.
+        embedding_scale: what the embeddings of tokens are multiplied with.
         activation: of the MLP, by its published name (see `utils.kernels.inference`).
         gated: activation(gate) * up instead of activation(x).
         biased: the matrices that have a bias.
@@ -153,12 +177,15 @@ class Architecture:
     output_projection: str | None = None
     tables: tuple[PositionTable, ...] = ()
     rotary: Rotary | None = None
+    local: Local | None = None
     slopes: Floats | None = None
     causal: bool = True
     norm_first: bool = True
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0
     parallel: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
     scale_by_layer: bool = False
 
     def layer(self, number: int) -> LayerNames:
@@ -168,6 +195,10 @@ class Architecture:
             return parts
         scale = self.shape.head_dim**-0.5 if parts.score_scale is None else parts.score_scale
         return replace(parts, score_scale=scale / (number + 1))
+
+    def is_local(self, number: int) -> bool:
+        """Whether a layer is one of `local`."""
+        return self.local is not None and number in self.local.layers
 
     @property
     def position_parts(self) -> int:
@@ -203,13 +234,14 @@ class Architecture:
         return found
 
 
-def partial_order(head_dim: int, rotated: int) -> NDArray[np.int64] | None:
-    """`Rotary.order` of heads whose first `rotated` dimensions turn in halves and whose others do not."""
-    if rotated == head_dim:
-        return None
-    half, rest = rotated // 2, (head_dim - rotated) // 2
-    still = rotated + rest
-    return np.r_[0:half, rotated:still, half:rotated, still:head_dim].astype(np.int64)
+def turned_halves(head_dim: int, turned: int, base: float) -> Rotary:
+    """Of heads whose first `turned` dimensions turn in halves (i, i + turned / 2), the others not at all."""
+    inverse = np.zeros(head_dim // 2, dtype=np.float64)
+    inverse[: turned // 2] = base ** (-np.arange(0, turned, 2) / turned)
+    half, rest = turned // 2, (head_dim - turned) // 2
+    still = turned + rest
+    order = np.r_[0:half, turned:still, half:turned, still:head_dim].astype(np.int64)
+    return Rotary(inverse[None].astype(np.float32), None if turned == head_dim else order)
 
 
 def turned_neighbours(head_dim: int, turned: int, ratio: float = 1.0) -> Rotary:

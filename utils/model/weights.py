@@ -59,8 +59,8 @@ class Stored:
 
     Attributes:
         published: what published checkpoints call things, by our names: of the parts of a layer within it, else from
-            the beginning of a whole name to one of its dots. What is longest counts, and the rest of a name stays. Names
-            that have one published name are equal parts of it, in this order.
+            the beginning of a whole name to one of its dots. What is longest counts, and the rest of a name stays.
+            Names that have one published name are equal parts of it, in this order.
         conv1d: the matrices of layers are published as [in, out] (GPT-2's Conv1D).
         heads_together: shards of tensor-parallel runs hold a joined query, key and value head by head, though the whole
             matrix does not.
@@ -156,25 +156,40 @@ def _norm(architecture: Architecture, name: str) -> _Operator:
 
 def _of_layer(architecture: Architecture, *, heads_together: bool) -> list[_Operator]:
     """The operators of any layer, by their names within it."""
-    parts, shape = architecture.parts, architecture.shape
+    parts = architecture.parts
+    inner: Split = "halves" if architecture.gated and len(parts.mlp_in) == 1 else "column"
 
     def linears(role: Role, names: tuple[str, ...], *splits: Split) -> list[_Operator]:
         biased = role in architecture.biased
         return [_Operator(name, split, True, biased) for name, split in zip(names, splits, strict=True)]
 
-    if len(parts.query_key_value) == 3:
-        narrow: Split = "column" if shape.kv_heads == shape.heads else "key_value"
-        attention = linears("query_key_value", parts.query_key_value, "column", narrow, narrow)
-    elif parts.by_head:
-        attention = linears("query_key_value", parts.query_key_value, "column")
-    else:
-        attention = linears("query_key_value", parts.query_key_value, "by_head" if heads_together else "query_key_value")
-    attention += linears("attention_out", (parts.attention_out,), "row")
-    halves = architecture.gated and len(parts.mlp_in) == 1
-    mlp = linears("mlp_in", parts.mlp_in, *(["halves"] if halves else ["column"] * len(parts.mlp_in)))
-    mlp += linears("mlp_out", (parts.mlp_out,), "row")
-    first = [_norm(architecture, parts.attention_norm)]
-    second = [] if parts.mlp_norm == parts.attention_norm else [_norm(architecture, parts.mlp_norm)]
+    def norms(*names: str | None) -> list[_Operator]:
+        return [_norm(architecture, name) for name in names if name is not None]
+
+    attention = [
+        *linears("query_key_value", parts.query_key_value, *_heads(architecture, heads_together=heads_together)),
+        *linears("attention_out", (parts.attention_out,), "row"),
+        *(_Operator(name) for name in (parts.query_norm, parts.key_norm) if name is not None),
+        *norms(parts.attention_out_norm),
+    ]
+    mlp = [
+        *linears("mlp_in", parts.mlp_in, *[inner] * len(parts.mlp_in)),
+        *linears("mlp_out", (parts.mlp_out,), "row"),
+        *norms(parts.mlp_out_norm),
+    ]
+    first = norms(parts.attention_norm)
+    second = norms(None if parts.mlp_norm == parts.attention_norm else parts.mlp_norm)
     if parts.norms == "between":
         return first + attention + second + mlp
     return first + second + attention + mlp if parts.norms == "first" else attention + mlp + first + second
+
+
+def _heads(architecture: Architecture, *, heads_together: bool) -> tuple[Split, ...]:
+    """How processes share the matrices of queries, keys and values."""
+    parts, shape = architecture.parts, architecture.shape
+    if len(parts.query_key_value) == 3:
+        narrow: Split = "column" if shape.kv_heads == shape.heads else "key_value"
+        return "column", narrow, narrow
+    if parts.by_head:
+        return ("column",)
+    return ("by_head" if heads_together else "query_key_value",)
