@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from autocast import autocast
 
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
@@ -21,6 +20,7 @@ from utils.families import FAMILIES
 from utils.families.glm_layout import SpansText, layout
 from utils.families.tokenizers import load_tokenizer
 from utils.inference.eager import EagerEngine
+from utils.kernels.precision import autocast
 from utils.training.model import TrainingModel
 
 FIXTURE = Path(__file__).parent / "fixtures" / "glm_tiny"
@@ -223,7 +223,7 @@ def test_scores_of_scaled_models_have_room_in_mixed_precision(checkpoint: Checkp
         projection.weight.set_value(projection.weight * 1000)  # scores of millions, hidden states as before
         projection.bias.set_value(projection.bias * 1000)
     batch = {"input_ids": paddle.to_tensor(packed_pair(model)[0][0][None])}
-    with paddle.no_grad(), autocast():
+    with paddle.no_grad(), autocast("float16"):
         assert np.isfinite(GLM.forward_hidden(scaled, batch).numpy()).all()
 
 

@@ -10,15 +10,15 @@ from unittest import mock
 import numpy as np
 import paddle
 import pytest
-from autocast import autocast
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import Tiny, tiny  # noqa: F401
 
+from utils.kernels.loss import summed_loss
+from utils.kernels.precision import autocast
 from utils.parallel.topology import Layout
 from utils.training.batches import batch_sizes, epoch_steps, run_steps
 from utils.training.metrics import likelihood_metrics, text_metrics
-from utils.training.model import summed_loss
 
 
 def test_text_metrics_by_hand() -> None:
@@ -68,7 +68,7 @@ def test_a_broken_model_has_no_loss() -> None:
 def test_a_sound_model_has_its_loss_in_mixed_precision() -> None:
     """50,257 logits of -30 have a sum that no float16 can hold."""
     logits, targets = paddle.full([2, 50_257], -30.0), paddle.to_tensor([1, 50_000])
-    with autocast():
+    with autocast("float16"):
         loss = float(summed_loss(logits, targets))
         broken = float(summed_loss(paddle.full([2, 50_257], math.inf), targets))
     assert loss == float(summed_loss(logits, targets)) == pytest.approx(2 * math.log(50_257), rel=1e-6)

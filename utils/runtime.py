@@ -223,8 +223,14 @@ def use_device(device: str) -> None:
 
 
 def resolve_dtype(asked: str, device: str) -> str:
-    """The floating-point type to compute in: on a CPU, half precision resolves to float32, said once."""
-    if device.startswith("cpu") and asked in ("float16", "bfloat16"):
-        notice(CPU_HALF_PRECISION_NOTICE.format(asked=asked))
-        return "float32"
-    return asked
+    """The floating-point type to compute in: on a CPU, half precision resolves to float32, said once.
+
+    With CPU_HALF_PRECISION=round in the environment it does not, and products are rounded to it: for tests and checks
+    of what a GPU would do, see `utils.kernels.precision`.
+    """
+    if not device.startswith("cpu") or asked not in ("float16", "bfloat16"):
+        return asked
+    if os.environ.get("CPU_HALF_PRECISION") == "round":
+        return asked
+    notice(CPU_HALF_PRECISION_NOTICE.format(asked=asked))
+    return "float32"

@@ -180,87 +180,53 @@ def check_loss(group: Any) -> None:
 
 
 def check_layers(group: Any) -> None:
-    """fleet's layers and PaddleNLP's LoRA layers, each with the part of one weight."""
+    """The embedding and the matrices that ranks share, with and without LoRA, each with the part of one weight."""
     import paddle
     import paddle.nn.functional as F
-    from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+    from utils.kernels.linear import Embedding, LoraLinear, Shard, linear
 
     rank, ranks = group.rank, group.nranks
-    table, first, second, bias = numbers(WORDS, WIDTH), numbers(WIDTH, 8), numbers(8, WIDTH), numbers(WIDTH)
+    shapes = {"table": (WORDS, WIDTH), "w1": (WIDTH, 8), "c1": (8,), "w2": (8, WIDTH), "c2": (WIDTH,)}
+    shapes |= {"a1": (WIDTH, 2), "b1": (2, 8), "a2": (8, 2), "b2": (2, WIDTH)}
+    values = {name: numbers(*shape) for name, shape in shapes.items()}
+    axes = {"table": 0, "w1": 1, "c1": 0, "w2": 0, "b1": 1, "a2": 0}
     words = paddle.to_tensor(np.arange(ROWS)[None] * 5 % WORDS)
 
-    def part(values: np.ndarray, axis: int) -> np.ndarray:
-        return np.split(values, ranks, axis=axis)[rank]
+    def part(name: str, whole: np.ndarray) -> np.ndarray:
+        return np.split(whole, ranks, axis=axes[name])[rank] if name in axes else whole
 
-    plain = [leaf(values) for values in (table, first, second, bias)]
-    wanted = F.linear(F.gelu(F.linear(F.embedding(words, plain[0]), plain[1])), plain[2], plain[3])
-    wanted.square().sum().backward()
-    for gathered in (False, True):  # between the layers
-        embedding = VocabParallelEmbedding(WORDS, WIDTH)
-        column = ColumnParallelLinear(WIDTH, 8, has_bias=False, gather_output=gathered)
-        row = RowParallelLinear(8, WIDTH, has_bias=True, input_is_parallel=not gathered)
-        embedding.weight.set_value(part(table, 0))
-        column.weight.set_value(part(first, 1))
-        row.weight.set_value(part(second, 0))
-        row.bias.set_value(bias)
-        found = row(F.gelu(column(embedding(words))))
+    def check(mine: dict[str, Any], found: Any, scale: float, told: str) -> None:
+        """Output and gradients against those of the whole matrices W + scale * A B."""
+        plain = {name: leaf(whole) for name, whole in values.items()}
+        first, second = (plain[f"w{n}"] + scale * plain[f"a{n}"] @ plain[f"b{n}"] for n in (1, 2))
+        hidden = F.gelu(F.linear(F.embedding(words, plain["table"]), first, plain["c1"]))
+        wanted = F.linear(hidden, second, plain["c2"])
+        wanted.square().sum().backward()
         found.square().sum().backward()
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-5, atol=1e-6)
-        for name, grad, whole, axis in (
-            ("embedding", embedding.weight.grad, plain[0].grad, 0),
-            ("column", column.weight.grad, plain[1].grad, 1),
-            ("row", row.weight.grad, plain[2].grad, 0),
-        ):
-            np.testing.assert_allclose(
-                grad.numpy(), part(whole.numpy(), axis), rtol=1e-5, atol=1e-5, err_msg=f"{name}, {gathered}"
-            )
-        np.testing.assert_allclose(row.bias.grad.numpy(), plain[3].grad.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-5, atol=1e-5, err_msg=told)
+        for name, parameter in mine.items():
+            whole = part(name, plain[name].grad.numpy())
+            np.testing.assert_allclose(parameter.grad.numpy(), whole, rtol=1e-4, atol=1e-4, err_msg=f"{name}, {told}")
 
+    def filled(**parameters: Any) -> dict[str, Any]:
+        for name, parameter in parameters.items():
+            parameter.set_value(part(name, values[name]))
+        return parameters
 
-def check_lora(group: Any) -> None:
-    import paddle
-    import paddle.nn.functional as F
-
-    runtime.load_library()
-    from paddlenlp.peft.lora.lora_layers import ColumnParallelLoRALinear, RowParallelLoRALinear
-
-    rank, ranks = group.rank, group.nranks
-    x, first, second = numbers(ROWS, WIDTH), numbers(WIDTH, 8), numbers(8, WIDTH)
-    low = {
-        name: numbers(*shape)
-        for name, shape in (("a1", (WIDTH, 2)), ("b1", (2, 8)), ("a2", (8, 2)), ("b2", (2, WIDTH)))
-    }
-
-    def part(values: np.ndarray, axis: int) -> np.ndarray:
-        return np.split(values, ranks, axis=axis)[rank]
-
-    plain = {name: leaf(values) for name, values in {"x": x, **low}.items()}
-    hidden = paddle.matmul(plain["x"], paddle.to_tensor(first) + plain["a1"] @ plain["b1"])
-    wanted = paddle.matmul(F.gelu(hidden), paddle.to_tensor(second) + plain["a2"] @ plain["b2"])
-    wanted.square().sum().backward()
-    column = ColumnParallelLoRALinear(WIDTH, 8, r=2, lora_alpha=2, has_bias=False, gather_output=False)
-    row = RowParallelLoRALinear(8, WIDTH, r=2, lora_alpha=2, has_bias=False, input_is_parallel=True)
-    for parameter, values in (
-        (column.weight, part(first, 1)),
-        (row.weight, part(second, 0)),
-        (column.lora_A, low["a1"]),
-        (column.lora_B, part(low["b1"], 1)),
-        (row.lora_A, part(low["a2"], 0)),
-        (row.lora_B, low["b2"]),
-    ):
-        parameter.set_value(values)
-    mine = leaf(x)
-    found = row(F.gelu(column(mine)))
-    found.square().sum().backward()
-    np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-5, atol=1e-5)
-    for name, grad, whole in (
-        ("x", mine.grad, plain["x"].grad.numpy()),
-        ("a1", column.lora_A.grad, plain["a1"].grad.numpy()),
-        ("b1", column.lora_B.grad, part(plain["b1"].grad.numpy(), 1)),
-        ("a2", row.lora_A.grad, part(plain["a2"].grad.numpy(), 0)),
-        ("b2", row.lora_B.grad, plain["b2"].grad.numpy()),
-    ):
-        np.testing.assert_allclose(grad.numpy(), whole, rtol=1e-4, atol=1e-4, err_msg=name)
+    embedding = Embedding(WORDS, WIDTH, group)
+    column, row = linear(WIDTH, 8, shard=Shard("column", group)), linear(8, WIDTH, shard=Shard("row", group))
+    both = {"w1": column.weight, "c1": column.bias, "w2": row.weight, "c2": row.bias}
+    mine = filled(table=embedding.weight, **both)
+    check(mine, row(F.gelu(column(embedding(words)))), 0.0, "plain")
+    column, row = (LoraLinear(layer, 2, 0.5, dropout=1e-9) for layer in (column, row))
+    mine = filled(a1=column.lora_A, b1=column.lora_B, a2=row.lora_A, b2=row.lora_B)
+    for fused in (True, False):
+        for parameter in (embedding.weight, *mine.values()):
+            parameter.clear_gradient()
+        column.dropout = row.dropout = 0.0 if fused else 1e-9
+        found = row(F.gelu(column(embedding(words))))
+        check({"table": embedding.weight, **mine}, found, 0.5, f"LoRA, fused {fused}")
 
 
 # --- pipeline, inputs, seeds -------------------------------------------------------------------------
@@ -386,14 +352,13 @@ def four() -> None:
 
 
 def two() -> None:
-    """Signals; PaddleNLP's layers, which take long to load; then rank 1 dies while rank 0 waits for it."""
+    """Signals; then rank 1 dies while rank 0 waits for it."""
     import paddle
     import paddle.distributed as dist
 
     report, layout = Report(), layout_of(tensor=2)
     ours = peers.start(layout, "cpu")
     report("signals", check_signals, ours)
-    report("lora", check_lora, ours.groups.tensor)
     if layout.rank == 1:
         time.sleep(0.5)
         peers.end(3)

@@ -1,23 +1,16 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and LoRA+ (arXiv:2402.12354).
-
-The layers are PaddleNLP's; selection of targets, files and checks are ours.
-"""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and LoRA+ (arXiv:2402.12354)."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
-from paddle import Tensor
-from paddlenlp.peft import LoRAConfig, LoRAModel
-from paddlenlp.transformers.model_utils import dtype_guard
+from paddle import nn
 
 from utils.adapters.check import LORA_CONFIG
 from utils.adapters.fill import fill_parameters
@@ -30,7 +23,37 @@ from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import some
 from utils.errors import UserError
 from utils.families import FamilySpec
+from utils.kernels.linear import Linear, LoraLinear, replace_layer
 from utils.partition.tensor import Held
+
+# What other toolchains know of an adapter and ours does not have; their readers ask for these keys.
+_OTHER_SETTINGS: dict[str, Any] = {
+    "do_qat": False,
+    "enable_lora_list": None,
+    "head_dim": None,
+    "lora_use_mixer": False,
+    "loraga": False,
+    "merge_weights": False,
+    "pissa": False,
+    "trainable_bias": None,
+    "trainable_modules": None,
+    "use_mora": False,
+}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with LoRA layers in it.
+
+    Attributes:
+        plus_scale: learning rate of B, in that of A (LoRA+).
+        dtype: of A and B.
+    """
+
+    model: Any
+    settings: LoraSettings
+    plus_scale: float
+    dtype: str
 
 
 def add_lora(
@@ -47,7 +70,7 @@ def add_lora(
     seed: int = 0,
     dtype: str | None = None,
     held: Held | None = None,
-) -> LoRAModel:
+) -> Adapted:
     """Puts LoRA layers into `model` (in place) and freezes everything else.
 
     Args:
@@ -61,7 +84,7 @@ def add_lora(
         held: what this rank holds of `model`, if not all.
     """
     if linears is None:
-        found = [name for name, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)]
+        found = [name for name, layer in model.named_sublayers() if isinstance(layer, (nn.Linear, Linear))]
         linears = [name for name in found if name != family.head]
     patterns = target_patterns(linears, targets or family.lora_targets)
     settings = LoraSettings(rank, 2 * rank if alpha is None else alpha, rslora, dropout, tuple(patterns))
@@ -77,54 +100,21 @@ def _adapted(
     lora_plus_scale: float,
     dtype: str | None,
     held: Held | None,
-) -> LoRAModel:
-    """`model` with a LoRA layer in the place of those of `layers` that it has; everything else is frozen.
-
-    The library's own way gives all layers one rank and one alpha. Layers whose weights have another type compute in
-    that of their base.
-    """
-    config = LoRAConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        rslora=settings.rslora,
-        lora_plus_scale=lora_plus_scale,
-        dtype=dtype or model.config.dtype,
-        use_quick_lora=_quick(settings.dropout, held),
-    )
-    adapted = LoRAModel(model, config)
+) -> Adapted:
+    """`model` with a LoRA layer in the place of those of `layers` that it has; everything else is frozen."""
+    dtype = dtype or model.config.dtype
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
     wanted = set(layers)
-    with dtype_guard(config.dtype):
-        for name in [name for name, _ in model.named_sublayers() if name in wanted]:
-            own = replace(config, r=settings.rank_of(name), lora_alpha=settings.alpha_of(name))
-            adapted._find_and_replace_module(model, name, own, None)
-    adapted.mark_only_lora_as_trainable()
-    config.target_modules = list(settings.targets)
-    adapted.settings = settings
-    for layer in adapted.model.sublayers():
-        if hasattr(layer, "lora_A") and layer.lora_A.dtype != layer.weight.dtype:
-            layer.forward = partial(_in_type_of_base, layer, layer.forward)
-    return adapted
+    for name, layer in list(model.named_sublayers()):
+        if name in wanted:
+            rank, scale = settings.rank_of(name), settings.scale_of(name)
+            options = {"dropout": settings.dropout, "dtype": dtype, "rate_of_b": lora_plus_scale}
+            replace_layer(model, name, LoraLinear(layer, rank, scale, **options))
+    return Adapted(model, settings, lora_plus_scale, dtype)
 
 
-def _in_type_of_base(layer: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    for name in ("lora_A", "lora_B"):  # what the library's forward reads comes before the parameters of these names
-        layer.__dict__[name] = layer._parameters[name].astype(layer.weight.dtype)
-    try:
-        return forward(x)
-    finally:
-        del layer.__dict__["lora_A"], layer.__dict__["lora_B"]
-
-
-def _quick(dropout: float, held: Held | None) -> bool:
-    """Whether the library's fused forward and backward of a LoRA layer can be used.
-
-    It has no dropout, and asks Paddle for operators of tensor parallelism that are no longer there.
-    """
-    return dropout == 0.0 and (held is None or held.parts.degree == 1)
-
-
-def _draw(adapted: LoRAModel, seed: int, held: Held | None) -> None:
+def _draw(adapted: Adapted, seed: int, held: Held | None) -> None:
     """Draws A of every layer anew, by the layer's name: it starts alike however processes share the layers.
 
     The distribution is the library's, Kaiming's uniform one with a = sqrt(5). B starts with zeros.
@@ -139,11 +129,14 @@ def _draw(adapted: LoRAModel, seed: int, held: Held | None) -> None:
         fill(parameter, values if held is None else held.parts.cut(name, values))
 
 
-def describe_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
+def describe_lora(folder: Path, adapted: Adapted, base: Checkpoint) -> None:
     """Writes the `lora_config.json` that belongs beside the weights of `lora_parameters`."""
     config = {
-        **adapted.lora_config.to_dict(),
+        **_OTHER_SETTINGS,
         **adapted.settings.to_json(),
+        "dtype": adapted.dtype,
+        "lora_plus_scale": adapted.plus_scale,
+        "use_quick_lora": not adapted.settings.dropout,
         "tensor_parallel_degree": -1,  # files hold whole tensors
         "base_model_name_or_path": base.name,
         "base_fingerprint": fingerprint(base),
@@ -151,12 +144,12 @@ def describe_lora(folder: Path, adapted: LoRAModel, base: Checkpoint) -> None:
     atomic_write(folder / LORA_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def lora_parameters(adapted: LoRAModel) -> dict[str, Any]:
+def lora_parameters(adapted: Adapted) -> dict[str, Any]:
     """The weights of the LoRA layers, by their names in files."""
     return {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
 
 
-def restore_lora(adapted: LoRAModel, adapter: LoraAdapter, held: Held | None = None) -> None:
+def restore_lora(adapted: Adapted, adapter: LoraAdapter, held: Held | None = None) -> None:
     """Fills the LoRA weights of `adapted` from an adapter with the same settings.
 
     Args:
@@ -180,7 +173,7 @@ def load_lora(
     lora_plus_scale: float = 1.0,
     dtype: str | None = None,
     held: Held | None = None,
-) -> LoRAModel:
+) -> Adapted:
     """`model` with the LoRA layers of an adapter in it, weights filled, ready to run or train.
 
     Args:

@@ -11,6 +11,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
+from utils.kernels import precision
+
 
 def segment_lengths(ends: np.ndarray) -> list[int]:
     """Lengths of the consecutive segments of one row.
@@ -69,9 +71,9 @@ def packed_attention(
         parts = []
         for qs, ks, vs in zip(*(paddle.split(x, list(lengths), axis=1) for x in tensors), strict=True):
             n = qs.shape[1]
-            scores = paddle.matmul(qs, ks, transpose_y=True).astype("float32") + added[:, :n, :n]
+            scores = precision.matmul(qs, ks, transpose_y=True).astype("float32") + added[:, :n, :n]
             weights = F.softmax(scores, axis=-1).astype(vs.dtype)
-            parts.append(paddle.matmul(F.dropout(weights, dropout) if dropout else weights, vs))
+            parts.append(precision.matmul(F.dropout(weights, dropout) if dropout else weights, vs))
         outputs.append(paddle.concat(parts, axis=1).transpose([1, 0, 2]).reshape([length, heads * head_dim]))
     return paddle.stack(outputs)
 
@@ -91,7 +93,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     batch, length, heads, head_dim = query.shape
     seen = key.shape[1]
     q, k, v = (x.transpose([0, 2, 1, 3]) for x in (query * (1.0 / math.sqrt(head_dim)), key, value))
-    scores = paddle.matmul(q, k, transpose_y=True).astype("float32")
+    scores = precision.matmul(q, k, transpose_y=True).astype("float32")
     if mask is None:
         mask = paddle.triu(paddle.full([1, 1, length, seen], -1e30, dtype="float32"), diagonal=1 + seen - length)
     if length != 1:  # tiled: adding a mask broadcast over the heads takes ten times as long on CPUs
@@ -99,7 +101,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         mask = paddle.tile(mask, [batch // mask.shape[0], heads // mask.shape[1], 1, 1])
     weights = F.softmax(scores + mask.astype("float32"), axis=-1).astype(v.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
-    return paddle.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_dim])
+    return precision.matmul(weights, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_dim])
 
 
 def every_head(x: Tensor, heads: int, group: int, rank: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the layers of a model replaced by fleet's, each rank with its part of the weights.
+"""Tensor parallelism: the layers of a model replaced by shared ones, each rank with its part of the weights.
 
 One way for all families, by the rules of their weights (`Weight.split`): no family knows that it is shared.
 Hidden states between layers are whole on every rank.
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor, nn
-from paddle.distributed.fleet.layers.mpu import mp_layers
 
 from utils.checkpoints.load import fill
 from utils.checkpoints.shards import axis_of, part_length, split
 from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
+from utils.kernels.linear import Embedding, Linear, Shard, linear, mark_part, replace_layer
 from utils.parallel.peers import Alone
 from utils.partition.parts import Parts
 from utils.partition.stages import names_elsewhere, own_parts, tied_name
@@ -41,15 +41,10 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         if kind != "weight" or parts.rule(name) is None:
             continue
         old = attrgetter(path)(model)
-        new = _shared(old, parts.rule(name), group, parts.degree)
+        new = _shared(old, parts.rule(name), group)
         if new is None:
             continue
-        owner, _, last = path.rpartition(".")
-        parent = attrgetter(owner)(model) if owner else model
-        if last.isdigit():
-            parent[int(last)] = new
-        else:
-            setattr(parent, last, new)
+        replace_layer(model, path, new)
         for kind in ("weight", "bias"):
             if (parameter := getattr(old, kind, None)) is not None:
                 replaced[id(parameter)] = getattr(new, kind)
@@ -68,25 +63,22 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
     model.key_value_group = group if parts.shares_key_value else None
 
 
-def _shared(old: nn.Layer, rule: Any, group: Any, degree: int) -> nn.Layer | None:
-    """Fleet's layer in the place of one of ours; None if it is none that fleet has."""
-    if isinstance(old, nn.Embedding):
-        count, width = old.weight.shape
-        return mp_layers.VocabParallelEmbedding(count, width, mp_group=group)
-    if not isinstance(old, nn.Linear):
-        return None
-    ins, outs = old.weight.shape
-    biased = old.bias is not None
-    if rule == "row":
-        return mp_layers.RowParallelLinear(ins, outs, has_bias=biased, input_is_parallel=True, mp_group=group)
-    return mp_layers.ColumnParallelLinear(ins, outs, has_bias=biased, gather_output=False, mp_group=group)
+def _shared(old: nn.Layer, rule: Any, group: Any) -> nn.Layer | None:
+    """The shared layer in the place of another one; None if there is none, as for heads. Nothing is allocated."""
+    with paddle.LazyGuard():
+        if isinstance(old, (nn.Embedding, Embedding)):
+            return Embedding(*old.weight.shape, group)
+        if not isinstance(old, (nn.Linear, Linear)):
+            return None
+        shard = Shard("row" if rule == "row" else "column", group)
+        return linear(*old.weight.shape, bias=old.bias is not None, shard=shard)
 
 
 def _part_of(parameter: Any, parts: Parts, name: str) -> Any:
     shape, axis = list(parameter.shape), axis_of(parts.rule(name), len(parameter.shape))
     shape[axis] //= parts.degree
     part = nn.Layer().create_parameter(shape, dtype=parameter.dtype)
-    part.is_distributed, part.split_axis = True, axis
+    mark_part(part, axis)
     part.stop_gradient = parameter.stop_gradient
     return part
 

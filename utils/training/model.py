@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Any
 
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from utils.adapters.prefix import PrefixTuning
@@ -16,7 +15,7 @@ from utils.data.encode import IGNORED
 from utils.families import FamilySpec
 from utils.families.models.decoder import run_layers
 from utils.kernels import split
-from utils.kernels.precision import in_own_type
+from utils.kernels.loss import summed_loss
 from utils.partition.stages import Part
 
 
@@ -135,10 +134,7 @@ class TrainingModel(nn.Layer):
 
     def summed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) of what `supervised` returned."""
-        if self.vocabulary_group is None:
-            return summed_loss(logits, targets)
-        with in_own_type():
-            return split.cross_entropy(logits, targets, self.vocabulary_group).sum()
+        return summed_loss(logits, targets, self.vocabulary_group)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the losses (float32 scalar, in nats) over the targets of a batch, see `supervised`."""
@@ -190,17 +186,3 @@ class Head(nn.Layer):
     def forward(self, hidden: Tensor) -> Tensor:
         family, base = self.parts
         return family.logits(base, hidden)
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies (float32 scalar, in nats) of logits [n, vocabulary] at targets [n].
-
-    Paddle's operator for CPUs answers NaN and infinite logits with a finite loss, in silence: the loss
-    of a broken model would look like that of a guessing one. Here it is NaN.
-    """
-    with in_own_type():  # a vocabulary of 50,000 logits of -30 has no sum in float16
-        logits = logits.astype("float32")
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        with paddle.no_grad():
-            broken = paddle.matmul(logits, paddle.ones([logits.shape[-1], 1])).sum() * 0.0
-        return loss + broken
