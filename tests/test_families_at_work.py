@@ -125,7 +125,7 @@ def test_a_merged_adapter_answers_as_base_and_adapter(shop: Workshop) -> None:
     )
     base = locate(shop.tiny.model)
     adapted = load_lora(load_model(base, "float32"), read_lora(adapter, base))
-    adapted.eval()
+    adapted.model.eval()
     whole = locate(merged)
     alone = load_model(whole, "float32")
     for example in shop.examples()[:3]:

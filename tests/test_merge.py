@@ -90,7 +90,7 @@ def adapted_logits(base: Checkpoint, adapter: Path, ids: np.ndarray) -> np.ndarr
 
     model = load_model(base, "float32")
     adapted = load_lora(model, read_lora(adapter, base))
-    adapted.eval()
+    adapted.model.eval()
     return forward(base.family, adapted.model, ids)
 
 

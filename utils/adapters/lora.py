@@ -108,9 +108,15 @@ def _adapted(
     wanted = set(layers)
     for name, layer in list(model.named_sublayers()):
         if name in wanted:
-            rank, scale = settings.rank_of(name), settings.scale_of(name)
-            options = {"dropout": settings.dropout, "dtype": dtype, "rate_of_b": lora_plus_scale}
-            replace_layer(model, name, LoraLinear(layer, rank, scale, **options))
+            change = LoraLinear(
+                layer,
+                settings.rank_of(name),
+                settings.scale_of(name),
+                dropout=settings.dropout,
+                dtype=dtype,
+                rate_of_b=lora_plus_scale,
+            )
+            replace_layer(model, name, change)
     return Adapted(model, settings, lora_plus_scale, dtype)
 
 

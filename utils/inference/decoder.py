@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils.inference.fuse import Read, Weights, first_half, own_architecture, second_half, whole
 from utils.kernels import in_place
 from utils.kernels import inference as kernels
+from utils.kernels.arrays import fixed
 from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
 from utils.partition.parts import Parts
 
@@ -96,7 +97,7 @@ class Decoder(nn.Layer):
             bias = weights.bias(architecture.head)
             self.head = weights.table(architecture.head, bias, turned=not architecture.head_is_table)
         if architecture.slopes is not None:
-            self.slopes = kernels.fixed(paddle.to_tensor(architecture.slopes))
+            self.slopes = fixed(paddle.to_tensor(architecture.slopes))
         rotaries = [architecture.rotary, None if architecture.local is None else architecture.local.rotary]
         self.turns = nn.LayerList(_Rotary(rotary, shape, dtype) for rotary in rotaries if rotary is not None)
         self.activation = kernels.activation(architecture.activation)
@@ -256,10 +257,10 @@ class _Rotary(nn.Layer):
         swap[np.arange(half) + half, np.arange(half)] = -1.0
         swap[np.arange(half), np.arange(half) + half] = 1.0
         # x @ swap = (-second half, first half): a product is faster than cutting and joining
-        self.swap = kernels.fixed(paddle.to_tensor(swap).astype(dtype))
-        self.inverse = kernels.fixed(paddle.to_tensor(rotary.inverse.reshape(-1, 1, 1, half)))
+        self.swap = fixed(paddle.to_tensor(swap).astype(dtype))
+        self.inverse = fixed(paddle.to_tensor(rotary.inverse.reshape(-1, 1, 1, half)))
         if rotary.stretch_power is not None:
-            self.stretch_power = kernels.fixed(paddle.to_tensor(rotary.stretch_power))
+            self.stretch_power = fixed(paddle.to_tensor(rotary.stretch_power))
 
     def angles(self, positions: Tensor, stretch: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin of queries, keys and values, each [batch, heads + 2 * kv_heads, length, head_dim]: spread

@@ -13,7 +13,9 @@ from paddle import Tensor, nn
 from utils.checkpoints.tensors import cast
 from utils.kernels import in_place
 from utils.kernels import inference as kernels
-from utils.kernels.shared import SharedRows, SharedTable
+from utils.kernels.arrays import fixed
+from utils.kernels.linear import Linear, Shard, fixed_linear
+from utils.kernels.shared import SharedTable
 from utils.model.architecture import Architecture, LayerNames, ModelShape
 from utils.partition.parts import Parts
 
@@ -53,7 +55,7 @@ class HeadNorms(kernels.Operator):
 class _Normed(kernels.Operator):
     """A product with a norm behind it."""
 
-    def __init__(self, product: kernels.Linear | SharedRows, norm: kernels.Norm) -> None:
+    def __init__(self, product: Linear, norm: kernels.Norm) -> None:
         super().__init__()
         self.product, self.norm = product, norm
 
@@ -109,7 +111,7 @@ class Weights:
 
     def fixed(self, name: str) -> Tensor:
         """A parameter as one that is not trained."""
-        return self._once((name,), lambda: kernels.fixed(self._tensor(self._read(name))))
+        return self._once((name,), lambda: fixed(self._tensor(self._read(name))))
 
     def bias(self, weight: str) -> Tensor | None:
         """The bias beside a parameter called "NAME.weight", if there is one."""
@@ -138,14 +140,16 @@ class Weights:
             bias = bias.split(self._parts.degree)[self._parts.rank]
         return SharedTable(own, bias, self._group)
 
-    def rows(self, source: str) -> kernels.Linear | SharedRows:
+    def rows(self, source: str) -> Linear:
         """A Linear of whose inputs a rank has its part."""
         if self._parts is None:
             return self.linear(source)
         weight = f"{source}.weight"
         return self._once(
             (weight,),
-            lambda: SharedRows(self._tensor(self._own(self._read(weight), 0)), self.bias(weight), self._group),
+            lambda: fixed_linear(
+                self._tensor(self._own(self._read(weight), 0)), self.bias(weight), shard=Shard("row", self._group)
+            ),
         )
 
     def output(self, source: str, norm: str | None) -> kernels.Product:
@@ -153,7 +157,7 @@ class Weights:
         rows = self.rows(source)
         return rows if norm is None else _Normed(rows, self.norm(norm))
 
-    def linear(self, source: str) -> kernels.Linear:
+    def linear(self, source: str) -> Linear:
         return self.joined((source,))
 
     def norm(self, source: str) -> kernels.Norm:
@@ -201,7 +205,7 @@ class Weights:
         self,
         sources: tuple[str, ...],
         arrange: Callable[[np.ndarray], np.ndarray] = whole,
-    ) -> kernels.Linear:
+    ) -> Linear:
         """Several Linears side by side as one. Some may lack a bias: theirs is 0.
 
         Args:
@@ -209,19 +213,19 @@ class Weights:
         """
         return self._once([f"{source}.weight" for source in sources], lambda: self._joined(sources, arrange))
 
-    def _joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> kernels.Linear:
+    def _joined(self, sources: tuple[str, ...], arrange: Callable[[np.ndarray], np.ndarray]) -> Linear:
         weights = [self._read(f"{source}.weight") for source in sources]
         sizes = [weight.shape[1] for weight in weights]
         values = arrange(weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1))
         del weights
         matrix = self._tensor(values)
         if not any(f"{source}.bias" in self._known for source in sources):
-            return kernels.Linear(matrix)
+            return fixed_linear(matrix)
         biases = [
             self._read(f"{source}.bias") if f"{source}.bias" in self._known else np.zeros(size, np.float32)
             for source, size in zip(sources, sizes, strict=True)
         ]
-        return kernels.Linear(matrix, self._tensor(arrange(np.concatenate(biases)[None])[0]))
+        return fixed_linear(matrix, self._tensor(arrange(np.concatenate(biases)[None])[0]))
 
     def by_part(self, names: LayerNames) -> Callable[[np.ndarray], np.ndarray]:
         """Arranges the columns of query, key and value: by part, in `Rotary.order`, the scale in the query unless it

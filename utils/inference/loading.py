@@ -387,9 +387,7 @@ def _library_model(prepared: Prepared, held: Held | None, beside: Any) -> tuple[
     if lora is not None:
         from utils.adapters.lora import load_lora
 
-        adapted = load_lora(model, lora, held=held)
-        adapted.eval()
-        model = adapted.model
+        load_lora(model, lora, held=held)
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix
 

@@ -32,3 +32,8 @@ def shared(array: NDArray[Any]) -> Tensor:
     tensor = paddle.empty([0], dtype=str(array.dtype))
     tensor.get_tensor().set(array, paddle.CPUPlace(), True)
     return tensor
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """A tensor as a parameter that is not trained: the tracer of static programs takes no other for a constant."""
+    return paddle.base.framework.EagerParamBase.from_tensor(tensor, trainable=False)

@@ -20,6 +20,7 @@ from paddle.incubate.nn.functional import fused_rms_norm
 
 from utils.errors import UserError
 from utils.kernels import in_place
+from utils.kernels.arrays import fixed
 
 HIDDEN = -1e30  # added to the score of a key that is not seen
 BLOCK = 128  # tokens whose attention is computed together
@@ -47,40 +48,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def fixed(tensor: Tensor) -> Tensor:
-    """A tensor as a parameter that is not trained: the tracer of static programs takes no other for a constant."""
-    return paddle.base.framework.EagerParamBase.from_tensor(tensor, trainable=False)
-
-
 class Operator(nn.Layer):
     """A layer without hooks. Its tensors are its parameters and are read by `self.`: so the tracer finds them."""
 
     def __call__(self, x: Tensor) -> Tensor:  # the library's costs as much as a small operator
         return self.forward(x)
-
-
-class Linear(Operator):
-    """x @ weight [in, out] + bias [out], if there is one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = fixed(weight)
-        self.on_cpu = weight.place.is_cpu_place()
-        self.has_bias = bias is not None
-        if bias is not None:
-            self.bias = fixed(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        y = paddle.matmul(x, self.weight)
-        return in_place.add(y, self.bias) if self.has_bias else y
-
-    def added(self, x: Tensor, base: Tensor) -> Tensor:
-        """base + what `forward` gives, of many tokens: [n, in], [n, out] -> [n, out]. `base` may be overwritten."""
-        if not self.on_cpu:
-            return in_place.add(base, self(x))
-        y = in_place.add_product(base, x, self.weight)
-        return in_place.add(y, self.bias) if self.has_bias else y
 
 
 class Table(Operator):
@@ -117,7 +89,7 @@ class Table(Operator):
 
 
 class Product(Protocol):
-    """A Linear, or one that tensor-parallel ranks share."""
+    """A matrix, or one with a norm behind it."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

@@ -16,18 +16,27 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from utils.kernels import precision, split
+from utils.kernels import in_place, precision, rings, split
+from utils.kernels.arrays import fixed
 
 
 class Format(Protocol):
     """How the weights W [in, out] of a matrix are stored."""
 
-    def create(self, layer: nn.Layer, ins: int, outs: int) -> dict[str, Tensor]:
-        """The parameters of a new matrix, by their names in the layer."""
+    def create(self, ins: int, outs: int, dtype: Any) -> dict[str, Tensor]:
+        """The parameters of a new matrix, by their names in the layer; `dtype` is None for Paddle's default."""
+        ...
+
+    def store(self, weight: Tensor) -> dict[str, Tensor]:
+        """As `create`, with the values of a dense matrix, which are not trained."""
         ...
 
     def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ W + bias: [..., in] -> [..., out]."""
+        ...
+
+    def added(self, layer: Any, x: Tensor, base: Tensor) -> Tensor:
+        """base + x @ W of many tokens, without a gradient: [n, in], [n, out] -> [n, out]. `base` is lost."""
         ...
 
     def values(self, layer: Any) -> Tensor:
@@ -38,15 +47,26 @@ class Format(Protocol):
 class Dense:
     """Numbers in a floating-point type: `weight` [in, out]."""
 
-    def create(self, layer: nn.Layer, ins: int, outs: int) -> dict[str, Tensor]:
-        return {"weight": layer.create_parameter([ins, outs])}
+    def create(self, ins: int, outs: int, dtype: Any) -> dict[str, Tensor]:
+        return {"weight": nn.Layer().create_parameter([ins, outs], dtype=dtype)}
+
+    def store(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": fixed(weight)}
 
     def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         half = precision.rounded_to(x, layer.weight)
-        if half is None:
+        if half is not None:
+            y = precision.matmul(x, layer.weight)
+            return y if bias is None else y + precision.cast(bias, half)
+        if paddle.in_dynamic_mode():
             return F.linear(x, layer.weight, bias)
-        y = precision.matmul(x, layer.weight)
-        return y if bias is None else y + precision.cast(bias, half)
+        y = paddle.matmul(x, layer.weight)
+        return y if bias is None else in_place.add(y, bias)
+
+    def added(self, layer: Any, x: Tensor, base: Tensor) -> Tensor:
+        if not precision.on_cpu() or precision.rounded_to(x, layer.weight) is not None:
+            return in_place.add(base, self.product(layer, x, None))
+        return in_place.add_product(base, x, layer.weight)
 
     def values(self, layer: Any) -> Tensor:
         return layer.weight
@@ -111,8 +131,16 @@ class Linear(nn.Layer):
         """The product with what `_taken` gives."""
         if self.shard is None or self.shard.kind == "column":
             return self.product(x, self.bias)
-        y = split.summed(self.product(x, None), self.shard.group)
+        y = (split if paddle.in_dynamic_mode() else rings).summed(self.product(x, None), self.shard.group)
         return y if self.bias is None else y + self.bias
+
+    def added(self, x: Tensor, base: Tensor) -> Tensor:
+        """base + what `forward` gives, of many tokens without a gradient: [n, in], [n, out] -> [n, out]. `base` is
+        lost."""
+        if self.shard is not None:  # what ranks give is summed first
+            return in_place.add(base, self(x))
+        y = self.format.added(self, x, base)
+        return y if self.bias is None else in_place.add(y, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ W + bias, of this rank alone."""
@@ -132,17 +160,28 @@ def linear(
     sizes = [ins, outs]
     if shard is not None:
         sizes[shard.axis] //= shard.group.nranks
-    layer = nn.Layer(dtype=dtype or paddle.get_default_dtype())
     kind = FORMATS[format]
-    parameters = kind.create(layer, *sizes)
+    parameters = kind.create(sizes[0], sizes[1], dtype)
     if shard is not None:
         for parameter in parameters.values():
             mark_part(parameter, shard.axis)
     if bias:
-        parameters["bias"] = layer.create_parameter([sizes[1]], is_bias=True)
+        parameters["bias"] = nn.Layer().create_parameter([sizes[1]], dtype=dtype, is_bias=True)
         if shard is not None and shard.kind == "column":
             mark_part(parameters["bias"], 0)
     return Linear(parameters, kind, shard)
+
+
+def fixed_linear(
+    weight: Tensor, bias: Tensor | None = None, *, format: str = "dense", shard: Shard | None = None
+) -> Linear:
+    """A matrix of given values that is not trained.
+
+    Args:
+        weight, bias: [in, out] and [out] of this rank.
+    """
+    parameters = FORMATS[format].store(weight)
+    return Linear(parameters if bias is None else {**parameters, "bias": fixed(bias)}, FORMATS[format], shard)
 
 
 def mark_part(parameter: Any, axis: int) -> None:
@@ -262,7 +301,7 @@ class Embedding(nn.Layer):
         Args:
             vocabulary: of the whole table.
         """
-        super().__init__(dtype=paddle.get_default_dtype())
+        super().__init__()
         self.vocabulary, self.group = vocabulary, group
         ranks = 1 if group is None else group.nranks
         self.weight = self.create_parameter([vocabulary // ranks, width])

@@ -1,4 +1,4 @@
-"""Operators of the generic decoder of which every tensor-parallel rank has a part; what they return is whole."""
+"""The table of the generic decoder of which every tensor-parallel rank has a part; what it returns is whole."""
 
 from __future__ import annotations
 
@@ -7,35 +7,8 @@ from typing import Any
 import paddle
 from paddle import Tensor
 
-from utils.kernels import in_place
-from utils.kernels.inference import Linear, Operator, Table, fixed
+from utils.kernels.inference import Operator, Table
 from utils.kernels.rings import gathered, summed
-
-
-class SharedRows(Operator):
-    """x @ weight + bias, where a rank has some columns of x and these rows of the weight."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Any) -> None:
-        """
-        Args:
-            weight: [in / ranks, out].
-            bias: [out], which is added once.
-            group: of the ranks.
-        """
-        super().__init__()
-        self.part, self.group = Linear(weight), group
-        self.has_bias = bias is not None
-        if bias is not None:
-            self.bias = fixed(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in / ranks] -> [..., out]."""
-        y = summed(self.part(x), self.group)
-        return in_place.add(y, self.bias) if self.has_bias else y
-
-    def added(self, x: Tensor, base: Tensor) -> Tensor:
-        """base + what `forward` gives, which must be summed over the ranks first."""
-        return in_place.add(base, self(x))
 
 
 class SharedTable(Operator):

@@ -67,11 +67,13 @@ def _shared(old: nn.Layer, rule: Any, group: Any) -> nn.Layer | None:
     """The shared layer in the place of another one; None if there is none, as for heads. Nothing is allocated."""
     with paddle.LazyGuard():
         if isinstance(old, (nn.Embedding, Embedding)):
-            return Embedding(*old.weight.shape, group)
+            vocabulary, width = old.weight.shape
+            return Embedding(vocabulary, width, group)
         if not isinstance(old, (nn.Linear, Linear)):
             return None
         shard = Shard("row" if rule == "row" else "column", group)
-        return linear(*old.weight.shape, bias=old.bias is not None, shard=shard)
+        ins, outs = old.weight.shape
+        return linear(ins, outs, bias=old.bias is not None, shard=shard)
 
 
 def _part_of(parameter: Any, parts: Parts, name: str) -> Any:
