@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 from utils.arguments import ExportArguments, parse
 from utils.errors import run_script
-from utils.inference.export import check_target, export, run_command
+from utils.inference.export import check_target, export
 from utils.inference.loading import check_model_type, prepare
+from utils.inference.manifest import run_command
 from utils.inference.verify import verify_export
 from utils.parallel.peers import start
 from utils.parallel.topology import Layout

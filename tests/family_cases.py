@@ -14,14 +14,14 @@ import numpy as np
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
-from utils.families import Layers
-from utils.families.text import places
-from utils.inference.cached import CachedEngine, Program
-from utils.inference.eager import EagerEngine
-from utils.inference.engine import Engine, Prefix
-from utils.inference.export import FORMAT, Manifest, paddle_version, save_program
-from utils.inference.loading import Prepared, load_program, prefix_array
-from utils.inference.programs import DynamicProgram, StaticProgram
+from utils.inference.cached import CachedEngine, DynamicProgram, Program
+from utils.inference.engine import Engine
+from utils.inference.export import save_program
+from utils.inference.loading import Prepared, load_program
+from utils.inference.manifest import FORMAT, Manifest, paddle_version
+from utils.inference.static import StaticProgram
+from utils.parallel.peers import Alone
+from utils.training.answers import engine_over
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/reference.npz"))
@@ -81,59 +81,51 @@ def random_prefix(checkpoint: Checkpoint, length: int = 5) -> PrefixTuning:
     return prefix
 
 
-def hidden_logits(family: Any, model: Any, ids: np.ndarray, prefix: PrefixTuning | None = None) -> np.ndarray:
-    """Logits [batch, length, vocabulary] of the training forward."""
+def hidden_logits(
+    family: Any,
+    model: Any,
+    ids: np.ndarray,
+    prefix: PrefixTuning | None = None,
+    positions: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Logits [batch, length, vocabulary] of the training forward; the tokens may stand at positions of one's choice."""
     import paddle
 
     batch = {"input_ids": paddle.to_tensor(np.asarray(ids, dtype=np.int64))}
+    if positions is not None:
+        batch["position_ids"] = paddle.to_tensor(np.array([positions]))
     with paddle.no_grad():
         hidden = family.forward_hidden(model, batch, None if prefix is None else prefix.cache(len(ids)))
         return family.logits(model, hidden).numpy()
 
 
-def placed_logits(
-    family: Any, model: Any, ids: Sequence[int], positions: Sequence[int], cache: Layers | None = None
-) -> tuple[np.ndarray, Layers]:
-    """(logits [length, vocabulary], cache) of one causal text whose tokens stand at positions of one's choice.
-
-    They see all of the cache, which comes before them.
-    """
-    import paddle
-
-    cached = 0 if cache is None else cache[0][0].shape[1]
-    keys = np.arange(cached + len(ids))[None]
-    standing = np.array(positions)[None, None]
-    known = places(standing, keys[:, cached:], keys, np.zeros(1, np.int64), np.ones(1, np.float32), None)
-    with paddle.no_grad():
-        hidden, cache = family.decode(model, paddle.to_tensor([list(ids)], dtype="int64"), known, cache)
-        return family.logits(model, hidden).numpy()[0], cache
-
-
 # --- engines ------------------------------------------------------------------------------------------
 
 
-def eager(case: Case, prefix: Prefix | None = None) -> Engine:
-    return EagerEngine(case.checkpoint.family, case.model, case.checkpoint.config, prefix=prefix)
+def plain_engine(checkpoint: Checkpoint, model: Any, prefix: PrefixTuning | None = None) -> CachedEngine:
+    """Over a model that is there already."""
+    return engine_over(checkpoint.family, model, checkpoint.config, Alone(), prefix=prefix)
+
+
+def plain(case: Case, prefix: PrefixTuning | None = None) -> CachedEngine:
+    return plain_engine(case.checkpoint, case.model, prefix)
 
 
 @cache
 def step_layer(name: str, inference_model: bool) -> Any:
-    """One step of a case's model: the generic decoder, or the library's model with the same face."""
+    """One step of a case's model, fused or plain."""
     return load_program(_prepared(name, inference_model), "cpu")[0]
 
 
 @cache
 def exported(name: str, inference_model: bool) -> StaticProgram:
     """The same as a static program; exported once per session, for all batches and lengths."""
-    prepared, layer = _prepared(name, inference_model), step_layer(name, inference_model)
+    layer = step_layer(name, inference_model)
     folder = Path(_exports().name) / f"{name}-{inference_model}"
     folder.mkdir()
-    save_program(layer, folder, prepared)
-    checkpoint = prepared.checkpoint
-    shape = checkpoint.family.shape(checkpoint.config)
-    parts = checkpoint.family.architecture(checkpoint.config).position_parts
-    cache = (shape.layers, layer.kv_heads, shape.head_dim)
-    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", layer.inputs, parts, cache, 0, name, {})
+    save_program(layer, folder, "float32")
+    about = (layer.inputs, layer.architecture.position_parts, layer.cache_shape)
+    manifest = Manifest(FORMAT, paddle_version(), inference_model, "float32", *about, 0, name, {})
     return StaticProgram(folder, manifest, "cpu")
 
 
@@ -154,14 +146,14 @@ def cached(
     program: Program
     program = exported(case.name, inference_model) if static else DynamicProgram(step_layer(case.name, inference_model))
     rotary = family.architecture(config).rotary if inference_model else None
-    array = None if prefix is None else prefix_array(prefix, None if rotary is None else rotary.order)
+    array = None if prefix is None else prefix.array(None if rotary is None else rotary.order)
     return CachedEngine(family, config, program, dtype="float32", prefix=array)
 
 
 # Makes an engine in float32, behind a prefix if there is one: maker(case, prefix=None).
 Maker = Callable[..., Engine]
 ENGINES: dict[str, Maker] = {
-    "eager": eager,
+    "plain": plain,
     "inference": partial(cached, inference_model=True),
     "static": partial(cached, static=True),
     "static inference": partial(cached, static=True, inference_model=True),

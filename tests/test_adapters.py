@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from family_cases import placed_logits
+from family_cases import hidden_logits, plain_engine
 from saved import save_lora, save_prefix
 from tiny_runs import Tiny, tensors, tiny  # noqa: F401
 
@@ -166,9 +166,9 @@ def test_a_prefix_of_text_is_the_text_itself(base: Checkpoint) -> None:
     family = base.family
     text, rest = list(range(10, 15)), list(range(20, 28))
     prefix = PrefixTuning(family, family.shape(base.config), 5)
-    prefix.start_from_text(model, text)
-    behind, _ = placed_logits(family, model, rest, range(5, 13), prefix.cache(1))
-    joined, _ = placed_logits(family, model, text + rest, range(13))
+    prefix.start_from_text(plain_engine(base, model), text)
+    behind = hidden_logits(family, model, np.array([rest]), prefix, range(5, 13))[0]
+    joined = hidden_logits(family, model, np.array([text + rest]))[0]
     np.testing.assert_allclose(behind, joined[5:], atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from family_cases import FIXTURES, NAMES, Case, case
+from family_cases import FIXTURES, NAMES, Case, case, plain_engine
 from saved import write_lora
 
 from utils.adapters.lora_files import read_lora
@@ -17,7 +17,6 @@ from utils.adapters.targets import matrices, matrix_shapes
 from utils.checkpoints.convert_peft import from_peft, to_peft
 from utils.checkpoints.load import load_model
 from utils.checkpoints.tensors import read_tensors
-from utils.inference.eager import EagerEngine
 from utils.inference.engine import Engine
 from utils.inference.loading import Prepared, engine_of, load_program, make_engine
 
@@ -33,7 +32,7 @@ def test_every_family_has_a_case() -> None:
     assert {families[name] for name in CASES} == set(families.values())
 
 
-def by_the_formula(one: Case, adapter: Path) -> EagerEngine:
+def by_the_formula(one: Case, adapter: Path) -> Engine:
     """Base + adapter, W + alpha / rank * A B written out from the files."""
     config = json.loads((adapter / "lora_config.json").read_text())
     halves = dict(read_tensors(adapter / "lora_model_state.safetensors"))
@@ -47,7 +46,7 @@ def by_the_formula(one: Case, adapter: Path) -> EagerEngine:
         change = alpha / (math.sqrt(rank) if config["rslora"] else rank) * (a @ b)
         parameter = parameters[weight.parameter]
         parameter.set_value(parameter.numpy() + (change if weight.is_linear else change.T))
-    return EagerEngine(base.family, model, base.config)
+    return plain_engine(base, model)
 
 
 def first_logits(engine: Engine, one: Case) -> np.ndarray:
@@ -69,7 +68,7 @@ def test_every_engine_and_every_layout_compute_the_formula(name: str, tmp_path: 
         prepared = Prepared(base, None, None, "float32", lora, inference_model=inference_model)  # type: ignore[arg-type]
         assert np.abs(first_logits(make_engine(prepared, "cpu"), one) - wanted).max() < 1e-4 * np.abs(wanted).max()
     # what a static export traces
-    exported = engine_of(prepared, *load_program(replace(prepared, inference_model=False), "cpu"))
+    exported = engine_of(prepared, *load_program(replace(prepared, inference_model=False), "cpu", merged=True))
     assert np.abs(first_logits(exported, one) - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 

@@ -40,14 +40,15 @@ def test_logits_agree_with_transformers(model: Any) -> None:
 def test_greedy_answer_through_the_template(model: Any) -> None:
     from utils.data.template import ChatTemplate
     from utils.families.tokenizers import load_tokenizer
-    from utils.inference.eager import EagerEngine
+    from utils.parallel.peers import Alone
+    from utils.training.answers import engine_over
 
     checkpoint = locate(embedded.NAME)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     template = ChatTemplate.load(checkpoint.folder, default=None)
     ids = template.encode_prompt(tokenizer, QUESTION)
     assert ids == np.load(FIXTURES / "smollm2.npz")["ids"].tolist()
-    engine = EagerEngine(checkpoint.family, model, checkpoint.config)
+    engine = engine_over(checkpoint.family, model, checkpoint.config, Alone())
     slots, logits = engine.open([ids])
     answer: list[int] = []
     while not answer or (answer[-1] not in tokenizer.eos_ids and len(answer) < 20):

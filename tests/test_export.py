@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
-from family_cases import FIXTURES, case, eager
+from family_cases import FIXTURES, case, plain
 from full_disk import full_disk
 from saved import spoil
 from tiny_models import write_tiny_llama
@@ -25,8 +27,9 @@ from tiny_runs import run_main as run_script_main
 
 from utils.errors import UserError
 from utils.inference import export as exporting
-from utils.inference.loading import prepare
-from utils.inference.verify import verify_export
+from utils.inference import manifest
+from utils.inference.loading import make_engine, prepare
+from utils.inference.verify import trial, verify_export
 from utils.parallel.topology import Layout
 
 TRAINING: list[object] = ["--do_train", "--max_steps", 12, "--lr_scheduler_type", "constant"]
@@ -147,10 +150,10 @@ def test_a_program_overwrites_what_nothing_else_uses(tiny: Tiny, tmp_path: Path)
 
 
 def test_a_second_export_replaces_the_first(tiny: Tiny, folder: Path) -> None:
-    (plain,) = [path.read_bytes() for path in folder.glob("*.json") if path.name == exporting.PROGRAM]
+    (plain,) = [path.read_bytes() for path in folder.glob("*.json") if path.name == manifest.PROGRAM]
     code, out, err = export_model(tiny, folder, "--inference_model")
     assert code == 0, err + out
-    assert (folder / exporting.PROGRAM).read_bytes() != plain
+    assert (folder / manifest.PROGRAM).read_bytes() != plain
     assert "--mode static --inference_model" in out
     answers(tiny, folder, "--mode", "static", "--inference_model")
 
@@ -175,7 +178,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(tiny: Tiny, folder: Path) -
 def test_a_full_disk_leaves_the_earlier_export(tiny: Tiny, folder: Path, size: int) -> None:
     """Whichever file it is that does not fit; Paddle says nothing of those that it writes."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(before[exporting.PROGRAM]) > 60_000 and len(before[exporting.WEIGHTS]) > 200_000
+    assert len(before[manifest.PROGRAM]) > 60_000 and len(before[manifest.WEIGHTS]) > 200_000
     with full_disk(size):
         code, _, err = export_model(tiny, folder)
     assert (code, err) == (2, f"error: {folder}: File too large\n")
@@ -185,7 +188,7 @@ def test_a_full_disk_leaves_the_earlier_export(tiny: Tiny, folder: Path, size: i
 
 def test_a_read_only_file_keeps_the_earlier_export(tiny: Tiny, folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    weights = folder / exporting.WEIGHTS
+    weights = folder / manifest.WEIGHTS
     weights.chmod(0o444)
     with mock.patch("export_model.prepare", side_effect=AssertionError("a model would load")):
         code, _, err = export_model(tiny, folder)
@@ -200,7 +203,7 @@ def test_an_export_that_computes_something_else_is_refused(tiny: Tiny, when: str
     real = exporting.save_program
 
     def tamper(folder: Path) -> None:
-        path = folder / exporting.WEIGHTS
+        path = folder / manifest.WEIGHTS
         content = bytearray(path.read_bytes())
         middle = len(content) // 2
         content[middle : middle + 4000] = bytes(4000)
@@ -271,18 +274,18 @@ def change(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
 
 
 def cut(folder: Path) -> None:
-    path = folder / exporting.WEIGHTS
+    path = folder / manifest.WEIGHTS
     path.write_bytes(path.read_bytes()[:-10])
 
 
 def alter(folder: Path) -> None:
-    path = folder / exporting.PROGRAM
+    path = folder / manifest.PROGRAM
     content = path.read_text()
     path.write_text(content.replace("softmax", "softmix", 1))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no weights": (lambda folder: (folder / exporting.WEIGHTS).unlink(), "model.pdiparams is missing"),
+    "no weights": (lambda folder: (folder / manifest.WEIGHTS).unlink(), "model.pdiparams is missing"),
     "truncated": (cut, "bytes, exported were"),
     "another program": (alter, "model.json: has changed since the export"),
     "another Paddle": (change("export.json", lambda known: known.update(paddle="2.0.0")), "exported by Paddle 2.0.0"),
@@ -346,7 +349,7 @@ def test_the_program_of_the_guide_decodes_an_export(
     (tmp_path / "decode.py").write_text(program, encoding="utf-8")
     prepared = prepare(str(FIXTURES / name), device="cpu", dtype="float32", inference_model=inference_model)
     exporting.export(prepared, tmp_path / "inference", device="cpu", verify=lambda *_: None)
-    engine, prompt, wanted = eager(case(name)), [5, 9, 11, 8], []
+    engine, prompt, wanted = plain(case(name)), [5, 9, 11, 8], []
     (slot,), logits = engine.open([prompt])
     for _ in range(10):
         wanted.append(int(logits.argmax()[0][0]))
@@ -360,7 +363,7 @@ def test_the_program_of_the_guide_decodes_an_export(
 
 
 def test_a_manifest_of_other_types_is_an_error_that_names_the_key(folder: Path) -> None:
-    file = folder / exporting.MANIFEST
+    file = folder / manifest.MANIFEST
     known = json.loads(file.read_text(encoding="utf-8"))
     wrong: list[Any] = [None, -1, "x", [], {}, [1], [None], {"a": 1}, {"a": {}}, {"model.json": {"size": 1}}, 10**30]
     first = next(iter(known["files"]))
@@ -368,7 +371,7 @@ def test_a_manifest_of_other_types_is_an_error_that_names_the_key(folder: Path) 
         for value in wrong:
             file.write_text(json.dumps({**known, key: value}), encoding="utf-8")
             with contextlib.suppress(UserError):
-                exporting.read_export(str(folder), Layout())
+                manifest.read_export(str(folder), Layout())
     for changed, said in (
         (
             {"files": {**known["files"], first: {"size": "many", "sha256": ""}}},
@@ -379,7 +382,7 @@ def test_a_manifest_of_other_types_is_an_error_that_names_the_key(folder: Path) 
     ):
         file.write_text(json.dumps({**known, **changed}), encoding="utf-8")
         with pytest.raises(UserError, match=re.escape(said)):
-            exporting.read_export(str(folder), Layout())
+            manifest.read_export(str(folder), Layout())
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
@@ -396,4 +399,18 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
         code, _, err = run_main(*words, "--model_name_or_path", folder, *data, "--device", "cpu", environment={})
         assert code == 2 and "only under names in UTF-8; give the folder another name" in err
         wrong.mkdir(exist_ok=True)
-        (wrong / exporting.MANIFEST).write_text("{}", encoding="utf-8")
+        (wrong / manifest.MANIFEST).write_text("{}", encoding="utf-8")
+
+
+def test_an_export_of_the_version_before_answers_as_its_model(tmp_path: Path) -> None:
+    """A plain program of format 2, whose cache is [batch, room, kv_heads, head_dim], written by an earlier commit."""
+    stored, one = FIXTURES / "export_format_2", case("llama_tiny")
+    shutil.copytree(one.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.npz"))
+    shutil.copy(stored / manifest.WEIGHTS, tmp_path)
+    (tmp_path / manifest.PROGRAM).write_bytes(gzip.decompress((stored / "model.json.gz").read_bytes()))
+    known = json.loads((stored / manifest.MANIFEST).read_text(encoding="utf-8"))
+    (tmp_path / manifest.MANIFEST).write_text(json.dumps({**known, "paddle": manifest.paddle_version()}))
+    engine = make_engine(prepare(str(tmp_path), device="cpu", mode="static"), "cpu")
+    found, wanted = (trial(each, engine.vocabulary) for each in (engine, plain(one)))
+    assert found["tokens"] == wanted["tokens"]
+    assert np.abs(np.subtract(found["logits"], wanted["logits"])).max() < 1e-4

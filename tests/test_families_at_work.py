@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, eager, hidden_logits
+from family_cases import FIXTURES, NAMES, WITH_TOKENIZER, case, hidden_logits, plain
 from interrupted import interrupt, same_run
 from tiny_runs import Result, Tiny, run_main, write_rows
 
@@ -259,6 +259,6 @@ def test_cached_decoding_is_greedy(shop: Workshop) -> None:
         assert answer.tokens
         ids = [*prompt, *answer.tokens]
         lengths = range(len(prompt), len(ids))
-        logits = eager(shop.case).open([ids[:length] for length in lengths])[1].numpy()
+        logits = plain(shop.case).open([ids[:length] for length in lengths])[1].numpy()
         for row, length in zip(logits, lengths, strict=True):
             assert row[ids[length]] > row.max() - 1e-4

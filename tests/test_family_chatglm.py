@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from family_cases import plain_engine
 
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
@@ -20,7 +21,6 @@ from utils.errors import UserError
 from utils.families import FAMILIES, family_of
 from utils.families.chatglm_input import PromptAndAnswer, prefix_lm
 from utils.families.tokenizers import Tokenizer, load_tokenizer
-from utils.inference.eager import EagerEngine
 from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -212,7 +212,7 @@ def test_a_batch_of_prompts_is_as_each_alone(
     said = np.random.default_rng(1).integers(90, 150, (6, 3))
 
     def logits(rows: list[int]) -> np.ndarray:
-        engine = EagerEngine(checkpoint.family, models[name], checkpoint.config)
+        engine = plain_engine(checkpoint, models[name])
         slots, first = engine.open([prompts[row] for row in rows])
         found = [first.numpy()]
         found += [engine.advance(slots, tokens[rows, None].tolist()).numpy() for tokens in said]

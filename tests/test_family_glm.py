@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from family_cases import plain_engine
 
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints.load import load_model
@@ -19,7 +20,6 @@ from utils.errors import UserError
 from utils.families import FAMILIES
 from utils.families.glm_layout import SpansText, layout
 from utils.families.tokenizers import load_tokenizer
-from utils.inference.eager import EagerEngine
 from utils.kernels.precision import autocast
 from utils.training.model import TrainingModel
 
@@ -108,7 +108,7 @@ def test_spans_token_by_token(checkpoint: Checkpoint, model: Any) -> None:
     assert (
         ids[0].count(checkpoint.config["sop_token_id"]) == 2 and ids[0].index(checkpoint.config["sop_token_id"]) < begun
     )
-    engine = EagerEngine(GLM, model, checkpoint.config)
+    engine = plain_engine(checkpoint, model)
     slots, logits = engine.open([row[:begun] for row in ids])
     np.testing.assert_allclose(logits.numpy(), stored["logits"][:, begun - 1], atol=1e-4)
     for place in range(begun, len(ids[0])):

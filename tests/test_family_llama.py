@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
-from family_cases import ENGINES, FIXTURES, Maker, case, hidden_logits, random_prefix
+from family_cases import ENGINES, FIXTURES, Maker, case, hidden_logits, plain, plain_engine, random_prefix
 
 from utils.adapters.prefix import PrefixTuning
 from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families.rope import frequencies, rope_scaling
-from utils.inference.eager import EagerEngine
 from utils.kernels.rotary import RotaryTable
 from utils.kernels.window import window_mask
 
@@ -139,13 +138,13 @@ def test_more_positions_than_the_first_table() -> None:
     model = load_model(one.checkpoint, "float32")
     ids = np.random.default_rng(0).integers(3, 264, (1, 301))
     whole = hidden_logits(one.checkpoint.family, model, ids)[0]
-    engine = EagerEngine(one.checkpoint.family, model, one.checkpoint.config)
+    engine = plain_engine(one.checkpoint, model)
     slots, logits = engine.open([ids[0, :255].tolist()])
     for place in range(255, 301):
         assert np.abs(logits.numpy()[0] - whole[place - 1]).max() < 1e-4
         logits = engine.advance(slots, [[int(ids[0, place])]])
     assert np.abs(logits.numpy()[0] - whole[-1]).max() < 1e-4
-    at_once = EagerEngine(one.checkpoint.family, model, one.checkpoint.config).open([ids[0, :300].tolist()])[1]
+    at_once = plain_engine(one.checkpoint, model).open([ids[0, :300].tolist()])[1]
     assert np.abs(at_once.numpy()[0] - whole[-2]).max() < 1e-4
 
 
@@ -210,7 +209,7 @@ def test_a_prefix_started_from_text_has_read_it_through_the_window(name: str) ->
     found = []
     for first in (text[0], text[0] + 1):
         prefix = PrefixTuning(family, family.shape(one.checkpoint.config), length)
-        prefix.start_from_text(one.model, [first, *text[1:]])
+        prefix.start_from_text(plain(one), [first, *text[1:]])
         found.append([value.numpy()[0] for value in prefix.cache(1)[1]])
     for one_value, other in zip(*found, strict=True):
         assert np.abs(one_value[:window] - other[:window]).max() > 1e-3

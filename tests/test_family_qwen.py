@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
 import pytest
-from family_cases import placed_logits
+from family_cases import hidden_logits, plain_engine
 
 from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import Checkpoint, locate
@@ -19,7 +20,7 @@ from utils.errors import UserError
 from utils.families import FAMILIES
 from utils.families.qwen import ntk_factor
 from utils.families.tokenizers import load_tokenizer
-from utils.inference.eager import EagerEngine
+from utils.inference.engine import Engine
 
 FIXTURE = Path(__file__).parent / "fixtures" / "qwen_tiny"
 QWEN = FAMILIES["qwen"]
@@ -30,13 +31,13 @@ def checkpoint() -> Checkpoint:
     return locate(FIXTURE)
 
 
-def engine_of(checkpoint: Checkpoint, **changes: Any) -> EagerEngine:
+def engine_of(checkpoint: Checkpoint, **changes: Any) -> Engine:
     """With settings changed."""
     model = load_model(checkpoint, "float32", family_overrides=changes)
-    return EagerEngine(QWEN, model, {**checkpoint.config, **changes})
+    return plain_engine(replace(checkpoint, config={**checkpoint.config, **changes}), model)
 
 
-def two_steps(engine: EagerEngine, stored: Any) -> tuple[np.ndarray, np.ndarray]:
+def two_steps(engine: Engine, stored: Any) -> tuple[np.ndarray, np.ndarray]:
     """Last logits of the prompts in long.npz, together in one batch, and those of one cached token more."""
     prompts = [ids[seen == 1].tolist() for ids, seen in zip(stored["ids"], stored["mask"], strict=True)]
     slots, first = engine.open(prompts)
@@ -66,7 +67,7 @@ def test_a_long_prompt_leaves_nothing_behind(checkpoint: Checkpoint) -> None:
     ids = paddle.to_tensor([[1, 2, 3, 4, 5]])
     with paddle.no_grad():
         before = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
-        EagerEngine(QWEN, model, {**checkpoint.config, "seq_length": 8}).open([[1] * 30])
+        plain_engine(replace(checkpoint, config={**checkpoint.config, "seq_length": 8}), model).open([[1] * 30])
         after = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
     np.testing.assert_array_equal(before, after)
 
@@ -137,7 +138,8 @@ def test_rotary_on_a_part_of_the_head(checkpoint: Checkpoint) -> None:
     """The library's rotary embedding fails then; position must still matter, only through that part."""
     model = load_model(checkpoint, "float32", family_overrides={"rotary_pct": 0.5})
     near, moved, spread = (
-        placed_logits(QWEN, model, [5, 6, 7, 8], list(where))[0] for where in (range(4), range(40, 44), range(0, 36, 9))
+        hidden_logits(QWEN, model, np.array([[5, 6, 7, 8]]), positions=where)[0]
+        for where in (range(4), range(40, 44), range(0, 36, 9))
     )
     np.testing.assert_allclose(near, moved, atol=1e-4)  # only distances count
     assert np.abs(near[-1] - spread[-1]).max() > 1e-2

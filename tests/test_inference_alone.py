@@ -12,7 +12,7 @@ from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Event, Scheduler
 
 OPTIONS = SamplingOptions(max_new_tokens=8)
-ENGINE_NAMES = ("eager", "inference")
+ENGINE_NAMES = ("plain", "inference")
 
 
 @pytest.mark.parametrize("engine_name", ENGINE_NAMES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from family_cases import placed_logits
+from family_cases import hidden_logits, plain_engine
 from saved import save_lora, save_prefix
 from tiny_models import write_tiny_llama
 
@@ -24,7 +24,7 @@ from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.inference.batch import answer_file
 from utils.inference.chat import Chat, chat_in_terminal
-from utils.inference.eager import EagerEngine
+from utils.inference.engine import Engine
 from utils.inference.generator import Completion, Generator
 from utils.inference.journal import Journal
 from utils.inference.loading import Prepared, load, prepare
@@ -77,7 +77,7 @@ def answer(prepared: Prepared, generator: Generator, tmp_path: Path) -> Callable
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def first_logits(engine: EagerEngine, prompt: list[int]) -> np.ndarray:
+def first_logits(engine: Engine, prompt: list[int]) -> np.ndarray:
     slots, logits = engine.open([prompt])
     engine.free(slots)
     return logits.numpy()[0]
@@ -99,11 +99,10 @@ def test_lora_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: P
         delta = parts[name].numpy() @ parts[name.replace("lora_A", "lora_B")].numpy() * 3.0
         target.set_value(target.numpy() + delta)
     prompt = list(range(5, 25))
-    wanted = first_logits(EagerEngine(checkpoint.family, merged, checkpoint.config), prompt)
+    wanted = first_logits(plain_engine(checkpoint, merged), prompt)
     loaded = load(prepare(str(folder), device="cpu", lora_path=str(tmp_path)), "cpu")
-    assert isinstance(loaded.engine, EagerEngine)
     np.testing.assert_allclose(first_logits(loaded.engine, prompt), wanted, atol=1e-4)
-    plain = first_logits(EagerEngine(checkpoint.family, load_model(checkpoint, "float32"), checkpoint.config), prompt)
+    plain = first_logits(plain_engine(checkpoint, load_model(checkpoint, "float32")), prompt)
     assert np.abs(plain - wanted).max() > 0.1
 
 
@@ -112,15 +111,15 @@ def test_prefix_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path:
     checkpoint = prepared.checkpoint
     model = load_model(checkpoint, "float32")
     prefix = PrefixTuning(checkpoint.family, checkpoint.family.shape(checkpoint.config), 6)
-    prefix.start_from_text(model, [11, 12, 13])
+    prefix.start_from_text(plain_engine(checkpoint, model), [11, 12, 13])
     save_prefix(tmp_path, prefix, checkpoint)
     prompt = list(range(5, 25))
     loaded = load(prepare(str(folder), device="cpu", prefix_path=str(tmp_path)), "cpu")
-    assert isinstance(loaded.engine, EagerEngine)
-    engine = EagerEngine(checkpoint.family, model, checkpoint.config, prefix=prefix)
+    engine = plain_engine(checkpoint, model, prefix)
     np.testing.assert_allclose(first_logits(loaded.engine, prompt), first_logits(engine, prompt), atol=1e-5)
-    by_hand, _ = placed_logits(checkpoint.family, model, [11, 12, 13, 11, 12, 13, *prompt], [*range(6), *range(20)])
-    np.testing.assert_allclose(first_logits(loaded.engine, prompt), by_hand[-1], atol=1e-4)
+    text, positions = np.array([[11, 12, 13, 11, 12, 13, *prompt]]), [*range(6), *range(20)]
+    by_hand = hidden_logits(checkpoint.family, model, text, positions=positions)
+    np.testing.assert_allclose(first_logits(loaded.engine, prompt), by_hand[0, -1], atol=1e-4)
 
 
 def test_adapter_of_another_base_is_refused(prepared: Prepared, tmp_path: Path) -> None:

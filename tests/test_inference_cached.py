@@ -14,9 +14,8 @@ import pytest
 from engine_walk import TOLERANCE, Walk
 from family_cases import cached, case, hidden_logits, random_prefix
 
-from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.cached import CachedEngine
-from utils.kernels.inference import Targets
+from utils.model.cache import Cache, DeviceCache, HostCache
 
 CASE = case("mistral")  # has a window and grouped heads
 LAYERS, HEADS, WIDTH = 2, 3, 4
@@ -36,11 +35,13 @@ def test_who_keeps_the_tensors_of_a_step_does_not_keep_their_memory() -> None:
 
 def write(cache: Cache, new: np.ndarray, starts: list[int], first: int = 0) -> None:
     """As a program does: new keys and values [2 * layers, rows, heads, length, width] of rows from `first` on."""
-    tensors = cache.tensors(new.shape[1], first)
-    places = np.array(starts)[:, None] + np.arange(new.shape[3])
-    targets = Targets.at(paddle.to_tensor(places), tensors[0], heads_first=cache.heads_first)
-    for tensor, values in zip(tensors, new if cache.heads_first else new.swapaxes(2, 3), strict=True):
-        targets.write(tensor, paddle.to_tensor(values))
+    for tensor, rows in zip(cache.tensors(new.shape[1], first), new, strict=True):
+        for row, (values, start) in enumerate(zip(rows, starts, strict=True)):
+            places = slice(start, start + new.shape[3])
+            if cache.heads_first:
+                tensor[row, :, places] = paddle.to_tensor(values)
+            else:
+                tensor[row, places] = paddle.to_tensor(values.swapaxes(0, 1))
 
 
 def contents(cache: Cache, rows: int) -> np.ndarray:

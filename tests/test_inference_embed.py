@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import paddle
 import pytest
-from family_cases import ENGINES, NAMES, Case, Maker, cached, case, random_prefix
+from family_cases import ENGINES, NAMES, Case, Maker, case, random_prefix
 
 from utils.adapters.prefix import PrefixTuning
 from utils.errors import UserError
 from utils.inference import cached as cached_module
-from utils.inference import eager as eager_module
 from utils.inference.engine import Engine
 
 TOLERANCE = 1e-4
 ROUNDING = 1e-5
-EMBEDDING: dict[str, Maker] = {
-    "eager": ENGINES["eager"],
-    "inference": ENGINES["inference"],
-    "plain": partial(cached, inference_model=False),
-}
+EMBEDDING: dict[str, Maker] = {name: ENGINES[name] for name in ("plain", "inference")}
 
 
 def vectors(engine: Engine, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -56,8 +50,7 @@ def test_the_mean_of_what_the_head_sees(name: str, engine_name: str, monkeypatch
     wanted = np.stack([direct(one, text) for text in texts])
     assert np.abs(found - wanted).max() < TOLERANCE
     assert np.abs(vectors(engine, texts[2:3]) - found[2:3]).max() < TOLERANCE
-    for module in (cached_module, eager_module):
-        monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(cached_module, "CHUNK", 3)
     assert np.abs(vectors(engine, texts) - found).max() < ROUNDING  # in parts as well as whole
 
 
@@ -67,8 +60,7 @@ def test_texts_are_embedded_while_others_are_answered(
     engine_name: str, with_prefix: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long ones piece by piece; slots stay as they are."""
-    for module in (cached_module, eager_module):
-        monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(cached_module, "CHUNK", 7)
     one = case("mistral")
     prefix = random_prefix(one.checkpoint) if with_prefix else None
     engine, undisturbed = (EMBEDDING[engine_name](one, prefix) for _ in range(2))
@@ -99,7 +91,7 @@ def test_texts_are_embedded_while_others_are_answered(
 
 
 def test_texts_that_have_no_vector() -> None:
-    engine = ENGINES["eager"](case("gpt2_tiny"))
+    engine = ENGINES["plain"](case("gpt2_tiny"))
     limit = engine.max_positions or 0
     for text, fault in (
         ([], "a text to embed has 0 tokens"),

@@ -21,7 +21,7 @@ from tiny_runs import ROOT, run_main
 
 from utils.checkpoints.locate import locate
 from utils.errors import UserError
-from utils.inference.export import read_export
+from utils.inference.manifest import read_export
 from utils.parallel.topology import Layout
 
 Job = tuple[str, list[str]]
@@ -60,11 +60,11 @@ class Home:
         """Predictions by name: a model and options."""
         found: dict[str, tuple[str, tuple[object, ...]]] = {}
         for name in FAMILIES:
-            found[f"{name}-eager"] = name, ()
+            found[f"{name}-plain"] = name, ()
             found[f"{name}-fused"] = name, (FUSED,)
         adapted = {"lora": ("--lora_path", self.path / "lora"), "prefix": ("--prefix_path", self.path / "prefix")}
         for kind, options in {"sampled": SAMPLED, **adapted}.items():
-            found[f"{kind}-eager"] = "llama", options
+            found[f"{kind}-plain"] = "llama", options
             found[f"{kind}-fused"] = "llama", (*options, FUSED)
         found["beams"] = "llama", ("--num_beams", 3, FUSED)
         return found

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ FORBIDDEN = {
     "families": {"adapters", "checkpoints", "data", "inference", "training", "arguments"},
     "kernels": {"adapters", "arguments", "checkpoints", "data", "families", "inference", "training"},
     "checkpoints": {"arguments", "inference", "training"},
+    "model": {"adapters", "arguments", "data", "inference", "serving", "training"},
     "data": {"adapters", "arguments", "inference", "training"},
     "adapters": {"arguments", "data", "inference", "training"},
     "inference": {"serving", "training"},
@@ -88,6 +90,16 @@ def test_no_test_imports_from_another(root: Path) -> None:
     """What two share is in a module of its own: a test can be read, moved and run alone."""
     for path in (root / "tests").rglob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0].startswith("test_")}, path
+
+
+# packages within and among which no module imports itself by way of others
+WITHOUT_CIRCLES = ("inference", "kernels", "model", "partition", "serving", "training")
+
+
+def test_no_imports_go_round_in_a_circle(root: Path) -> None:
+    paths = [path for package in WITHOUT_CIRCLES for path in (root / "utils" / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    TopologicalSorter({name: imported(path) & modules.keys() for name, path in modules.items()}).prepare()
 
 
 def test_nothing_imports_a_script(root: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import paddle
+from numpy.typing import NDArray
 from paddle import Tensor, nn
 
 from utils.adapters.check import PREFIX_CONFIG, adapter_weights
@@ -19,9 +20,11 @@ from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
 from utils.families import FamilySpec, Layers
-from utils.families.text import places
 from utils.model.architecture import ModelShape
 from utils.partition.tensor import Held
+
+if TYPE_CHECKING:
+    from utils.inference.engine import Engine
 
 
 class PrefixTuning(nn.Layer):
@@ -97,36 +100,41 @@ class PrefixTuning(nn.Layer):
         return [(parts[number], parts[count + number]) for number in (range(count) if layers is None else layers)]
 
     @paddle.no_grad()
+    def array(self, order: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """The prefix as `CachedEngine` takes it, of all layers and heads.
+
+        Args:
+            order: of the dimensions of a head (`Rotary.order`); None leaves them as published.
+        """
+        keys, values = np.split(self.flat().astype("float32").numpy()[0].transpose(1, 2, 0, 3), 2)
+        keys = keys if order is None else keys[..., order]
+        return np.stack([keys, values], axis=1).reshape([-1, *keys.shape[1:]])
+
+    @paddle.no_grad()
     def start_from_text(
-        self,
-        model: Any,
-        ids: Sequence[int],
-        family: FamilySpec | None = None,
-        complete: Callable[[Layers], Layers] = lambda cache: cache,
+        self, engine: Engine, ids: Sequence[int], complete: Callable[[Tensor], Tensor] = lambda own: own
     ) -> None:
         """Starts from the keys and values of real tokens, which trains far better than noise on little
         data (Li & Liang 2021, section 7.4). With projection there is no closed form; it keeps its noise.
 
         Args:
+            engine: a `CachedEngine` of the plain model, without a prefix.
             ids: tokens of typical text; repeated or cut to the prefix length.
-            family: that decodes with `model`, if it is a part of a model.
-            complete: makes the cache of all layers of that of those that `model` has.
+            complete: makes the keys and values of all layers [2 * layers, kv_heads, length, head_dim] of those of
+                the layers that the engine has.
         """
         if self.projection:
             return
         repeated = (list(ids) * (self.length // len(ids) + 1))[: self.length]
-        order = np.arange(self.length, dtype=np.int64)[None]
-        config = model.config.to_dict()
-        text, window = self.family.text(config, repeated), self.family.window(config)
-        context, stretch = np.array([text.context]), np.array([text.stretch], dtype=np.float32)
-        known = places(text.positions()[:, None], order, order, context, stretch, window)
-        _, cache = (family or self.family).decode(model, paddle.to_tensor([repeated], dtype="int64"), known, None)
-        cache = complete(cache)
-        flat = paddle.stack([key for key, _ in cache] + [value for _, value in cache], axis=2)
+        (slot,), _ = engine.open([repeated])
+        (kept,) = engine.keep(slot, [0, self.length])
+        engine.free([slot])
+        found = complete(paddle.to_tensor(kept.values))
         if self.held is not None:
-            flat = self.held.all_heads(flat, axis=3)
+            found = self.held.all_heads(found, axis=1)
+        by_layer = found.reshape([self.shape.layers, 2, *found.shape[1:]])
         weight = self.encoder[0].weight
-        weight.set_value(flat.reshape(weight.shape).astype(weight.dtype))
+        weight.set_value(by_layer.transpose([3, 1, 0, 2, 4]).reshape(weight.shape).astype(weight.dtype))
 
 
 def describe_prefix(folder: Path, prefix: PrefixTuning, base: Checkpoint) -> None:

@@ -278,22 +278,3 @@ class FamilySpec(ABC):
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         """Whether what a model keeps of a text's beginning is the same whatever follows."""
         return True
-
-    def decode(self, model: Any, input_ids: Any, places: Places, cache: Layers | None) -> tuple[Any, Layers]:
-        """One inference forward of the library's model over new tokens.
-
-        Args:
-            input_ids: [batch, length] int64 tensor.
-            places: of the new tokens, and of all keys.
-            cache: (key, value) of every layer, each [batch, cached, kv_heads, head_dim], or None.
-
-        Returns:
-            Hidden states [batch, length, hidden] after the final norm, and the cache with the new
-            tokens [batch, cached + length, kv_heads, head_dim].
-        """
-        from utils.families.models.decoder import run_layers
-
-        context, kept = self.inference_context(model, input_ids, places), Layers()
-        hidden, forward = self.embed(model, context), self.layer(model, context)
-        hidden = run_layers(self.stack(model), hidden, cache, forward, kept=kept)
-        return self.finish(model, hidden), kept

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError, notice
 from utils.families import config as kinds
-from utils.families.base import Dropout
+from utils.families.base import Context, Dropout
 from utils.families.chatglm import LATER_KEYS, layers
 from utils.families.decoder import DecoderFamily
 from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, turned_neighbours
@@ -190,6 +191,10 @@ class ChatGLM2(DecoderFamily):
                 "ChatGLM3 and GLM-4 use the key in another way and are not supported"
             )
         return super().create(config, **overrides)
+
+    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
+        context = super().context(model, batch, cached)
+        return replace(context, attend=model.shared(context.attend))
 
     def head_by_rows(self, model: Any) -> bool:
         return False

@@ -1,10 +1,10 @@
-"""The engine above the inference model and above exported programs: rows of one cache, steps over new tokens."""
+"""The engine above every program, plain, fused or exported: rows of one cache, steps over new tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import paddle
@@ -14,9 +14,14 @@ from paddle import Tensor
 from utils import runtime
 from utils.families import FamilySpec
 from utils.families.text import NOWHERE, Ints, Text, places
-from utils.inference.cache import Cache, DeviceCache, HostCache
 from utils.inference.engine import Engine, Kept, Logits, Vectors, alike, unused_slots
 from utils.kernels.arrays import copied
+from utils.kernels.precision import activation_dtype
+from utils.model.cache import Cache, DeviceCache, HostCache
+
+if TYPE_CHECKING:
+    from utils.model.fused import FusedDecoder
+    from utils.model.plain import PlainDecoder
 
 CHUNK = 512  # tokens of a prompt at a time, and of several prompts together: bounds the memory of scores
 _FEW = 16  # new tokens of a row: of an answer, and guessed ones
@@ -26,15 +31,17 @@ class Program(Protocol):
     """One step of a model over new tokens.
 
     Attributes:
+        cache_shape: layers, heads of keys and values, and width of a head, of its cache.
         heads_first: the layout of its cache, see `Cache`.
         embeds: whether `states` works.
     """
 
+    cache_shape: tuple[int, int, int]
     heads_first: bool
     embeds: bool
 
     def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
-        """As `utils.inference.decoder.Decoder.forward`: writes into the cache, returns logits.
+        """As `utils.model.fused.FusedDecoder.forward`: writes into the cache, returns logits.
 
         Args:
             inputs: all that a model may need, by name.
@@ -42,6 +49,22 @@ class Program(Protocol):
 
     def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         """The same, but the hidden states [n, hidden] that the head would turn into logits."""
+
+
+class DynamicProgram:
+    """A decoder, operator by operator."""
+
+    embeds = heads_first = True
+
+    def __init__(self, decoder: FusedDecoder | PlainDecoder) -> None:
+        self._decoder, self.cache_shape = decoder, decoder.cache_shape
+
+    def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        return self._decoder.states({name: inputs[name] for name in self._decoder.inputs}, cache)
+
+    def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        logits: Tensor = self._decoder([inputs[name] for name in self._decoder.inputs], cache)[0]
+        return logits
 
 
 @dataclass
@@ -64,14 +87,13 @@ class CachedEngine(Engine):
         *,
         dtype: str,
         prefix: NDArray[np.float32] | None = None,
-        kv_heads: int | None = None,
     ) -> None:
         """
         Args:
             family, config: of the model.
+            dtype: of the weights.
             prefix: keys and values of prefix tuning as the program turns them, [2 * layers, kv_heads,
-                length, head_dim]; every text sees them.
-            kv_heads: of the program, if it has a part of the model's.
+                length, head_dim], of the layers and heads of its cache; every text sees them.
         """
         shape = family.shape(config)
         self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
@@ -80,10 +102,10 @@ class CachedEngine(Engine):
         self._window = family.window(config)
         self._prefix = prefix
         self._before = 0 if prefix is None else prefix.shape[2]
+        dtype = activation_dtype(dtype)
         on_host = paddle.get_device() == "cpu" and dtype == "float32"
         kind: Callable[..., Cache] = HostCache if on_host else DeviceCache
-        kv_heads = kv_heads or shape.kv_heads
-        self.cache = kind(shape.layers, kv_heads, shape.head_dim, dtype, heads_first=program.heads_first)
+        self.cache = kind(*program.cache_shape, dtype, heads_first=program.heads_first)
         self._rows: list[_Row] = []
 
     # --- slots --------------------------------------------------------------------------------------

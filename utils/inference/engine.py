@@ -6,14 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
 
 from utils.errors import UserError
-from utils.families import Layers
 from utils.kernels.arrays import copied
 
 Vectors = Generator[None, None, NDArray[np.float32]]
@@ -63,21 +62,12 @@ def unused_slots(used: Container[int], number: int) -> list[int]:
     return list(islice((slot for slot in count() if slot not in used), number))
 
 
-class Prefix(Protocol):
-    """A trained prefix that every text sees before its first token."""
-
-    length: int
-
-    def cache(self, batch: int) -> Layers:
-        """Its (key, value) of every layer, each [batch, length, kv_heads, head_dim]."""
-
-
 @dataclass(frozen=True)
 class Kept:
     """A copy of what a slot holds of some consecutive tokens; it outlives the slot.
 
     Attributes:
-        values: keys and values, in the form of the engine that made it.
+        values: keys and values [2 * layers, kv_heads, tokens, head_dim], on the device or in memory.
         nbytes: memory that it takes.
     """
 

@@ -23,13 +23,12 @@ from utils.data.encode import encode_source
 from utils.data.template import ChatTemplate, Message, Tools
 from utils.errors import UserError, notice, raise_if
 from utils.families.tokenizers import Tokenizer, load_tokenizer
-from utils.inference.export import Manifest, check_same_kind, is_export, prefix_cache, read_export
+from utils.inference.manifest import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
 from utils.partition.parts import Parts
 
 if TYPE_CHECKING:
-    from utils.adapters.prefix import PrefixTuning
     from utils.inference.engine import Engine
     from utils.inference.generator import Generator
     from utils.partition.tensor import Held
@@ -298,20 +297,15 @@ def make_engines(models: Sequence[Prepared], device: str) -> list[Engine]:
     engines: list[Engine] = []
     first: Any = None
     for prepared in models:
-        if prepared.inference_model:
-            layer, prefix = load_program(prepared, device, beside=first)
-            engines.append(engine_of(prepared, layer, prefix))
-        else:
-            layer, engine = _library_engine(prepared, first)
-            engines.append(engine)
-        if first is None:
-            first = layer
+        layer, prefix = load_program(prepared, device, beside=first)
+        engines.append(engine_of(prepared, layer, prefix))
+        first = first or layer
     return engines
 
 
 def _exported_engine(prepared: Prepared, manifest: Manifest, device: str) -> Engine:
     from utils.inference.cached import CachedEngine
-    from utils.inference.programs import StaticProgram
+    from utils.inference.static import StaticProgram
 
     checkpoint = prepared.checkpoint
     folder = checkpoint.files[0].parent
@@ -325,53 +319,91 @@ def _exported_engine(prepared: Prepared, manifest: Manifest, device: str) -> Eng
         StaticProgram(folder, manifest, device),
         dtype=manifest.dtype,
         prefix=prefix_cache(folder, manifest),
-        kv_heads=manifest.cache[1],
     )
-
-
-def _library_engine(prepared: Prepared, beside: Any) -> tuple[Any, Engine]:
-    """(the library's model, an engine that runs it); see `_library_model`."""
-    from utils.inference.eager import EagerEngine
-
-    checkpoint, held = prepared.checkpoint, _held(prepared)
-    model, prefix = _library_model(prepared, held, beside)
-    group = None if held is None else held.vocabulary_group
-    return model, EagerEngine(checkpoint.family, model, checkpoint.config, prefix=prefix, vocabulary_group=group)
-
-
-def _held(prepared: Prepared) -> Held | None:
-    """What this process has of the library's model, if not all."""
-    from utils.partition.tensor import Held
-
-    checkpoint = prepared.checkpoint
-    return Held.of(checkpoint.family, checkpoint.config, prepared.peers) if prepared.peers.several else None
 
 
 def engine_of(prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> Engine:
     """An engine that runs what `load_program` returned, operator by operator."""
-    from utils.inference.cached import CachedEngine
-    from utils.inference.programs import DynamicProgram
+    from utils.inference.cached import CachedEngine, DynamicProgram
 
     checkpoint = prepared.checkpoint
     return CachedEngine(
-        checkpoint.family,
-        checkpoint.config,
-        DynamicProgram(layer),
-        dtype=prepared.dtype,
-        prefix=prefix,
-        kv_heads=layer.kv_heads,
+        checkpoint.family, checkpoint.config, DynamicProgram(layer), dtype=prepared.dtype, prefix=prefix
     )
 
 
-def _library_model(prepared: Prepared, held: Held | None, beside: Any) -> tuple[Any, PrefixTuning | None]:
-    """The library's model with the adapter in it, and the prefix.
+def load_program(
+    prepared: Prepared, device: str, *, beside: Any = None, merged: bool = False
+) -> tuple[Any, NDArray[np.float32] | None]:
+    """One step of a model as a layer, fused or plain, and the keys and values of its prefix (see `CachedEngine`), or
+    None.
+
+    Args:
+        beside: the same of the same model without an adapter, whose weights this one shares, or None.
+        merged: whether LoRA is merged into the weights of a plain one too.
+
+    Raises:
+        UserError: weights that do not fit the model or the adapter.
+    """
+    runtime.use_device(device)
+    checkpoint, parts, layer = prepared.checkpoint, prepared.parts, None
+    order = None  # of the dimensions of a head
+    if prepared.inference_model:
+        layer = _fused(prepared, beside)
+        rotary = layer.architecture.rotary
+        order = None if rotary is None else rotary.order
+    else:
+        from utils.model.plain import PlainDecoder
+
+        model = _merged_model(prepared) if merged else _model(prepared, None if beside is None else beside.model)
+        group = prepared.peers.groups.tensor
+        layer = PlainDecoder(checkpoint.family, model, checkpoint.config, parts=parts, group=group)
+    prefix = None
+    if prepared.prefix is not None:
+        from utils.adapters.prefix import read_prefix
+
+        tuned = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32")
+        prefix = tuned.array(order)[:, slice(None) if parts is None else parts.read_heads]
+    return layer, prefix
+
+
+def _fused(prepared: Prepared, beside: Any) -> Any:
+    """The fused decoder, with LoRA merged into its weights; see `load_program`."""
+    from utils.checkpoints.merge import changed_parameters, parameters
+    from utils.model.fused import FusedDecoder
+
+    checkpoint, lora = prepared.checkpoint, prepared.lora
+    known = parameters(checkpoint, lora, "float32")
+    return FusedDecoder(
+        checkpoint.family.architecture(checkpoint.config),
+        known,
+        lambda name: known[name].read(),
+        prepared.dtype,
+        parts=prepared.parts,
+        group=prepared.peers.groups.tensor,
+        beside=beside,
+        changed=changed_parameters(checkpoint, lora) if lora else (),
+    )
+
+
+def _merged_model(prepared: Prepared) -> Any:
+    """The trainable model with LoRA merged into its weights."""
+    from utils.checkpoints.load import load_model
+    from utils.checkpoints.merge import parameters
+
+    known = parameters(prepared.checkpoint, prepared.lora, "float32")
+    return load_model(prepared.checkpoint, prepared.dtype, held=_held(prepared), sources=known)
+
+
+def _model(prepared: Prepared, beside: Any) -> Any:
+    """The trainable model with the layers of LoRA in it.
 
     Args:
         beside: the same model without an adapter, whose weights this one shares, or None.
     """
     from utils.checkpoints.load import load_beside, load_model
 
-    checkpoint, lora, prefix = prepared.checkpoint, prepared.lora, None
+    checkpoint, lora, held = prepared.checkpoint, prepared.lora, _held(prepared)
     sources, changed = None, set[str]()
     if lora is not None and lora.head is not None:  # which is no layer that LoRA can take the place of
         from utils.checkpoints.merge import changed_parameters, parameters
@@ -388,76 +420,13 @@ def _library_model(prepared: Prepared, held: Held | None, beside: Any) -> tuple[
         from utils.adapters.lora import load_lora
 
         load_lora(model, lora, held=held)
-    if prepared.prefix is not None:
-        from utils.adapters.prefix import read_prefix
-
-        prefix = read_prefix(checkpoint.family, prepared.prefix, checkpoint, prepared.dtype, held)
-        prefix.eval()
-    return model, prefix
+        model.eval()
+    return model
 
 
-def load_program(prepared: Prepared, device: str, *, beside: Any = None) -> tuple[Any, NDArray[np.float32] | None]:
-    """One step of a model as a layer, `utils.inference.decoder.Decoder` or the library's model behind the same
-    face, and the keys and values of its prefix (see `CachedEngine`), or None. LoRA is merged into the weights.
+def _held(prepared: Prepared) -> Held | None:
+    """What this process has of the trainable model, if not all."""
+    from utils.partition.tensor import Held
 
-    Args:
-        beside: the `Decoder` of the same model without an adapter, whose weights this one shares, or None.
-
-    Raises:
-        UserError: weights that do not fit the model or the adapter.
-    """
-    runtime.use_device(device)
     checkpoint = prepared.checkpoint
-    architecture = checkpoint.family.architecture(checkpoint.config)
-    from utils.checkpoints.merge import changed_parameters, parameters
-
-    known = parameters(checkpoint, prepared.lora, "float32")
-    parts = prepared.parts
-    order = None  # of the dimensions of a head
-    heads: slice | list[int] = slice(None)
-    layer: Any
-    if prepared.inference_model:
-        from utils.inference.decoder import Decoder
-
-        group = prepared.peers.groups.tensor
-        layer = Decoder(
-            architecture,
-            known,
-            lambda name: known[name].read(),
-            prepared.dtype,
-            parts=parts,
-            group=group,
-            beside=beside,
-            changed=changed_parameters(checkpoint, prepared.lora) if prepared.lora else (),
-        )
-        heads = heads if parts is None else parts.read_heads
-        order = None if architecture.rotary is None else architecture.rotary.order
-    else:
-        from utils.checkpoints.load import build, fill_model
-        from utils.inference.plain import LibraryProgram
-
-        held = _held(prepared)
-        model = build(checkpoint, prepared.dtype, held=held)
-        fill_model(model, checkpoint, known, held=held)
-        layer = LibraryProgram(checkpoint.family, model, checkpoint.config, held)
-        heads = heads if parts is None else parts.key_value_heads
-    prefix = None
-    if prepared.prefix is not None:
-        from utils.adapters.prefix import read_prefix
-
-        tuned = read_prefix(checkpoint.family, prepared.prefix, checkpoint, "float32")
-        prefix = prefix_array(tuned, order)[:, heads]
-    return layer, prefix
-
-
-def prefix_array(prefix: PrefixTuning, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
-    """Keys and values of a prefix, see `CachedEngine`.
-
-    Args:
-        order: of the dimensions of a head (`Rotary.order`); None leaves them as published.
-    """
-    flat = prefix.flat().numpy()[0].transpose(1, 2, 0, 3)  # keys of all layers, then values
-    keys, values = np.split(flat, 2)
-    if order is not None:
-        keys = keys[..., order]
-    return np.stack([keys, values], axis=1).reshape(flat.shape)
+    return Held.of(checkpoint.family, checkpoint.config, prepared.peers) if prepared.peers.several else None

@@ -256,36 +256,29 @@ class Targets:
     """Where the keys and values of new tokens go, the same for every layer.
 
     Attributes:
-        rows: int64 [n], of a cache whose axes before the last ones are made one: one for each vector of a key head, or
-            where a place comes before its heads one for each place.
+        rows: int64 [n], of a cache whose axes before the last one are made one: one for each vector of a key head.
         shape: of the cache; an int64 tensor [4] in a static program.
-        axes: how many are made one.
     """
 
     rows: Tensor
     shape: Any
-    axes: int
 
     @classmethod
-    def at(cls, places: Tensor, cache: Tensor, *, heads_first: bool = True) -> Targets:
+    def at(cls, places: Tensor, cache: Tensor) -> Targets:
         """
         Args:
             places: int64 [batch, length], of the new tokens in the cache.
             cache: of any layer, [batch, kv_heads, room, head_dim].
-            heads_first: whether it is that, not [batch, room, kv_heads, head_dim].
         """
         shape: Any = cache.shape if paddle.in_dynamic_mode() else paddle.shape(cache)
-        if not heads_first:
-            rows = paddle.arange(shape[0], dtype="int64").unsqueeze(1) * shape[1] + places
-            return cls(rows.reshape([-1]), shape, 2)
         kv_heads = cache.shape[1]
         firsts = paddle.arange(shape[0] * kv_heads, dtype="int64") * shape[2]  # place 0 of each row's heads
         rows = firsts.reshape([-1, kv_heads, 1]) + places.unsqueeze(1)
-        return cls(rows.reshape([-1]), shape, 3)
+        return cls(rows.reshape([-1]), shape)
 
     def write(self, cache: Tensor, new: Tensor) -> Tensor:
         """The cache with new keys or values, of its layout, which are written over it."""
-        rows = in_place.scatter(in_place.merge(cache, self.axes), self.rows, in_place.merge(new, self.axes))
+        rows = in_place.scatter(in_place.merge(cache, 3), self.rows, in_place.merge(new, 3))
         return cache if paddle.in_dynamic_mode() else in_place.reshape(rows, self.shape)
 
 
@@ -302,7 +295,8 @@ class Step:
             tensor [4].
         heads: numbers of queries, keys and values, [3].
         borders: the first head of keys, of values, and the end: numbers or tensors [1].
-        joined: the shape of what queries gather, [batch * length, heads * head_dim].
+        joined: the shape of what queries gather, [batch * length, heads * head_dim] or [batch, length, heads *
+            head_dim].
         axes: axis 1 and axis 2.
     """
 
@@ -317,12 +311,22 @@ class Step:
 
     @classmethod
     def of(
-        cls, ids: Tensor, blocks: list[Block], targets: Targets, *, heads: int, kv_heads: int, width: int, one: bool
+        cls,
+        ids: Tensor,
+        blocks: list[Block],
+        targets: Targets,
+        *,
+        heads: int,
+        kv_heads: int,
+        width: int,
+        one: bool,
+        flat: bool,
     ) -> Step:
         """
         Args:
             ids: [batch, length], of the new tokens.
             blocks: of `blocks_of`; with one token the only one, or the last.
+            flat: whether batch and length are one axis of what queries gather.
         """
         both = heads + 2 * kv_heads
         by_head: Any
@@ -339,7 +343,7 @@ class Step:
             by_head,
             _sizes(heads, kv_heads, kv_heads),
             (_size(heads), _size(heads + kv_heads), _size(both)),
-            _sizes(-1, heads * width),
+            _sizes(-1, heads * width) if flat else _sizes(0, 1 if one else 0, heads * width),
             (_axis(1), _axis(2)),
         )
 
@@ -357,20 +361,38 @@ class Step:
             cache: keys and values, each [batch, kv_heads, room, head_dim]; they are written over.
 
         Returns:
-            What queries gather, [batch * length, heads * head_dim].
+            What queries gather, of the shape `joined`.
         """
         if self.one or len(self.blocks) == 1:
             query, key, value = paddle._C_ops.split(parts, self.heads, self.axes[0])
-            queries = [query]
-        else:  # queries are cut by heads and tokens at once
+        else:  # each block cuts its queries by heads and tokens at once
             key, value = (_cut(parts, 1, *pair) for pair in pairwise(self.borders))
-            queries = [_queries(parts, block, self.borders[0]) for block in self.blocks]
+            query = parts
+        return self._attend(query, key, value, cache)
+
+    def attend_apart(self, query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """As `attend`, of what is not one tensor: [batch, length, heads or kv_heads, head_dim].
+
+        Queries may be of a wider type than the cache; their scores are then computed in it.
+        """
+        if not self.one:
+            query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))
+        return self._attend(query, key.astype(cache[0].dtype), value.astype(cache[1].dtype), cache)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """
+        Args:
+            query: [batch, heads, length, head_dim], of several blocks perhaps with further heads behind them; of one
+                token its first axes may stand in any order, those of keys and values too.
+        """
+        many = not self.one and len(self.blocks) > 1
+        queries = [_queries(query, block, self.borders[0]) for block in self.blocks] if many else [query]
         keys, values = self.targets.write(cache[0], key), self.targets.write(cache[1], value)
         found = []
-        for block, query in zip(self.blocks, queries):  # noqa: B905 - it is traced
+        for block, part in zip(self.blocks, queries):  # noqa: B905 - it is traced
             seen = (keys, values) if self.one else [_cut(x, 2, block.start, block.seen) for x in (keys, values)]
-            scores = paddle.matmul(in_place.reshape(query, block.by_key), seen[0], transpose_y=True)
-            found.append(paddle.matmul(_weights(scores, block.mask), seen[1]))
+            scores = paddle.matmul(in_place.reshape(part, block.by_key), seen[0].astype(part.dtype), transpose_y=True)
+            found.append(paddle.matmul(_weights(scores, block.mask).astype(values.dtype), seen[1]))
         if self.one:
             return in_place.reshape(found[0], self.joined)
         found = [in_place.reshape(x, block.by_query) for x, block in zip(found, self.blocks)]  # noqa: B905

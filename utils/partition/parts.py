@@ -65,17 +65,24 @@ class Parts:
     @property
     def query_heads(self) -> list[int]:
         """The heads that this rank computes."""
+        return self._queries_of(self.rank)
+
+    def _queries_of(self, rank: int) -> list[int]:
         few = self.sizes.heads // self.degree
-        return list(range(self.rank * few, (self.rank + 1) * few))
+        return list(range(rank * few, (rank + 1) * few))
 
     @property
     def read_heads(self) -> list[int]:
-        """The key and value heads that those read, in their order, where a rank need not have others.
+        """The key and value heads that those read, in their order, where a rank need not have others."""
+        return self.heads_read_by(self.rank)
+
+    def heads_read_by(self, rank: int) -> list[int]:
+        """The `read_heads` of a rank.
 
         Equally many heads read each. Where the degree neither divides the key and value heads nor is a multiple
         of their number, this takes as many copies as there are heads.
         """
-        read = [head * self.sizes.kv_heads // self.sizes.heads for head in self.query_heads]
+        read = [head * self.sizes.kv_heads // self.sizes.heads for head in self._queries_of(rank)]
         divides = self.sizes.kv_heads % self.degree == 0 or self.degree % self.sizes.kv_heads == 0
         return list(dict.fromkeys(read)) if divides else read
 

@@ -21,11 +21,11 @@ from paddle.distributed.fleet.meta_parallel import (
 )
 from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
 
-from utils.families.base import FamilySpec, Layers
-from utils.families.models.decoder import run_layers
-from utils.families.text import Places
+from utils.families.base import FamilySpec
+from utils.model.plain import PlainDecoder
 from utils.parallel.peers import STEP_SECONDS, Alone
 from utils.parallel.topology import Layout
+from utils.partition.parts import Parts
 from utils.partition.stages import Part, all_parts, own_parts
 
 Batch = Mapping[str, Tensor]
@@ -116,14 +116,13 @@ class Stages:
             self._neighbours.send_forward(hidden, part.last)
         return hidden if self.last else None
 
-    def complete(self, own: Layers) -> Layers:
-        """The cache of all layers, on every stage, from that of this stage's."""
-        key = own[0][0]
-        kept = paddle.zeros([self._count, 2, *key.shape], dtype=key.dtype)
-        for number, (key, value) in zip(self.layers, own, strict=True):
-            kept[number, 0], kept[number, 1] = key, value
-        dist.all_reduce(kept, group=_group())
-        return [(kept[number, 0], kept[number, 1]) for number in range(self._count)]
+    def complete(self, own: Tensor) -> Tensor:
+        """Keys and values of all layers in turn [2 * layers, ...], on every stage, from those of this stage's."""
+        every = paddle.zeros([self._count, 2, *own.shape[1:]], dtype=own.dtype)
+        for place, number in enumerate(self.layers):
+            every[number] = own[2 * place : 2 * place + 2]
+        dist.all_reduce(every, group=_group())
+        return every.reshape([-1, *own.shape[1:]])
 
     def from_last(self, value: Tensor | None, shape: Sequence[int], dtype: str) -> Tensor:
         """A tensor of the last stage, on every stage."""
@@ -137,52 +136,29 @@ def _group() -> Any:
     return fleet.get_hybrid_communicate_group().get_pipe_parallel_group()
 
 
-class InStages:
-    """A family of whose model this process has a stage, for the generator: every stage comes to the same answers.
-
-    All else is the family's own.
-    """
+class StageDecoder(PlainDecoder):
+    """A stage of a model as a step over the cache of its own layers; every stage comes to the same logits."""
 
     def __init__(
-        self, family: FamilySpec, config: Mapping[str, Any], stages: Stages, vocabulary_group: Any = None
+        self, family: FamilySpec, model: Any, config: Mapping[str, Any], stages: Stages, parts: Parts | None, group: Any
     ) -> None:
-        """
-        Args:
-            vocabulary_group: the tensor-parallel ranks that share the vocabulary of the head, or None.
-        """
-        self._family, self._stages = family, stages
-        self._vocabulary = family.shape(config).vocabulary // (vocabulary_group.nranks if vocabulary_group else 1)
+        super().__init__(family, model, config, parts=parts, group=group, layers=stages.layers)
+        self.stages = stages
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-    def decode(self, model: Any, input_ids: Tensor, places: Places, cache: Layers | None) -> tuple[Tensor, Layers]:
-        """See `FamilySpec.decode`. The cache that it returns is that of this stage's layers.
-
-        Args:
-            cache: the same, or a prefix of all layers.
-        """
-        family, numbers, layers = self._family, self._stages.layers, self._family.stack(model)
-        context = family.inference_context(model, input_ids, places)
-        forward, kept = family.layer(model, context), Layers()
-        if cache is not None:
-            past = dict(zip(numbers, cache, strict=True) if len(cache) == len(numbers) else enumerate(cache))
+    def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """See the base class. They count on the last stage only."""
+        step = self.begin(given, cache)
 
         def compute(part: Part, hidden: Tensor | None) -> Tensor:
-            if hidden is None:
-                hidden = family.embed(model, context)
-            own = [layers[number] for number in part.layers]
-            cached = None if cache is None else [past[number] for number in part.layers]
-            hidden = run_layers(own, hidden, cached, forward, kept=kept)
-            return family.finish(model, hidden) if part.last else hidden
+            hidden = step.layers(part.layers, step.embed() if hidden is None else hidden)
+            return step.finish(hidden) if part.last else hidden
 
-        hidden = self._stages.passing(compute)
-        return paddle.zeros([*input_ids.shape, 1]) if hidden is None else hidden, kept
+        states = self.stages.passing(compute)
+        return paddle.zeros([given["chosen"].shape[0], 1]) if states is None else states
 
-    def logits(self, model: Any, hidden: Tensor) -> Tensor:
-        """See `FamilySpec.logits`; hidden states [n, width] count on the last stage only."""
-        logits = self._family.logits(model, hidden) if self._stages.last else None
-        return self._stages.from_last(logits, [hidden.shape[0], self._vocabulary], "float32")
+    def logits(self, states: Tensor) -> Tensor:
+        logits = super().logits(states) if self.stages.last else None
+        return self.stages.from_last(logits, [states.shape[0], self.architecture.shape.vocabulary], "float32")
 
 
 # --- training ------------------------------------------------------------------------------------------

@@ -109,12 +109,15 @@ class Held:
             parameter.counted = pipeline == 0
 
     def all_heads(self, values: Tensor, axis: int) -> Tensor:
-        """Keys or values of all heads along an axis from the heads that each rank holds."""
-        if self.parts.degree == 1 or self.parts.shares_key_value:
+        """Keys or values of all heads along an axis from those that each rank reads."""
+        parts = self.parts
+        if parts.degree == 1:
             return values
         found: list[Tensor] = []
         paddle.distributed.all_gather(found, values.contiguous(), group=self.peers.groups.tensor)
-        return paddle.concat(found, axis=axis)
+        read = [head for rank in range(parts.degree) for head in parts.heads_read_by(rank)]
+        chosen = [read.index(head) for head in range(parts.sizes.kv_heads)]
+        return paddle.concat(found, axis=axis).index_select(paddle.to_tensor(chosen), axis)
 
     @property
     def vocabulary_group(self) -> Any:

@@ -16,10 +16,10 @@ from utils.data.lines import naming
 from utils.data.rows import Row
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
-from utils.inference.eager import EagerEngine
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
+from utils.training.answers import engine_over
 from utils.training.inputs import SIZES
 from utils.training.metrics import likelihood_metrics, text_metrics
 from utils.training.model import TrainingModel
@@ -98,17 +98,9 @@ class GenerationEvaluation:
     def __call__(self, step: int, name: str = OUTPUT) -> dict[str, float]:
         """bleu4, rouge1, rouge2, rougel of the answers given now."""
         self.model.eval()
-        family: Any = self.model.family
-        if self.model.stages is not None:
-            from utils.partition.pipeline import InStages
-
-            family = InStages(family, self.config, self.model.stages, self.model.vocabulary_group)
-        engine = EagerEngine(
-            family,
-            self.model.base,
-            self.config,
-            prefix=self.model.prefix,
-            vocabulary_group=self.model.vocabulary_group,
+        model = self.model
+        engine = engine_over(
+            model.family, model.base, self.config, self.peers, prefix=model.prefix, stages=model.stages
         )
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(

@@ -162,6 +162,7 @@ def build(
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
     from utils.partition.tensor import Held
+    from utils.training.answers import engine_over
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel, Lora, Prefix
 
@@ -174,7 +175,7 @@ def build(
     family, prefix, layout = checkpoint.family, None, peers.layout
     stages: Any = None
     if layout.pipeline > 1:
-        from utils.partition.pipeline import InStages, Stages
+        from utils.partition.pipeline import Stages
 
         stages = Stages(layout, family.shape(checkpoint.config).layers)
     trained: Trained
@@ -219,12 +220,12 @@ def build(
                 held=held,
             )
             ids = typical_ids(train_data)
+            engine = engine_over(family, base, checkpoint.config, peers, stages=stages)
             if stages is None:
-                prefix.start_from_text(base, ids)
+                prefix.start_from_text(engine, ids)
             else:
                 peers.gate("waiting for the model on other ranks")
-                divided: Any = InStages(family, checkpoint.config, stages)
-                prefix.start_from_text(base, ids, divided, stages.complete)
+                prefix.start_from_text(engine, ids, stages.complete)
                 peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
         trained = Prefix(checkpoint, held, prefix)
     else:

@@ -80,6 +80,15 @@ class ChatGLMv2ForCausalLM(library.ChatGLMv2ForCausalLM):
             key_value_group=self.key_value_group,
         )
 
+    def shared(self, attend: Attend) -> Attend:
+        """An attention of as many keys as queries as one of keys that several queries share."""
+        group, rank = self.config.num_attention_heads // self.config.multi_query_group_num, self.tensor_part[0]
+
+        def spread(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, *(every_head(x, query.shape[2], group, rank) for x in (key, value)))
+
+        return spread
+
     def finish(self, hidden: Tensor) -> Tensor:
         return _norm(self.chatglm_v2.encoder.final_layernorm, hidden)
 
@@ -115,8 +124,7 @@ def _layer(
         query = query[:, :, rank * few : (rank + 1) * few]
     query, key = turn(query), turn(key)
     key, value = extended(past_key, key), extended(past_value, value)
-    seen, taken = (every_head(x, query.shape[2], group, rank) for x in (key, value))
-    attended = attention.dense(attend(query, seen, taken))
+    attended = attention.dense(attend(query, key, value))
     hidden = (normed if after else hidden) + (F.dropout(attended, dropout) if dropout else attended)
     normed = _norm(layer.post_attention_layernorm, hidden)
     gate, up = paddle.chunk(mlp.dense_h_to_4h(normed), 2, axis=-1)

@@ -11,7 +11,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.distributed.fleet.utils import recompute
 
-from utils.families.base import LayerForward, Layers
+from utils.families.base import LayerForward
 from utils.kernels.masks import Attend
 
 
@@ -22,7 +22,6 @@ def run_layers(
     forward: LayerForward,
     *,
     recomputed: bool = False,
-    kept: Layers | None = None,
 ) -> Tensor:
     """Hidden states after some layers in turn, [batch, length, hidden].
 
@@ -30,7 +29,6 @@ def run_layers(
         layers: all of a model's, or those of one process.
         cache: (key, value) of each of `layers`, or None.
         recomputed: activations inside a layer are computed again for its gradient instead of kept.
-        kept: takes (key, value) of each layer with the new positions; not together with `recomputed`.
     """
     for number, layer in enumerate(layers):
         past = cache[number] if cache is not None else (None, None)
@@ -38,9 +36,7 @@ def run_layers(
             # tensors are arguments, not parts of the closure: gradients reach only those
             hidden = recompute(partial(_without_cache, forward, layer), hidden, *past)
         else:
-            hidden, key, value = forward(layer, hidden, *past)
-            if kept is not None:
-                kept.append((key, value))
+            hidden = forward(layer, hidden, *past)[0]
     return hidden
 
 

@@ -1,9 +1,8 @@
-"""One decoder for every family, put together from its `Architecture`: the inference model."""
+"""The decoder lowered for serving, put together from the `Architecture` of any family: the inference model."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,34 +10,16 @@ import paddle
 from paddle import Tensor, nn
 from tqdm import tqdm
 
-from utils.inference.fuse import Read, Weights, first_half, own_architecture, second_half, whole
 from utils.kernels import in_place
 from utils.kernels import inference as kernels
 from utils.kernels.arrays import fixed
 from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
+from utils.model.fused_weights import Read, Weights, first_half, second_half, whole
+from utils.model.steps import input_names, own_architecture, through, ways
 from utils.partition.parts import Parts
 
-# Layers of one choice. A static program chooses between its ways anew for each such group: Paddle's executor lists, for
-# every operator of a block, all that must run before and after it, so one block of all layers takes hundreds of MB.
-TOGETHER = 5
 
-
-def input_names(architecture: Architecture) -> tuple[str, ...]:
-    """What a step needs beside the cache; a static program must not have inputs that change nothing."""
-    rotary = architecture.rotary
-    used = {
-        "ids": True,
-        "positions": rotary is not None or bool(architecture.tables),
-        "keys": architecture.slopes is not None or architecture.local is not None,
-        "visible": True,
-        "targets": True,
-        "stretch": rotary is not None and rotary.stretch_power is not None,
-        "chosen": True,
-    }
-    return tuple(name for name, needed in used.items() if needed)
-
-
-class Decoder(nn.Layer):
+class FusedDecoder(nn.Layer):
     """A model of one family: token ids and the cache in, logits out; new keys and values go into the cache.
 
     Query, key and value are one matrix; the factor on attention scores is in the query's, and the dimensions of
@@ -48,11 +29,8 @@ class Decoder(nn.Layer):
     are whole.
 
     Attributes:
-        kv_heads: how many heads of keys and values the cache has.
-        heads_first: the cache of a layer is [batch, kv_heads, room, head_dim].
+        cache_shape: layers, heads of keys and values, and width of a head, of the cache.
     """
-
-    heads_first = True
 
     def __init__(
         self,
@@ -63,7 +41,7 @@ class Decoder(nn.Layer):
         *,
         parts: Parts | None = None,
         group: Any = None,
-        beside: Decoder | None = None,
+        beside: FusedDecoder | None = None,
         changed: Container[str] = (),
     ) -> None:
         """
@@ -84,7 +62,7 @@ class Decoder(nn.Layer):
         architecture = own_architecture(architecture, parts)
         self.architecture, self.dtype = architecture, dtype
         shape = architecture.shape
-        self.kv_heads = shape.kv_heads
+        self.cache_shape = (shape.layers, shape.kv_heads, shape.head_dim)
         self.embedding = weights.table(f"{architecture.embedding}.weight")
         self.after_embedding = weights.some(architecture.embedding_norm, architecture.embedding_projection)
         for number, table in enumerate(architecture.tables):
@@ -130,10 +108,7 @@ class Decoder(nn.Layer):
 
     def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         """As `forward`, but what the head would turn into logits: [n, hidden]."""
-        architecture, shape = self.architecture, self.architecture.shape
-        length = given["ids"].shape[1]
-        is_open = length < 0  # in a static program
-        one = not is_open and length == 1
+        architecture = self.architecture
         hidden = self.embedding.embeddings(given["ids"].flatten())  # of all tokens, row by row: [tokens, width]
         if architecture.embedding_scale != 1.0:
             hidden = hidden * architecture.embedding_scale
@@ -142,33 +117,21 @@ class Decoder(nn.Layer):
         for number, table in enumerate(architecture.tables):
             places = given["positions"][table.part].flatten() + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
-        sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "width": shape.head_dim}
-        pieces = 1 if one or not architecture.causal else 0
         slopes = None if architecture.slopes is None else self.slopes
-        seen = [given["visible"]] if architecture.local is None else [given["visible"], self._near(given)]
-        blocks = [kernels.blocks_of(x, given.get("keys"), slopes, pieces=pieces, **sizes) for x in seen]
-        targets = kernels.Targets.at(given["targets"], cache[0])
-        ways = (True, False) if is_open else (one,)
-        steps = [[kernels.Step.of(given["ids"], x, targets, one=one, **sizes) for x in blocks] for one in ways]
+        steps = ways(architecture, slopes, given, cache, flat=True)
         angles = [turns.angles(given["positions"], given.get("stretch")) for turns in self.turns]
-        for first in range(0, shape.layers, TOGETHER):
-            layers = range(first, min(first + TOGETHER, shape.layers))
-            runs = [partial(self._layers, layers, hidden, given["chosen"], cache, angles, step) for step in steps]
-            hidden = paddle.static.nn.cond(paddle.shape(given["ids"])[1] == 1, *runs) if is_open else runs[0]()
+
+        def run(numbers: Sequence[int], hidden: Tensor, step: Sequence[kernels.Step]) -> Tensor:
+            return self._layers(numbers, hidden, given["chosen"], cache, angles, step)
+
+        hidden = through(range(architecture.shape.layers), hidden, given["ids"], steps, run)
         for operator in self.before_head:
             hidden = operator(hidden)
         return hidden
 
-    def _near(self, given: Mapping[str, Tensor]) -> Tensor:
-        """What the tokens see in local layers, [batch, 1, length, seen] bool."""
-        local, keys = self.architecture.local, given["keys"].unsqueeze(1)
-        assert local is not None
-        near = given["positions"][0].unsqueeze(-1) - keys < local.window
-        return paddle.logical_and(given["visible"], paddle.logical_or(near, keys < 0).unsqueeze(1))
-
     def _layers(
         self,
-        numbers: range,
+        numbers: Sequence[int],
         hidden: Tensor,
         chosen: Tensor,
         cache: Sequence[Tensor],

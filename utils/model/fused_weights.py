@@ -1,9 +1,8 @@
-"""A model's parameters, or a tensor-parallel rank's parts of them, as the operators of the generic decoder."""
+"""A model's parameters, or a tensor-parallel rank's parts of them, as the operators of the fused decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,21 +16,11 @@ from utils.kernels.arrays import fixed
 from utils.kernels.linear import Linear, Shard, fixed_linear
 from utils.kernels.shared import SharedTable
 from utils.model.architecture import Architecture, LayerNames, ModelShape
+from utils.model.steps import own_architecture
 from utils.partition.parts import Parts
 
 Read = Callable[[str], np.ndarray]  # float32 values of a parameter, by name
 Made = TypeVar("Made")
-
-
-def own_architecture(architecture: Architecture, parts: Parts | None) -> Architecture:
-    """What a tensor-parallel rank computes of a model: some of the heads."""
-    if parts is None:
-        return architecture
-    queries, read = parts.query_heads, parts.read_heads
-    shape = replace(architecture.shape, heads=len(queries), kv_heads=len(read))
-    return replace(
-        architecture, shape=shape, slopes=None if architecture.slopes is None else architecture.slopes[queries]
-    )
 
 
 class HeadNorms(kernels.Operator):

@@ -1,4 +1,4 @@
-"""What a `CachedEngine` runs: the inference model itself, or a program that was exported."""
+"""An exported program, run by Paddle's own inference library."""
 
 from __future__ import annotations
 
@@ -10,37 +10,19 @@ import paddle
 from paddle import Tensor
 
 from utils import runtime
-from utils.inference.cache import DeviceCache
-from utils.inference.decoder import Decoder
-from utils.inference.export import PROGRAM, WEIGHTS, Manifest
-from utils.inference.plain import LibraryProgram
+from utils.inference.manifest import PROGRAM, WEIGHTS, Manifest
 from utils.kernels.arrays import copied
+from utils.model.cache import DeviceCache
 
 # New tokens that choose a way through a program, and on a CPU the MiB of memory that come together on that way before
 # a thread of the executor is woken to give them back. Each time costs a few microseconds: after every operator of a
 # decoding step a twentieth of it, after every large output of a prompt a fiftieth. What is not full yet stays, for each
-# group of layers. A program without ways has what comes first.
+# group of layers. A program without ways, as plain exports once were, has what comes first.
 _PORTIONS = {2: 1.0, 1: 0.25}
 
 
-class DynamicProgram:
-    """The inference model, or the library's as `LibraryProgram`, operator by operator."""
-
-    embeds = True
-
-    def __init__(self, decoder: Decoder | LibraryProgram) -> None:
-        self._decoder, self.heads_first = decoder, decoder.heads_first
-
-    def states(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
-        return self._decoder.states({name: inputs[name] for name in self._decoder.inputs}, cache)
-
-    def __call__(self, inputs: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = self._decoder([inputs[name] for name in self._decoder.inputs], cache)[0]
-        return logits
-
-
 class StaticProgram:
-    """An exported program, run by Paddle's own inference library. Logits are all that it computes."""
+    """What a `CachedEngine` runs of an exported folder. Logits are all that it computes."""
 
     embeds = False
 
@@ -61,7 +43,7 @@ class StaticProgram:
         self._inputs = {name: self._predictor.get_input_handle(name) for name in self._predictor.get_input_names()}
         self._logits = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
         self._names = manifest.inputs
-        self.heads_first = manifest.inference_model
+        self.heads_first, self.cache_shape = manifest.heads_first, manifest.cache
         self._held: Sequence[Tensor] = []  # what the program reads must outlive its run
         runtime.give_back_freed_memory()
         with runtime.new_threads_wait():  # the executor gives memory back in threads that have nothing urgent to do
@@ -69,7 +51,7 @@ class StaticProgram:
 
     def _first_runs(self, manifest: Manifest, *, on_cpu: bool) -> None:
         """Runs both ways through the program, so that no answer waits for what their first runs prepare."""
-        layers, kv_heads, head_dim = manifest.cache
+        layers, kv_heads, head_dim = self.cache_shape
         cache = DeviceCache(1, kv_heads, head_dim, manifest.dtype, heads_first=self.heads_first)
         cache.reserve(1, max(_PORTIONS))
         for length, portion in _PORTIONS.items():

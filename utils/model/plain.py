@@ -1,0 +1,152 @@
+"""A family's trainable model as one step over a cache that it writes into: the decoder as it is trained, unfused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import paddle
+from paddle import Tensor, nn
+
+from utils.families import FamilySpec
+from utils.families.text import Places
+from utils.kernels.arrays import fixed
+from utils.kernels.inference import Step
+from utils.kernels.rings import gathered
+from utils.model.steps import Way, input_names, own_architecture, through, ways
+
+if TYPE_CHECKING:
+    from utils.partition.parts import Parts
+
+
+class PlainDecoder(nn.Layer):
+    """The same face as `utils.model.fused.FusedDecoder` over a trainable model; its Linears may be LoRA layers.
+
+    The forward pass is the family's own, layer by layer; what each layer attends with is the cache.
+
+    Attributes:
+        cache_shape: layers, heads of keys and values, and width of a head, of the cache.
+    """
+
+    def __init__(
+        self,
+        family: FamilySpec,
+        model: Any,
+        config: Mapping[str, Any],
+        *,
+        parts: Parts | None = None,
+        group: Any = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            family, config: of `model`.
+            parts, group: what this tensor-parallel rank has of the model, and all ranks that share it; None for all
+                of it.
+            layers: the numbers of those that this process has, if not all.
+        """
+        super().__init__()
+        self.family, self.model = family, model
+        self.architecture = own_architecture(family.architecture(config), parts)
+        shape = self.architecture.shape
+        numbers = range(shape.layers) if layers is None else layers
+        self.places = {number: place for place, number in enumerate(numbers)}  # of layers in the cache
+        self.cache_shape = (len(numbers), shape.kv_heads, shape.head_dim)
+        self.inputs = input_names(self.architecture)
+        self.vocabulary_group = group if parts is not None and parts.shares_vocabulary else None
+        # of the keys and values that a rank computes; None where it reads all of them
+        self.read_heads = None
+        if parts is not None and parts.shares_key_value:
+            self.read_heads = fixed(paddle.to_tensor(parts.read_heads, dtype="int64"))
+        slopes = self.architecture.slopes
+        self.slopes = None if slopes is None else fixed(paddle.to_tensor(slopes))
+
+    def forward(self, inputs: Sequence[Tensor], cache: Sequence[Tensor]) -> list[Tensor]:
+        """As `utils.model.fused.FusedDecoder.forward`.
+
+        Raises:
+            RuntimeError: the model is in training mode, where it would drop things.
+        """
+        given = dict(zip(self.inputs, inputs))  # noqa: B905 - the tracer's zip has no `strict`
+        return [self._compute(given, cache)]
+
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
+    def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        return self.logits(self.states(given, cache))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, vocabulary] of what `states` returned."""
+        logits = self.family.logits(self.model, states)
+        return logits if self.vocabulary_group is None else gathered(logits, self.vocabulary_group)
+
+    def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
+        """As `utils.model.fused.FusedDecoder.states`."""
+        step = self.begin(given, cache)
+        return step.finish(step.layers(list(self.places), step.embed()))
+
+    def begin(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> PlainStep:
+        """A step over new tokens, to be gone through part by part."""
+        if self.model.training:
+            raise RuntimeError("the model is in training mode; call model.eval() before generating")
+        return PlainStep(self, given, cache)
+
+
+class PlainStep:
+    """One step of a `PlainDecoder`."""
+
+    def __init__(self, decoder: PlainDecoder, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> None:
+        self._family, self._model, self._decoder = decoder.family, decoder.model, decoder
+        self._given, self._cache = given, cache
+        self._ways = ways(decoder.architecture, decoder.slopes, given, cache, flat=False)
+
+    def embed(self) -> Tensor:
+        """Hidden states [batch, length, hidden] before the first layer."""
+        return self._family.embed(self._model, self._context())
+
+    def layers(self, numbers: Sequence[int], hidden: Tensor) -> Tensor:
+        """Hidden states after layers in turn, all of which this process has."""
+        return through(numbers, hidden, self._given["ids"], self._ways, self._run)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What the head takes of the chosen tokens, [n, hidden]."""
+        chosen = paddle.index_select(hidden.reshape([-1, hidden.shape[-1]]), self._given["chosen"])
+        return self._family.finish(self._model, chosen)
+
+    def _context(self) -> Any:
+        given = self._given
+        known = Places(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
+        return self._family.inference_context(self._model, given["ids"], known)
+
+    def _run(self, numbers: Sequence[int], hidden: Tensor, way: Way) -> Tensor:
+        attention = _CacheAttention(self._decoder)
+        stack = self._family.stack(self._model)
+        forward = self._family.layer(self._model, replace(self._context(), attend=attention))
+        for number in numbers:
+            place = 2 * self._decoder.places[number]
+            attention.step = way[int(self._decoder.architecture.is_local(number))]
+            attention.cache = self._cache[place], self._cache[place + 1]
+            hidden = forward(stack[number], hidden, None, None)[0]
+        return hidden
+
+
+class _CacheAttention:
+    """The attention of one layer after the other: over its cache, into which the new keys and values go.
+
+    Attributes:
+        step: what attention of the layer needs to know of the new tokens.
+        cache: keys and values of the layer.
+    """
+
+    step: Step
+    cache: tuple[Tensor, Tensor]
+
+    def __init__(self, decoder: PlainDecoder) -> None:
+        self._read_heads = decoder.read_heads
+        self._scale = decoder.architecture.shape.head_dim**-0.5
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[batch, length, heads or kv_heads, head_dim] -> [batch, length, heads * head_dim]."""
+        if self._read_heads is not None:
+            key, value = (paddle.index_select(x, self._read_heads, axis=2) for x in (key, value))
+        return self.step.attend_apart(query * self._scale, key, value, self.cache)
