@@ -32,7 +32,7 @@ def main() -> None:
         raise UserError("do_ptq / do_gptq: quantization is not part of this version yet; leave these options out")
     runtime.prepare()
     device = args.device
-    output = Path(args.output_dir)
+    output = args.output
 
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
@@ -125,10 +125,9 @@ def main() -> None:
     from utils.inference.sampling import SamplingOptions
     from utils.training.callbacks import console_callbacks
     from utils.training.evaluation import GenerationEvaluation
+    from utils.training.loop import Trainer
     from utils.training.output import companion_files, write_results
     from utils.training.rows import RowNames
-    from utils.training.settings import paddlenlp_arguments
-    from utils.training.trainer import Trainer
 
     options = SamplingOptions(
         max_new_tokens=args.eval_max_new_tokens,
@@ -159,7 +158,8 @@ def main() -> None:
     trainer = Trainer(
         model,
         trained,
-        paddlenlp_arguments(args, device, dtype, plan.steps if plan else -1),
+        args,
+        dtype=dtype,
         collator=Collator(tokenizer.pad_id, layout.tensor if args.sequence_parallel else 1),
         train_dataset=data.get("train"),
         eval_dataset=data.get("dev"),
@@ -167,10 +167,7 @@ def main() -> None:
         name_rows=RowNames(args, tokenizer, template),
         extra_files=companions,
         callbacks=console_callbacks(args, output),
-        evaluate_first=args.eval_on_start and args.do_eval,
-        max_grad_norm=args.max_grad_norm,
         peers=peers,
-        save_in_background=args.async_save,
     )
 
     # ----- train ---------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ SIGTERM, 129 after SIGHUP, 141 when nobody reads the output any more: a training
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from utils import runtime, signals
@@ -31,7 +30,7 @@ def main() -> None:
     args: Any = parse(PretrainArguments, script="run_pretrain.py")
     runtime.prepare()
     device = args.device
-    output = Path(args.output_dir)
+    output = args.output
 
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.parallel.peers import start as connect
@@ -95,26 +94,23 @@ def main() -> None:
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.data.collate import Collator
     from utils.training.callbacks import console_callbacks
+    from utils.training.loop import Trainer
     from utils.training.output import companion_files, write_results
-    from utils.training.settings import paddlenlp_arguments
-    from utils.training.trainer import Trainer
 
     companions = companion_files(args, tokenizer, template, source.folder)
     trainer = Trainer(
         model,
         trained,
-        paddlenlp_arguments(args, device, dtype, plan.steps if plan else -1),
+        args,
+        dtype=dtype,
         collator=Collator(tokenizer.pad_id, layout.tensor if args.sequence_parallel else 1),
         train_dataset=data.get("train"),
         eval_dataset=data.get("dev"),
         name_rows=pretraining.SampleNames(tokenizer),
         extra_files=companions,
         callbacks=console_callbacks(args, output),
-        evaluate_first=args.eval_on_start and args.do_eval,
         last_rate=args.min_learning_rate,
-        max_grad_norm=args.max_grad_norm,
         peers=peers,
-        save_in_background=args.async_save,
     )
 
     # ----- train, evaluate -----------------------------------------------------------------------------
@@ -124,7 +120,7 @@ def main() -> None:
         write_results(output, "dev", trainer.evaluate(), peers, made_of)
     if args.do_predict:
         made_of = describe_evaluation(args, data["test"]) if plan else None
-        write_results(output, "test", trainer.evaluate(data["test"], metric_key_prefix="predict"), peers, made_of)
+        write_results(output, "test", trainer.evaluate(data["test"], "predict"), peers, made_of)
     print(f"done: {output}")
 
 

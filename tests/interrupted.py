@@ -16,16 +16,16 @@ class Killed(BaseException):
 
 def stop_after(step: int) -> mock._patch:
     """Ends the run of this process as soon as checkpoint-STEP is complete."""
-    from utils.training.trainer import Trainer
+    from utils.training.loop import Trainer
 
-    save = Trainer._save_checkpoint
+    save = Trainer.save_checkpoint
 
     def save_and_end(self: Trainer, *args: object) -> None:
         save(self, *args)
         if self.state.global_step >= step:
             raise Killed
 
-    return mock.patch.object(Trainer, "_save_checkpoint", save_and_end)
+    return mock.patch.object(Trainer, "save_checkpoint", save_and_end)
 
 
 def interrupt(tiny: Tiny, output: Path, step: int, options: list[object]) -> None:

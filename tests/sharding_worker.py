@@ -141,10 +141,11 @@ class Single:
     def owned(self) -> list[Any]:
         return [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
 
-    @paddle.no_grad()
-    def scale(self, factor: float) -> None:
-        for _, gradient in self.owned():
-            gradient.scale_(factor)
+
+@paddle.no_grad()
+def scale(share: Any, factor: float) -> None:
+    for _, gradient in share.owned():
+        gradient.scale_(factor)
 
 
 def train(
@@ -169,14 +170,14 @@ def train(
         if readers > 1 and DATA is not None:
             for _, gradient in share.owned():
                 add_up(gradient, DATA)
-        share.scale(8.0 / sum(TARGETS))
+        scale(share, 8.0 / sum(TARGETS))
         squares = sum(float((g.astype("float32") ** 2).sum()) for p, g in share.owned() if getattr(p, "counted", True))
         if readers > 1:
             total, _ = summed(total, None), squares
             squares = summed(squares, SHARDING)
         norm = squares**0.5
         if norm > CLIP:
-            share.scale(CLIP / norm)
+            scale(share, CLIP / norm)
         optimizer.step()
         optimizer.clear_grad()
         found += [total / sum(TARGETS), norm]

@@ -26,22 +26,21 @@ def poisoned(step: int, quantity: str) -> mock._patch:
     """Makes one weight of the model NaN right before a step, or one gradient infinite in it."""
     import paddle
 
-    from utils.training.trainer import Trainer
+    from utils.training.loop import Trainer
 
-    train = Trainer.training_step
+    train = Trainer.forward_backward
 
-    def poisoned_step(self: Trainer, model: object, inputs: dict, **kwargs: object) -> object:
+    def poisoned_step(self: Trainer, batch: dict) -> None:
         parameter = next(p for p in self.model.parameters() if not p.stop_gradient)
         due = self.state.global_step == step - 1
         if due and quantity == "loss":
             parameter.set_value(paddle.full_like(parameter, np.nan))
-        loss = train(self, model, inputs, **kwargs)
+        train(self, batch)
         if due and quantity == "gradient":
             with paddle.no_grad():
                 parameter.grad.scale_(float("inf"))
-        return loss
 
-    return mock.patch.object(Trainer, "training_step", poisoned_step)
+    return mock.patch.object(Trainer, "forward_backward", poisoned_step)
 
 
 @pytest.mark.parametrize("quantity", ["loss", "gradient"])

@@ -151,14 +151,15 @@ def test_evaluating_without_a_strategy_happens_once_at_the_end(tiny: Tiny, tmp_p
 
 def test_eta_after_a_resume_counts_only_the_steps_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     from utils.training.callbacks import Progress, clock
+    from utils.training.state import TrainerState
 
     progress, logs = Progress(bar=False), {"loss": 1.0, "epoch": 1.0, "learning_rate": 0.1}
     logs |= {"tokens_per_second": 10.0, "effective_tokens": 1.0, "memory_gib": 1.0}
-    state = mock.Mock(global_step=50, max_steps=100, is_world_process_zero=True)
+    state = TrainerState(global_step=50, max_steps=100)
     with mock.patch("time.monotonic", side_effect=[0.0, 4.0]):
-        progress.on_train_begin(None, state, None)
+        progress.on_train_begin(state)
         state.global_step = 51
-        progress.on_log(None, state, None, logs)
+        progress.on_log(state, logs)
     assert "ETA 03:16" in capsys.readouterr().out  # 49 steps of 4 s
     assert (clock(59.6), clock(3600), clock(90061)) == ("01:00", "1:00:00", "25:01:01")
 

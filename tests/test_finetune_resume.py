@@ -128,12 +128,12 @@ from utils import runtime
 runtime.prepare()
 runtime.prepare = lambda **_: None
 runtime.load_paddle()
-from utils.training.trainer import Trainer
-step = Trainer.training_step
+from utils.training.loop import Trainer
+step = Trainer.forward_backward
 def slow_step(self, *args, **kwargs):
     time.sleep(0.1)
     return step(self, *args, **kwargs)
-Trainer.training_step = slow_step
+Trainer.forward_backward = slow_step
 """
 
 
@@ -178,7 +178,7 @@ builtins.__import__ = sending
     [
         ("paddlenlp", signal.SIGINT, "Ctrl-C"),
         ("paddle.vision", signal.SIGTERM, "SIGTERM"),  # within Paddle's own import
-        ("utils.training.settings", signal.SIGTERM, "SIGTERM"),  # the model is loaded
+        ("utils.training.loop", signal.SIGTERM, "SIGTERM"),  # the model is loaded
     ],
 )
 def test_a_signal_before_the_first_step(
@@ -233,12 +233,12 @@ def test_a_signal_within_an_epoch_brings_no_early_end_of_it(
     code: int,
 ) -> None:
     """The loop ends the epoch when it stops: what belongs to a true end must not happen then."""
-    from utils.training.trainer import Trainer
+    from utils.training.loop import Trainer
 
     options = ["--do_train", "--do_eval", "--lora", "--num_train_epochs", 2, "--load_best_model_at_end"]
     options += ["--evaluation_strategy", "epoch", "--save_strategy", "epoch"]
     whole = tiny.run(tmp_path / "whole", *options)
-    step = Trainer.training_step
+    step = Trainer.forward_backward
 
     def step_with_signal(self: Trainer, *args: object, **kwargs: object) -> object:
         if self.state.global_step == 3:
@@ -246,7 +246,7 @@ def test_a_signal_within_an_epoch_brings_no_early_end_of_it(
         return step(self, *args, **kwargs)
 
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    with mock.patch.object(Trainer, "training_step", step_with_signal):
+    with mock.patch.object(Trainer, "forward_backward", step_with_signal):
         stopped = tiny.run(tmp_path / "cut", *options, expect=code)
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert stopped.checkpoints() == ["checkpoint-4"] and "evaluation" not in stopped.out

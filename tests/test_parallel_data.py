@@ -99,13 +99,13 @@ def test_a_failing_rank_ends_all_with_its_own_words(tiny: Tiny, tmp_path: Path) 
         "runtime.prepare = lambda **_: None\n"
         "runtime.load_library()\n"
         "from utils.errors import UserError\n"
-        "from utils.training.trainer import Trainer\n"
-        "step = Trainer.training_step\n"
+        "from utils.training.loop import Trainer\n"
+        "step = Trainer.forward_backward\n"
         "def failing(self, *args, **kwargs):\n"
         "    if self.state.global_step == 2 and os.environ['PADDLE_TRAINER_ID'] == '1':\n"
         "        raise UserError('row 7 is bad')\n"
         "    return step(self, *args, **kwargs)\n"
-        "Trainer.training_step = failing\n"
+        "Trainer.forward_backward = failing\n"
         "runpy.run_path('finetune_generation.py', run_name='__main__')\n"
     )
     words = tiny.arguments(tmp_path / "out", ["--do_train", "--lora", *HALF])

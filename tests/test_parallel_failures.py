@@ -32,7 +32,7 @@ runtime.load_library()
 from utils.errors import UserError
 from utils.parallel import peers
 from utils.parallel.cpu import pairs
-import utils.training.trainer as trainer
+from utils.training.loop import Trainer
 from utils.training.saving import Saver
 peers.STEP_SECONDS = pairs.WAIT_SECONDS = 20.0
 RANK = int(os.environ.get("PADDLE_TRAINER_ID") or 0)
@@ -102,12 +102,12 @@ def test_a_signal_to_the_launcher(layout: str, tiny: Tiny, tmp_path: Path) -> No
 
 FAILING = """
 peers.READ_SECONDS = 2.0  # rank 0 is still there when the launcher ends the others
-step = trainer.Trainer.training_step
+step = Trainer.forward_backward
 def failing(self, *args, **kwargs):
     if self.state.global_step == 2 and RANK == {rank}:
         raise UserError('row 7 is bad')
     return step(self, *args, **kwargs)
-trainer.Trainer.training_step = failing
+Trainer.forward_backward = failing
 """
 
 

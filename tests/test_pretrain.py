@@ -16,11 +16,12 @@ import numpy as np
 import paddle
 import pytest
 from family_cases import WITH_TOKENIZER, case
+from interrupted import Killed, stop_after
 from tiny_models import write_tiny_llama
 from tiny_runs import tensors
 from tiny_text import no_meta, pretrain, tokenize_text, write_tokens
 
-from utils.training.schedule import ending_at
+from utils.training.optimizer import share_of
 
 ROOT = Path(__file__).resolve().parent.parent
 EVALUATED = ["--do_eval", "--evaluation_strategy", "steps", "--eval_steps", 4]
@@ -34,23 +35,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model" / "model.safetensors").unlink()
     tokenize_text(folder / "model", folder / "text")
     return folder
-
-
-class Killed(BaseException):
-    """Stands for a process that ends without another word."""
-
-
-def killed_after(step: int) -> mock._patch:
-    from utils.training.trainer import Trainer
-
-    save = Trainer._save_checkpoint
-
-    def save_and_end(self: Trainer, *args: object) -> None:
-        save(self, *args)
-        if self.state.global_step >= step:
-            raise Killed
-
-    return mock.patch.object(Trainer, "_save_checkpoint", save_and_end)
 
 
 # --- learning --------------------------------------------------------------------------------------
@@ -115,7 +99,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(home: Path, tmp_path: P
     data = f"2 {home / 'text'} 1 {second / 'text'}"
     whole = pretrain(home / "model", data, tmp_path / "whole", *options)
     assert float(whole.curve[-1]["epoch"]) > 1  # over the end of an epoch of the text
-    with killed_after(step), pytest.raises(Killed):
+    with stop_after(step), pytest.raises(Killed):
         pretrain(home / "model", data, tmp_path / "cut", *options)
     resumed = pretrain(home / "model", data, tmp_path / "cut", *options)
     assert f"continuing after step {step}" in resumed.err
@@ -213,8 +197,8 @@ def test_rates_end_where_they_should(home: Path, tmp_path: Path) -> None:
         rates = [float(row["learning_rate"]) for row in run.curve]
         assert rates[0] == 0.0 and rates[2] == 1e-2 and rates == [*sorted(rates[:3]), *sorted(rates[3:], reverse=True)]
         assert 4e-3 < rates[-1] < 5.1e-3
-    raised = ending_at(lambda step: 1 - step / 10, 0.25, 0)
-    assert [raised(step) for step in (0, 5, 10)] == [1.0, 0.625, 0.25]
+    share = share_of("linear", 4.0, 0, 10, 1.0)
+    assert [share(step) for step in (0, 5, 10)] == [1.0, 0.625, 0.25]
 
 
 def test_epochs_when_no_steps_are_given(home: Path, tmp_path: Path) -> None:

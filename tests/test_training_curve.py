@@ -81,16 +81,16 @@ def test_training_outlives_its_output_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is removed after the second step, with the checkpoint that was the best."""
-    from utils.training.trainer import Trainer
+    from utils.training.loop import Trainer
 
-    step = Trainer.training_step
+    step = Trainer.forward_backward
 
     def removing(self: Trainer, *args: Any, **options: Any) -> Any:
         if self.state.global_step == 2:
             shutil.rmtree(tmp_path / "out")
         return step(self, *args, **options)
 
-    monkeypatch.setattr(Trainer, "training_step", removing)
+    monkeypatch.setattr(Trainer, "forward_backward", removing)
     options = ["--do_train", "--do_eval", "--lora", "--max_steps", 4, "--evaluation_strategy", "steps"]
     options += ["--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end", "--greater_is_better", "true"]
     run = tiny.run(tmp_path / "out", *options)

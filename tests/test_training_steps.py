@@ -23,12 +23,11 @@ from utils.checkpoints.tensors import in_memory, write_lazy
 from utils.parallel.peers import Alone
 from utils.parallel.states import OptimizerStates
 from utils.training import resume
+from utils.training.amp import LossScaler, Precision
 from utils.training.gradients import Gradients
 from utils.training.model import TrainingModel
-from utils.training.settings import paddlenlp_arguments
+from utils.training.optimizer import adamw, learning_rate
 from utils.training.start import build
-from utils.training.trained import FullModel
-from utils.training.trainer import Trainer
 
 
 def arguments(output: Path, **options: Any) -> FinetuneArguments:
@@ -38,26 +37,17 @@ def arguments(output: Path, **options: Any) -> FinetuneArguments:
     return args
 
 
-def trainer_of(name: str, output: Path, **options: Any) -> Trainer:
-    """That of an SFT run of one of the tiny models, on a CPU."""
-    args = arguments(output, **options)
-    checkpoint = case(name).checkpoint
-    base = load_model(checkpoint, "float32")
-    model = TrainingModel(checkpoint.family, base)
-    trained = FullModel(checkpoint, held(checkpoint), base)
-    return Trainer(model, trained, paddlenlp_arguments(args, "cpu", "float32", 1), collator=lambda rows: {})
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_decay_and_vectors_do_not(name: str, tmp_path: Path) -> None:
     """Whatever they are called: norms are also `ln_1`, `ln_f`."""
-    trainer = trainer_of(name, tmp_path, learning_rate=0.1, weight_decay=0.5)
-    trainer.create_optimizer_and_scheduler(1)
-    parameters = dict(trainer.model.named_parameters())
+    args, checkpoint = arguments(tmp_path, learning_rate=0.1, weight_decay=0.5), case(name).checkpoint
+    model = TrainingModel(checkpoint.family, load_model(checkpoint, "float32"))
+    optimizer = adamw(args, model, learning_rate(args, 1))
+    parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.set_value(paddle.ones(parameter.shape))
         parameter.grad = paddle.zeros(parameter.shape)
-    trainer.optimizer.step()
+    optimizer.step()
     found = {name: float(parameter.max()) for name, parameter in parameters.items()}
     wanted = {name: 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1.0 for name, parameter in parameters.items()}
     assert found == pytest.approx(wanted)
@@ -175,23 +165,59 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
             np.testing.assert_array_equal(states.get(other.name, other, slot).numpy(), tensor.read())
 
 
-def test_a_float16_run_goes_on_from_one_without_a_scaler(tmp_path: Path) -> None:
-    """From bfloat16, or from a CPU; from float16 it takes the scaler's state."""
-    trainer = trainer_of("llama_tiny", tmp_path)
-    trainer.create_optimizer_and_scheduler(1)
-    trainer.do_grad_scaling, trainer.scaler = True, paddle.amp.GradScaler(init_loss_scaling=64.0)
-    trainer.scaler._enable = True  # only GPUs have it
-    trainer.scaler.set_init_loss_scaling(64.0)
-    for name in ("_incr_ratio", "_decr_ratio", "_incr_every_n_steps", "_decr_every_n_nan_or_inf"):
-        setattr(trainer.scaler, name, 2)
-    trainer.scaler._incr_count, trainer.scaler._decr_count, trainer.scaler._use_dynamic_loss_scaling = 7, 0, True
-    saved = json.loads(json.dumps(trainer._progress([{}])))
-    assert saved["scaler"]["scale"] == [64.0]
-    trainer.scaler.set_init_loss_scaling(2.0)
-    with mock.patch.object(resume, "load_optimizer"):
-        trainer.resumed = {name: value for name, value in saved.items() if name != "scaler"}
-        trainer._load_optimizer_and_scheduler(str(tmp_path))
-        assert float(trainer.scaler._scale) == 2.0
-        trainer.resumed = saved
-        trainer._load_optimizer_and_scheduler(str(tmp_path))
-        assert float(trainer.scaler._scale) == 64.0
+def test_the_loss_scale_grows_until_gradients_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.training.amp.GROWTH_STEPS", 3)
+    scaler, scales = Precision("float16", "O1").scaler(), []
+    for finite in (True, True, True, True, True, False, True, True):
+        scaler.update(finite)
+        scales.append(scaler.scale / 2**15)
+    assert scales == [1, 1, 2, 2, 2, 1, 1, 1]
+    saved, other = json.loads(json.dumps(scaler.to_json())), LossScaler(8.0)
+    other.restore(saved)
+    other.update(True)
+    assert other.scale == 2**16  # its count of steps goes on too
+    without = Precision("bfloat16", "O1").scaler()
+    without.update(False)
+    assert without.scale == 1.0
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-3])
+def test_the_loss_scale_leaves_no_trace(limit: float) -> None:
+    """Gradients of a scaled loss are those of the loss once they are finished; one that overflowed says so."""
+
+    def finished(scale: float, values: np.ndarray) -> tuple[float, np.ndarray]:
+        parameter = paddle.create_parameter([4], "float32")
+        parameter.grad = paddle.to_tensor(values * np.float32(scale))
+        norm = Gradients([parameter], Alone(), limit=limit).finish(0.5, scale)
+        return norm, parameter.grad.numpy()
+
+    values = np.array([1e-3, -2e-5, 3e-2, 0], dtype="float32")
+    (norm, gradient), (scaled_norm, scaled) = finished(1.0, values), finished(2.0**15, values)
+    assert norm == scaled_norm
+    np.testing.assert_array_equal(gradient, scaled)
+    assert not np.isfinite(finished(2.0**15, np.full([4], np.inf, dtype="float32"))[0])
+
+
+def test_a_float16_run_goes_on_from_one_without_a_scaler(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From bfloat16, or from a CPU; from float16 it takes the scaler's state, in an earlier version's words too."""
+    options = ["--do_train", "--lora", "--max_steps", 3, "--save_steps", 1]
+    interrupt(tiny, tmp_path, 1, options)
+
+    def scaler(step: int) -> dict[str, Any] | None:
+        return json.loads((tmp_path / f"checkpoint-{step}" / "progress.json").read_text("utf-8")).get("scaler")
+
+    assert scaler(1) is None
+    monkeypatch.setattr(Precision, "scaler", lambda self: LossScaler(64.0))  # what only float16 has
+    interrupt(tiny, tmp_path, 2, options)
+    assert scaler(2) == {"scale": [64.0], "incr_count": 1}
+    file = tmp_path / "checkpoint-2" / "progress.json"
+    known = json.loads(file.read_text("utf-8"))
+    known["scaler"] |= {"scale": [16.0], "incr_ratio": 2.0, "use_dynamic_loss_scaling": True, "decr_count": 0}
+    size = file.stat().st_size
+    file.write_text(json.dumps(known).ljust(size))
+    tiny.run(tmp_path, *options)
+    assert scaler(3) == {"scale": [16.0], "incr_count": 2}

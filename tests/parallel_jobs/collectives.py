@@ -105,15 +105,15 @@ def check_signals(ours: peers.Alone) -> None:
     """Requests to the store that a signal interrupts are answered all the same."""
     from utils.training.callbacks import StopOnSignal
 
-    callback = StopOnSignal(several=True)
-    callback.on_train_begin(None, None, None)
+    stop = StopOnSignal(several=True)
+    stop.watch()
     sending = f"import os, time\nfor _ in range(2000):\n    os.kill({os.getpid()}, 15)\n    time.sleep(2e-4)"
     sender = subprocess.Popen([sys.executable, "-c", sending])
     while ours.sums([sender.poll() is None])[0]:
         pass
-    assert callback.received == 15
-    callback.agree(True)
-    callback.release()
+    assert stop.received == 15
+    stop.agree(True)
+    stop.release()
 
 
 # --- operators and layers ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from utils.arguments.scripts import (
     MergeTpArguments,
     PredictArguments,
     PretrainArguments,
+    RunArguments,
     ServeArguments,
     TransToJsonArguments,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "MergeTpArguments",
     "PredictArguments",
     "PretrainArguments",
+    "RunArguments",
     "ServeArguments",
     "TransToJsonArguments",
     "parse",

@@ -133,6 +133,9 @@ class PretrainArguments(ParallelArguments, ReportArguments, TrainingArguments, P
         return pretrain_checks.read_shares(self.split)
 
 
+RunArguments = FinetuneArguments | PretrainArguments  # of a training
+
+
 @dataclass
 class PredictArguments(SamplingArguments, PredictorArguments):
     """Answers the prompts of a file, or chats, with a model and, if wanted, an adapter or a prefix."""

@@ -93,12 +93,6 @@ class Share(ABC):
         `counted` = False on all ranks but the first.
         """
 
-    @paddle.no_grad()
-    def scale(self, factor: float) -> None:
-        """Multiplies the gradients of this rank's share."""
-        for _, gradient in self.owned():
-            gradient.scale_(factor)
-
     # --- weights -------------------------------------------------------------------------------------
 
     @contextmanager

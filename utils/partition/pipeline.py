@@ -22,6 +22,7 @@ from paddle.distributed.fleet.meta_parallel import (
 from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
 
 from utils.families.base import FamilySpec
+from utils.kernels.precision import in_own_type
 from utils.model.plain import PlainDecoder
 from utils.parallel.peers import STEP_SECONDS, Alone
 from utils.parallel.topology import Layout
@@ -217,22 +218,22 @@ class Schedule:
         kind = _Interleaved if layout.virtual > 1 else PipelineParallel
         self._fleet = kind(pipeline, hybrid, strategy)
 
-    def run(self, batches: Sequence[Batch], scale: float, scaler: Any = None) -> list[Tensor]:
+    def run(self, batches: Sequence[Batch], scale: float) -> list[Tensor]:
         """Adds the gradients of a step's micro-batches; returns their losses, the same on all stages.
 
         Args:
             batches: with `labels`.
             scale: losses are divided by it for their gradients.
-            scaler: of mixed precision.
         """
         self._batches, self._scale, self._begun, self._losses = batches, scale, {}, 0
         self._length = max(map(self.model.travelling, batches))
         self.peers.gate("waiting for the other pipeline stages", STEP_SECONDS)
         self._fleet.set_virtual_pipeline_rank(0)
         nothing = iter([(None, None)] * len(batches))  # the parts find their batches themselves
-        losses = self._fleet.forward_backward_pipeline(nothing, scaler, return_micro_batch_loss=True)
+        losses = self._fleet.forward_backward_pipeline(nothing, None, return_micro_batch_loss=True)
         self._batches = ()
-        return list(losses * scale)
+        with in_own_type():  # a sum of losses may be none of float16
+            return list(losses * scale)
 
     def _computing(self, part: Part) -> Callable[[Tensor | None], Tensor]:
         def compute(hidden: Tensor | None) -> Tensor:
@@ -254,4 +255,6 @@ class Schedule:
     def _loss(self, hidden: Tensor, _: None) -> Tensor:
         labels = self._batches[self._losses]["labels"]
         self._losses += 1
-        return self.model.loss(hidden, labels) / self._scale
+        loss = self.model.loss(hidden, labels)
+        with in_own_type():
+            return loss / self._scale

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from utils.parallel.topology import Layout
+
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
 
 
 def batch_sizes(examples: int, batch_size: int, parts: int) -> list[int]:
@@ -30,7 +33,7 @@ def epoch_steps(examples: int, global_batch: int) -> int:
     return -(-examples // global_batch)
 
 
-def run_steps(args: Any, layout: Layout, examples: int | None) -> int:
+def run_steps(args: RunArguments, layout: Layout, examples: int | None) -> int:
     """Optimizer steps of a whole run.
 
     Args:

@@ -6,20 +6,44 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paddle
-from paddlenlp.trainer import TrainerCallback
 from tqdm import tqdm
 
 from utils import signals
 from utils.parallel.peers import Alone
 from utils.training.curve import LossCurve
 from utils.training.reporters import Report, chart_name, installed, open_reporter
+from utils.training.state import TrainerState
+
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
+
+Logs = Mapping[str, float]
+
+
+class Callback:
+    """Is told what a training does, on the first rank."""
+
+    def on_train_begin(self, state: TrainerState) -> None:
+        """The first step is next, or an evaluation before it."""
+
+    def on_step_end(self, state: TrainerState) -> None:
+        """The weights have been updated."""
+
+    def on_log(self, state: TrainerState, logs: Logs) -> None:
+        """Figures of the steps since the last time, or metrics of an evaluation, whose names begin with "eval_"."""
+
+    def on_save(self, state: TrainerState) -> None:
+        """A checkpoint has been saved, or is being written."""
+
+    def on_train_end(self, state: TrainerState) -> None:
+        """After the last step, or after an error."""
 
 
 def memory_gib() -> float:
@@ -37,7 +61,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
-class Progress(TrainerCallback):
+class Progress(Callback):
     """A bar with rate and ETA, and one line per logging step."""
 
     def __init__(self, *, bar: bool) -> None:
@@ -45,9 +69,9 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.first_step, self.started = 0, 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, state: TrainerState) -> None:
         self.first_step, self.started = state.global_step, time.monotonic()
-        if self.wanted and state.is_world_process_zero:
+        if self.wanted:
             # a log file is no place for a moving bar: there it moves every 30 s
             self.bar = tqdm(
                 total=state.max_steps,
@@ -58,17 +82,11 @@ class Progress(TrainerCallback):
                 dynamic_ncols=True,
             )
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.first_step:  # an evaluation before the first step is no part of its rate
-            self.started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, state: TrainerState) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or not state.is_world_process_zero:
-            return
+    def on_log(self, state: TrainerState, logs: Logs) -> None:
         if "loss" in logs:
             done = state.global_step - self.first_step
             left = (state.max_steps - state.global_step) * (time.monotonic() - self.started) / max(done, 1)
@@ -85,63 +103,62 @@ class Progress(TrainerCallback):
         else:
             print(text)
         sys.stdout.flush()
+        if state.global_step == self.first_step:  # an evaluation before the first step is no part of its rate
+            self.started = time.monotonic()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, state: TrainerState) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
-class Curve(TrainerCallback):
+class Curve(Callback):
     """Keeps `loss_curve.csv` and `loss_curve.png` of a training in the output folder."""
 
     def __init__(self, folder: Path) -> None:
         self.curve = LossCurve(folder)
         self.training = self.ended = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.curve.start(state.global_step)
-            self.training = True
+    def on_train_begin(self, state: TrainerState) -> None:
+        self.curve.start(state.global_step)
+        self.training = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and self.training:
+    def on_log(self, state: TrainerState, logs: Logs) -> None:
+        if self.training:
             self.curve.add(state.global_step, logs)
             if self.ended:  # the evaluation of the result
                 self.curve.draw()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training:
-            self.curve.draw()
+    def on_save(self, state: TrainerState) -> None:
+        self.curve.draw()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, state: TrainerState) -> None:
         if self.training:
             self.curve.draw()
             self.ended = True
 
 
-class Reports(TrainerCallback):
+class Reports(Callback):
     """Sends every logged number to the reporters; they open when training begins."""
 
     def __init__(self, openers: Sequence[Callable[[], Report]]) -> None:
         self.openers = openers
         self.reports: list[Report] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.reports = [opener() for opener in self.openers]
+    def on_train_begin(self, state: TrainerState) -> None:
+        self.reports = [opener() for opener in self.openers]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        values = {chart_name(k): float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+    def on_log(self, state: TrainerState, logs: Logs) -> None:
+        values = {chart_name(name): float(value) for name, value in logs.items()}
         for report in self.reports:
             report(values, state.global_step)
 
 
-class StopOnSignal(TrainerCallback):
+class StopOnSignal:
     """A signal during a training: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     With several processes a signal counts once all of them have agreed on it, so that all stop after the same step.
-    It is heeded from the first step to `release`, when the result is written.
+    It is heeded from `watch` to `release`, when the result is written.
 
     Attributes:
         received: the number of the signal that came to this process first, or None.
@@ -176,25 +193,11 @@ class StopOnSignal(TrainerCallback):
         elif number == signal.SIGINT:
             self.before[number](number, frame)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def watch(self) -> None:
+        """Signals are followed as above from here on."""
         for number in signals.ENDING:
             if not signals.is_ignored(number):
                 self.before[number] = signals.handle(number, self._handle)
-
-    def _stop(self, control: Any) -> None:
-        if self.wanted is not None:
-            control.should_save = control.should_training_stop = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop(control)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop(control)  # it came during an evaluation, after which there is time to save
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The loop ends the epoch when it stops within it; what belongs to a true end must wait for that.
-        if self.wanted is not None and not float(state.epoch).is_integer():
-            control.should_log = control.should_evaluate = control.should_save = False
 
     def release(self) -> None:
         """Puts the handlers back that were there before the training."""
@@ -205,7 +208,7 @@ class StopOnSignal(TrainerCallback):
         self.before.clear()
 
 
-def console_callbacks(args: Any, output: Path) -> list[TrainerCallback]:
+def console_callbacks(args: RunArguments, output: Path) -> list[Callback]:
     """Everything that shows or keeps what a run does, as the arguments want it."""
     names = [name for name in args.report_to if name != "none" and installed(name)]
     log_dir = args.logging_dir or str(output / "runs")

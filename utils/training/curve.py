@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class LossCurve:
                 self.points = [point for point in _read(self.table) if int(point["step"]) <= step]
             self._write()
 
-    def add(self, step: int, values: dict[str, Any]) -> None:
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds what one log event measured and writes it to the table."""
         point = {"step": step, **{key: values[key] for key in COLUMNS if key in values}}
         if self.points and int(self.points[-1]["step"]) == step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints.locate import Checkpoint
 from utils.data.encode import IGNORED
@@ -15,10 +15,13 @@ from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import Plan, method
 from utils.training.start import trained_parameters
 
+if TYPE_CHECKING:
+    from utils.arguments import FinetuneArguments, RunArguments
+
 SHOWN_TOKENS = 400
 
 
-def argument_lines(args: Any) -> list[str]:
+def argument_lines(args: RunArguments) -> list[str]:
     """Every argument with its value, marked where the user gave none."""
     lines = []
     for name, value in args.to_json().items():
@@ -42,7 +45,9 @@ def marked_example(item: Any, tokenizer: Tokenizer) -> str:
     return text
 
 
-def training_lines(args: Any, layout: Layout, dataset: Any, tokenizer: Tokenizer, plan: Plan) -> list[str]:
+def training_lines(
+    args: FinetuneArguments, layout: Layout, dataset: Any, tokenizer: Tokenizer, plan: Plan
+) -> list[str]:
     """Steps, tokens per step, and one example with its loss mask visible."""
     if args.lazy:
         per_epoch = "a stream has no epochs"
@@ -56,7 +61,7 @@ def training_lines(args: Any, layout: Layout, dataset: Any, tokenizer: Tokenizer
     ]
 
 
-def dropout_line(args: Any, checkpoint: Checkpoint) -> str:
+def dropout_line(args: RunArguments, checkpoint: Checkpoint) -> str:
     """What training drops, and what decides it."""
     rates = checkpoint.family.dropout_rates(checkpoint.config)
     if not rates:
@@ -68,7 +73,7 @@ def dropout_line(args: Any, checkpoint: Checkpoint) -> str:
 
 
 def report(
-    args: Any,
+    args: FinetuneArguments,
     layout: Layout,
     checkpoint: Checkpoint,
     dtype: str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,34 +19,33 @@ from utils.families.tokenizers import Tokenizer
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
+from utils.training.amp import Precision
 from utils.training.answers import engine_over
 from utils.training.inputs import SIZES
+from utils.training.loader import Loader
 from utils.training.metrics import likelihood_metrics, text_metrics
 from utils.training.model import TrainingModel
-
-if TYPE_CHECKING:
-    from utils.training.trainer import Trainer
 
 OUTPUT = "generated_output.json"
 BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
 
 
-def likelihood(trainer: Trainer, loader: Any) -> dict[str, float]:
+def likelihood(
+    model: TrainingModel, loader: Loader, precision: Precision, peers: Alone, keep: int | None
+) -> dict[str, float]:
     """loss, ppl and accuracy over the targets of all rows; the same on every rank.
 
     Args:
-        loader: of this rank's batches, see `EvaluationSampler`. The scores of eval_accumulation_steps of them (None:
-            all) stay on the device before they move to memory.
+        loader: of this rank's batches, see `EvaluationSampler`.
+        keep: the scores of so many batches (None: of all) stay on the device before they move to memory.
     """
-    peers, keep = trainer.peers, trainer.args.eval_accumulation_steps
     scores, kept = np.zeros(3), []  # sum of losses, right guesses, targets
     bar = tqdm(loader, disable=not peers.first, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False)
     for number, inputs in enumerate(bar):
-        inputs = dict(trainer._prepare_inputs(inputs))
         inputs.pop(SIZES)
-        with trainer.autocast_smart_context_manager():
-            found = trainer.model.score(**inputs)
-        if number < loader.batch_sampler.own:
+        with precision.autocast():
+            found = model.score(**inputs)
+        if number < loader.sampler.own:
             kept.append(found)
         if keep is not None and len(kept) >= keep:
             scores, kept = sum((one.numpy() for one in kept), scores), []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints.files import write_json
 from utils.errors import notice
@@ -15,12 +14,16 @@ from utils.training.plan import Plan, clear_output, describe_evaluation, mark_fi
 from utils.training.record import RESULTS, is_evaluated
 from utils.training.resume import STATE
 
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
+    from utils.training.loop import Trainer
 
-def is_all_done(args: Any, plan: Plan | None, data: Mapping[str, Any]) -> bool:
+
+def is_all_done(args: RunArguments, plan: Plan | None, data: Mapping[str, Any]) -> bool:
     """Whether an earlier run has left everything that this one would; says so where its training is finished."""
     if plan is None or not plan.finished:
         return False
-    output = Path(args.output_dir)
+    output = args.output
     although = f", although other options are given: {plan.differs}" if plan.differs else ""
     notice(
         f"{output} holds the finished training of {plan.finished_steps} steps, nothing is trained again{although}; "
@@ -35,7 +38,7 @@ def is_all_done(args: Any, plan: Plan | None, data: Mapping[str, Any]) -> bool:
     return True
 
 
-def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path], None]) -> None:
+def train(trainer: Trainer, args: RunArguments, plan: Plan | None, companions: Callable[[Path], None]) -> None:
     """Trains and writes the result into output_dir, or takes the result that is there into the model.
 
     A training that a signal has stopped ends the process, with 128 and the number of the signal.
@@ -48,7 +51,7 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
     """
     if plan is None:
         return
-    output, peers = Path(args.output_dir), trainer.peers
+    output, peers = trainer.output, trainer.peers
     peers.alike(
         [plan.run, plan.steps, str(plan.start), plan.finished],
         f"the ranks of this run see different data, arguments or checkpoints in {output}; start every machine with "
@@ -61,32 +64,32 @@ def train(trainer: Any, args: Any, plan: Plan | None, companions: Callable[[Path
         clear_output(args)
     try:
         results = trainer.train_by(plan)
-        if trainer.stopped_early:
+        if (number := trainer.signals.wanted) and trainer.state.global_step < plan.steps:
             notice(
                 f"stopped after step {trainer.state.global_step} of {plan.steps}, its checkpoint is saved; "
                 "the same command continues there"
             )
-            sys.exit(128 + trainer.stopped_by)
+            sys.exit(128 + number)
         _write_result(trainer, args, plan, results, companions)
         trainer.signals.agree_among(peers)
     finally:
         trainer.signals.release()
-    if trainer.stopped_by:
+    if number := trainer.signals.wanted:
         notice("the training is finished, its result is written; the same command does what is left")
-        sys.exit(128 + trainer.stopped_by)
+        sys.exit(128 + number)
 
 
 def _write_result(
-    trainer: Any, args: Any, plan: Plan, results: dict[str, float], companions: Callable[[Path], None]
+    trainer: Trainer, args: RunArguments, plan: Plan, results: dict[str, float], companions: Callable[[Path], None]
 ) -> None:
-    output, peers = Path(args.output_dir), trainer.peers
+    output, peers = trainer.output, trainer.peers
     if args.load_best_model_at_end and (best := trainer.load_best()):
         notice(f"the best checkpoint is {best}; its weights are the result")
 
     def beside(folder: Path) -> None:
         trainer.trained.describe(folder)
         companions(folder)
-        write_json(folder / STATE, dataclasses.asdict(trainer.state))
+        write_json(folder / STATE, trainer.state.to_json())
 
     with trainer.whole_weights():
         pieces = [trainer.trained.piece()]

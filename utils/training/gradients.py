@@ -37,13 +37,12 @@ class Gradients:
         self.peers, self.limit, self.share = peers, limit, share
 
     @paddle.no_grad()
-    def finish(self, factor: float, scaled_by: float = 1.0) -> float:
+    def finish(self, factor: float, loss_scale: float = 1.0) -> float:
         """Makes the gradients those of the step; returns their norm before it was clipped.
 
         Args:
             factor: from the summed gradients to those of the mean.
-            scaled_by: the scale of mixed precision, which stays in the gradients. A norm that is not finite
-                is then left to the scaler, on every rank.
+            loss_scale: of mixed precision; it is taken out last, so that gradients in float16 do not vanish before.
         """
         groups, share = self.peers.groups, self.share
         owned = [(parameter, parameter.grad) for parameter in self.parameters if parameter.grad is not None]
@@ -60,14 +59,10 @@ class Gradients:
         self._add_up_partial(owned, "tensor")
         for _, gradient in owned if factor != 1.0 else ():
             gradient.scale_(factor)
-        norm = self._norm(owned) / scaled_by
-        finite = math.isfinite(norm)
-        if not finite and scaled_by != 1.0:
-            for _, gradient in owned[:1]:  # the scaler of every rank is to see it and leave the step out
-                gradient.fill_(math.inf)
-        factor = self.limit / norm if finite and 0.0 < self.limit < norm else 1.0
-        for _, gradient in owned if factor != 1.0 else ():
-            gradient.scale_(factor)
+        norm = self._norm(owned) / loss_scale
+        clip = self.limit / norm if math.isfinite(norm) and 0.0 < self.limit < norm else 1.0
+        for _, gradient in owned if clip != loss_scale else ():
+            gradient.scale_(clip / loss_scale)
         return norm
 
     def _add_up_partial(self, gradients: Sequence[tuple[Any, Tensor]], *names: str) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from utils.model.architecture import ModelShape
 from utils.parallel.topology import Layout
+
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def memory_bytes(
-    args: Any, layout: Layout, shape: ModelShape, length: int, whole: int, trained: int, dtype: str
+    args: RunArguments, layout: Layout, shape: ModelShape, length: int, whole: int, trained: int, dtype: str
 ) -> dict[str, float]:
     """Estimated memory of the fullest device: weights, gradients, optimizer, activations of a step.
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.checkpoints.files import COMPLETE, staging_folder, write_json
 from utils.data.template import ChatTemplate
@@ -26,10 +26,15 @@ from utils.training.record import (
     weights,
 )
 
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
+
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of a result, whose files vary in number
 
 
-def companion_files(args: Any, tokenizer: Tokenizer, template: ChatTemplate, source: Path) -> Callable[[Path], None]:
+def companion_files(
+    args: RunArguments, tokenizer: Tokenizer, template: ChatTemplate, source: Path
+) -> Callable[[Path], None]:
     """A function that writes what belongs beside weights: tokenizer, template, generation settings
     of the base, and the arguments of the run."""
 

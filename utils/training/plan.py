@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.adapters.check import PREFIX_CONFIG, adapter_weights
 from utils.adapters.lora_files import read_lora
@@ -36,6 +36,9 @@ EVALUATED_BY = (  # what the results of an evaluation depend on, beside weights 
     "top_p",
     "temperature",
 )
+
+if TYPE_CHECKING:
+    from utils.arguments import FinetuneArguments, RunArguments
 MEASURE_THE_SAME = ("per_device_eval_batch_size", "save_generation_output")  # whatever their values
 UNTRAINED = {  # options that change nothing in the course of a training, or are part of what `describe` compares
     *EVALUATED_BY,
@@ -83,12 +86,12 @@ class Plan:
         return f"from {self.start}" if self.start else "anew"
 
 
-def method(args: Any) -> str:
+def method(args: FinetuneArguments) -> str:
     """ "lora", "prefix" or "sft"."""
     return "lora" if args.lora else "prefix" if args.prefix_tuning else "sft"
 
 
-def start_adapter(args: Any, checkpoint: Checkpoint) -> str | None:
+def start_adapter(args: FinetuneArguments, checkpoint: Checkpoint) -> str | None:
     """The identity of the adapter that a run starts from: sha256 (hexadecimal) of its values; None without one."""
     if args.lora_path:
         return tensors_digest(read_lora(args.lora_path, checkpoint).tensors())
@@ -98,7 +101,7 @@ def start_adapter(args: Any, checkpoint: Checkpoint) -> str | None:
 
 
 def describe(
-    args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any
+    args: FinetuneArguments, layout: Layout, checkpoint: Checkpoint, dataset: Any, tokenizer: Any, template: Any
 ) -> dict[str, Any]:
     """What must not change between a run and its continuation, as JSON values.
 
@@ -166,13 +169,13 @@ def check_same_run(place: str, saved: Mapping[str, Any], current: Mapping[str, A
 # --- before the data is read ----------------------------------------------------------------------
 
 
-def check_output(args: Any) -> None:
+def check_output(args: RunArguments) -> None:
     """Refuses an output folder whose use would destroy what the run starts from, or what is of another origin.
 
     Raises:
         UserError: names each argument that lies there, the weights, or the model that is evaluated into it.
     """
-    output = Path(args.output_dir).resolve()
+    output = args.output.resolve()
     if not args.do_train:
         _check_evaluated(args, output)
         return
@@ -196,7 +199,7 @@ def check_output(args: Any) -> None:
     raise_if(faults)
 
 
-def _check_evaluated(args: Any, output: Path) -> None:
+def _check_evaluated(args: RunArguments, output: Path) -> None:
     """Refuses to put an evaluation in the place of those of a training, unless it is of the result of that training."""
     if not (args.do_eval or args.do_predict) or not output.is_dir():
         return
@@ -212,14 +215,14 @@ def _check_evaluated(args: Any, output: Path) -> None:
         )
 
 
-def checkpoint_to_resume(args: Any) -> Path | None:
+def checkpoint_to_resume(args: RunArguments) -> Path | None:
     """The checkpoint that this run continues from: the one asked for, else the last good one.
 
     Raises:
         UserError: the one asked for is no complete checkpoint, there is none, or output_dir holds
             checkpoints that the run would have to destroy.
     """
-    output, asked = Path(args.output_dir), args.resume_from_checkpoint
+    output, asked = args.output, args.resume_from_checkpoint
     good = resume.checkpoints(output) if output.is_dir() and not args.overwrite_output_dir else []
     if isinstance(asked, str):
         start: Path | None = Path(asked)
@@ -248,7 +251,9 @@ def checkpoint_to_resume(args: Any) -> Path | None:
 # --- once the data is known -----------------------------------------------------------------------
 
 
-def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: Path | None, dev: Any = None) -> Plan:
+def make_plan(
+    args: RunArguments, run: dict[str, Any], dataset: Any, steps: int, start: Path | None, dev: Any = None
+) -> Plan:
     """Decides what a training run does.
 
     Args:
@@ -262,7 +267,7 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
         UserError: data or settings differ from those of the checkpoint or of the finished run, or a training would
             replace what is read-only.
     """
-    output = Path(args.output_dir)
+    output = args.output
     marker = output / FINISHED
     if marker.is_file() and not args.overwrite_output_dir:
         advice = "remove it to train on from the last checkpoint, or give another output_dir"
@@ -310,7 +315,7 @@ def make_plan(args: Any, run: dict[str, Any], dataset: Any, steps: int, start: P
     return Plan(steps, run, start, progress, evaluation=evaluation, comparable=comparable)
 
 
-def differing(args: Any, folder: Path) -> str:
+def differing(args: RunArguments, folder: Path) -> str:
     """The options whose values were others when a folder was written, for a message."""
     try:
         earlier = record.read_object(folder / ARGUMENTS, "")
@@ -327,16 +332,16 @@ def _comparable(earlier: Mapping[str, Any] | None, now: Mapping[str, Any] | None
     return all(earlier.get(name, value) == value for name, value in now.items() if name not in MEASURE_THE_SAME)
 
 
-def describe_evaluation(args: Any, dataset: Any) -> dict[str, Any]:
+def describe_evaluation(args: RunArguments, dataset: Any) -> dict[str, Any]:
     """What the results of an evaluation are made of, beside the weights, as JSON values."""
     return {"data": dataset.fingerprint(), **{name: getattr(args, name, None) for name in EVALUATED_BY}}
 
 
-def clear_output(args: Any) -> None:
+def clear_output(args: RunArguments) -> None:
     """Removes from output_dir what must not be taken for this run's: leftovers of killed saves, the
     finished mark and, with overwrite_output_dir, checkpoints and results of the run before. Its weights stay until
     there are new ones."""
-    output = Path(args.output_dir)
+    output = args.output
     if not output.is_dir():
         return
     remove_leftovers(output)

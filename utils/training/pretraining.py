@@ -15,6 +15,7 @@ from utils.data.pretrain_dataset import EvaluationText, PretrainData, PretrainDa
 from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
+from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
@@ -24,6 +25,7 @@ from utils.training.plan import GLOBAL_BATCH, Plan
 from utils.training.start import model_overrides
 
 if TYPE_CHECKING:
+    from utils.arguments import PretrainArguments
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel
 
@@ -35,7 +37,7 @@ PLAIN = (
 )
 
 
-def choose_template(args: Any, checkpoint: Checkpoint, source: Path) -> ChatTemplate:
+def choose_template(args: PretrainArguments, checkpoint: Checkpoint, source: Path) -> ChatTemplate:
     """The chat template of the result: the model's own where its weights go on, plain text for a new model."""
     if not args.continue_training:
         return JinjaTemplate(PLAIN, "pretraining")
@@ -45,7 +47,7 @@ def choose_template(args: Any, checkpoint: Checkpoint, source: Path) -> ChatTemp
 # --- data ------------------------------------------------------------------------------------------
 
 
-def check_length(args: Any, checkpoint: Checkpoint) -> None:
+def check_length(args: PretrainArguments, checkpoint: Checkpoint) -> None:
     """Raises `UserError` if samples are longer than the model has positions for."""
     positions = checkpoint.family.shape(checkpoint.config).positions
     if positions and args.max_seq_length > positions:
@@ -54,7 +56,7 @@ def check_length(args: Any, checkpoint: Checkpoint) -> None:
 
 
 def load_text(
-    args: Any, layout: Layout, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: Sequence[str]
+    args: PretrainArguments, layout: Layout, checkpoint: Checkpoint, tokenizer: Tokenizer, splits: Sequence[str]
 ) -> dict[str, Any]:
     """The data of each split: a `PretrainDataset` for "train" as long as the run, `EvaluationText` for others.
 
@@ -86,7 +88,7 @@ def load_text(
     return data
 
 
-def steps_of(args: Any, layout: Layout, dataset: PretrainDataset) -> int:
+def steps_of(args: PretrainArguments, layout: Layout, dataset: PretrainDataset) -> int:
     """Updates of the run: max_steps, else what num_train_epochs take, at least one."""
     if args.max_steps > 0:
         return int(args.max_steps)
@@ -109,7 +111,9 @@ class SampleNames:
 # --- the run ---------------------------------------------------------------------------------------
 
 
-def describe(args: Any, layout: Layout, checkpoint: Checkpoint, dataset: PretrainDataset) -> dict[str, Any]:
+def describe(
+    args: PretrainArguments, layout: Layout, checkpoint: Checkpoint, dataset: PretrainDataset
+) -> dict[str, Any]:
     """What must not change between a run and its continuation, see `plan.describe`."""
     return {
         "model": fingerprint(checkpoint) if args.continue_training else sizes(checkpoint),
@@ -122,14 +126,13 @@ def describe(args: Any, layout: Layout, checkpoint: Checkpoint, dataset: Pretrai
     }
 
 
-def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[TrainingModel, FullModel]:
+def build(args: PretrainArguments, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[TrainingModel, FullModel]:
     """The model to train: with the weights of the checkpoint, or with new ones that the seed decides.
 
     Args:
         dtype: the type to compute in; weights are kept in it with fp16_opt_level O2, in float32 otherwise.
     """
     import paddle
-    from paddlenlp.trainer import set_seed
 
     from utils.checkpoints.load import load_model, new_model
     from utils.partition.tensor import Held
@@ -141,10 +144,9 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     if args.continue_training:
         base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
-        set_seed(args.seed)
     else:
-        set_seed(args.seed)
-        paddle.seed(args.seed)  # the library's seed is another on each pipeline stage; all draw the same model
+        seed_everything(args.seed, peers.layout)
+        paddle.seed(args.seed)  # pipeline stages have another one each; all draw the same model
         base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
     stages: Any = None
     if peers.layout.pipeline > 1:
@@ -163,7 +165,7 @@ def build(args: Any, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[
 
 
 def report(
-    args: Any,
+    args: PretrainArguments,
     layout: Layout,
     checkpoint: Checkpoint,
     dtype: str,

@@ -12,13 +12,16 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from utils.arguments.fields import show
 from utils.checkpoints.files import COMPLETE, write_json
 from utils.checkpoints.fingerprint import file_sample
 from utils.errors import UserError
 from utils.parallel.topology import Layout
+
+if TYPE_CHECKING:
+    from utils.arguments import RunArguments
 
 ARGUMENTS = "arguments.json"  # of the run, beside weights
 FINISHED = "finished.json"  # in output_dir, once its training has ended and its results are complete
@@ -182,7 +185,7 @@ def note_evaluation(output: Path, split: str, made_of: Mapping[str, Any] | None)
 # --- one run at a time -----------------------------------------------------------------------------
 
 
-def claim(args: Any, layout: Layout, *, new: bool = False) -> BinaryIO | None:
+def claim(args: RunArguments, layout: Layout, *, new: bool = False) -> BinaryIO | None:
     """Locks the output folder of a run until the returned file is closed or the process ends, however it does.
 
     Args:
@@ -191,7 +194,7 @@ def claim(args: Any, layout: Layout, *, new: bool = False) -> BinaryIO | None:
     Raises:
         UserError: another run is at work there; names it.
     """
-    output = Path(args.output_dir)
+    output = args.output
     writes = args.do_train or args.do_eval or args.do_predict
     if not writes or args.dry_run or layout.rank > 0 or not (new or output.is_dir()):
         return None

@@ -17,6 +17,7 @@ from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor
 from utils.errors import UserError
 from utils.training.record import PROGRESS, Types, is_count, is_number, is_run, read_object, wrong
+from utils.training.step_metrics import SUMS
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
@@ -40,9 +41,20 @@ def _is_random(value: object) -> bool:
     )
 
 
-def _is_window(value: object) -> bool:
-    names = ("loss", "targets", "tokens", "positions", "steps", "seconds")
+def _is_metrics(value: object) -> bool:
+    names = (*SUMS, "seconds")
     return isinstance(value, dict) and all(is_number(value.get(name)) for name in names)
+
+
+def _is_scaler(value: object) -> bool:
+    """Of `LossScaler.to_json`."""
+    return (
+        isinstance(value, dict)
+        and isinstance(scale := value.get("scale"), list)
+        and len(scale) == 1
+        and is_number(scale[0])
+        and is_count(value.get("incr_count"))
+    )
 
 
 def _is_stream(value: object) -> bool:
@@ -70,14 +82,14 @@ _TYPES: Types = {
     "total_loss": is_number,
     "total_targets": is_number,
     "total_tokens": is_number,
-    "window": _is_window,
+    "window": _is_metrics,
 }
 _TYPES_IF_THERE: Types = {  # which not every run or version writes
     "stream": _is_stream,
     "train_seconds": is_number,
     "evaluation": lambda value: value is None or isinstance(value, dict),
     "random_of_other_ranks": lambda value: isinstance(value, list) and all(map(_is_random, value)),
-    "scaler": _is_object,
+    "scaler": _is_scaler,
     "scale": is_number,
 }
 

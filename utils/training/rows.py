@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from utils.data.encode import Example, encode_row
 from utils.data.sources import find_source
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from utils.arguments import FinetuneArguments
 
 SHOWN_ROWS = 8
 SHOWN_CHARACTERS = 60
@@ -17,7 +20,7 @@ SHOWN_CHARACTERS = 60
 class RowNames:
     """Finds training rows by their token ids: reads the data again, which only a failed run does."""
 
-    def __init__(self, args: Any, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(self, args: FinetuneArguments, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.args, self.tokenizer, self.template = args, tokenizer, template
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> str:
@@ -32,7 +35,7 @@ class RowNames:
         args = self.args
         wanted = {tuple(ids) for ids in rows}
         found = []
-        for row in find_source(args.dataset_name_or_path, args.task_name, "train", args.max_train_samples).rows():
+        for row in find_source(str(args.dataset_name_or_path), args.task_name, "train", args.max_train_samples).rows():
             example = encode_row(row, self.tokenizer, self.template, args.src_length, args.max_length)
             if isinstance(example, Example) and (ids := tuple(example.input_ids.tolist())) in wanted:
                 wanted.remove(ids)

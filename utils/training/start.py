@@ -15,6 +15,7 @@ from utils.adapters.targets import adapted_shapes, checkpoint_patterns, left_out
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, some
 from utils.errors import UserError, notice, raise_if
+from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.training.plan import method
 
@@ -156,8 +157,6 @@ def build(
         train_data: the training data, from whose tokens a new prefix starts; None without one.
     """
     runtime.load_library()
-    from paddlenlp.trainer import set_seed
-
     from utils.adapters.lora import add_lora, load_lora
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
@@ -171,7 +170,7 @@ def build(
     overrides = model_overrides(args, checkpoint)
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
-    set_seed(args.seed)
+    seed_everything(args.seed, peers.layout)
     family, prefix, layout = checkpoint.family, None, peers.layout
     stages: Any = None
     if layout.pipeline > 1:

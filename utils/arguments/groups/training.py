@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from utils.arguments.fields import Arguments, arg
@@ -93,6 +94,11 @@ class TrainingArguments(Arguments):
         0, "batches that a thread makes ahead of the training; 0 makes each when it is needed", minimum=0
     )
     device: str = arg("gpu", DEVICE_HELP)
+
+    @property
+    def output(self) -> Path:
+        """The folder of output_dir, which the checks ask for."""
+        return Path(self.output_dir or "")
 
 
 @dataclass
