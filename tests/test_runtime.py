@@ -35,14 +35,6 @@ def test_the_math_library_path(vendor: str, flags: str, answering: bool, path: s
     assert done.stdout.strip() == path
 
 
-def test_a_python_without_assertions_is_refused(root: Path) -> None:
-    """PaddleNLP's trainer catches its own AssertionError, and crashes where there is none."""
-    code = "from utils import errors, runtime; errors.run_script(runtime.prepare)"
-    done = subprocess.run([sys.executable, "-O", "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert done.stderr.startswith("error: python -O") and "start python without it" in done.stderr
-
-
 def test_only_new_threads_wait() -> None:
     policies: dict[str, int] = {}
     done = threading.Event()

@@ -56,10 +56,6 @@ def prepare(*, answering: bool = False) -> None:
     - the C library's allocator keeps freed buffers, see `_keep_freed_memory`.
     - log levels: Paddle's and PaddleNLP's start-up noise is not for users.
     """
-    if sys.flags.optimize:
-        raise UserError(
-            "python -O (or PYTHONOPTIMIZE) leaves out what PaddleNLP's training is built on; start python without it"
-        )
     if "paddle" in sys.modules:
         raise RuntimeError("runtime.prepare() must run before Paddle is imported")
     environment = os.environ
