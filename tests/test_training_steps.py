@@ -23,7 +23,7 @@ from utils.checkpoints.tensors import in_memory, write_lazy
 from utils.parallel.peers import Alone
 from utils.parallel.states import OptimizerStates
 from utils.training import resume
-from utils.training.amp import LossScaler, Precision
+from utils.training.amp import LossScaler
 from utils.training.gradients import Gradients
 from utils.training.model import TrainingModel
 from utils.training.optimizer import adamw, learning_rate
@@ -167,16 +167,16 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
 
 def test_the_loss_scale_grows_until_gradients_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.training.amp.GROWTH_STEPS", 3)
-    scaler, scales = Precision("float16", "O1").scaler(), []
+    scaler, scales = LossScaler("float16"), []
     for finite in (True, True, True, True, True, False, True, True):
         scaler.update(finite)
         scales.append(scaler.scale / 2**15)
     assert scales == [1, 1, 2, 2, 2, 1, 1, 1]
-    saved, other = json.loads(json.dumps(scaler.to_json())), LossScaler(8.0)
+    saved, other = json.loads(json.dumps(scaler.to_json())), LossScaler("float16")
     other.restore(saved)
     other.update(True)
     assert other.scale == 2**16  # its count of steps goes on too
-    without = Precision("bfloat16", "O1").scaler()
+    without = LossScaler("bfloat16")
     without.update(False)
     assert without.scale == 1.0
 
@@ -204,16 +204,17 @@ def test_a_float16_run_goes_on_from_one_without_a_scaler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From bfloat16, or from a CPU; from float16 it takes the scaler's state, in an earlier version's words too."""
-    options = ["--do_train", "--lora", "--max_steps", 3, "--save_steps", 1]
+    options = ["--do_train", "--learning_rate", 1e-3, "--max_steps", 3, "--save_steps", 1]
     interrupt(tiny, tmp_path, 1, options)
 
     def scaler(step: int) -> dict[str, Any] | None:
         return json.loads((tmp_path / f"checkpoint-{step}" / "progress.json").read_text("utf-8")).get("scaler")
 
     assert scaler(1) is None
-    monkeypatch.setattr(Precision, "scaler", lambda self: LossScaler(64.0))  # what only float16 has
+    options.append("--fp16")
+    monkeypatch.setenv("CPU_HALF_PRECISION", "round")
     interrupt(tiny, tmp_path, 2, options)
-    assert scaler(2) == {"scale": [64.0], "incr_count": 1}
+    assert scaler(2) == {"scale": [2.0**15], "incr_count": 1}
     file = tmp_path / "checkpoint-2" / "progress.json"
     known = json.loads(file.read_text("utf-8"))
     known["scaler"] |= {"scale": [16.0], "incr_ratio": 2.0, "use_dynamic_loss_scaling": True, "decr_count": 0}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ from paddle import Tensor
 
 from utils.data.encode import IGNORED
 from utils.parallel.peers import Alone
-from utils.training.amp import LossScaler, Precision
+from utils.training.amp import LossScaler
 from utils.training.inputs import SIZES
 from utils.training.model import TrainingModel
 
 Batch = dict[str, Tensor]
+Autocast = Callable[[], AbstractContextManager[Any]]  # opens the mixed precision of forward passes
 
 
 class Accumulation:
@@ -29,9 +32,9 @@ class Accumulation:
     """
 
     def __init__(
-        self, model: TrainingModel, peers: Alone, precision: Precision, scaler: LossScaler, micro_batches: int
+        self, model: TrainingModel, peers: Alone, autocast: Autocast, scaler: LossScaler, micro_batches: int
     ) -> None:
-        self.model, self.peers, self.precision, self.scaler = model, peers, precision, scaler
+        self.model, self.peers, self.autocast, self.scaler = model, peers, autocast, scaler
         self.micro_batches = micro_batches
         self.scale = 0.0
         self.begin()
@@ -55,7 +58,7 @@ class Accumulation:
         self._compute(inputs, batch)
 
     def _compute(self, inputs: Batch, batch: Batch) -> None:
-        with self.precision.autocast():
+        with self.autocast():
             loss = self.model(**inputs)
         (loss / (self.scale / self.scaler.scale)).backward()
         self.losses.append((loss.detach(), batch))
@@ -83,6 +86,6 @@ class PipelineAccumulation(Accumulation):
         self._waiting.append((inputs, batch))
         if len(self._waiting) < self.micro_batches:
             return
-        with self.precision.autocast():
+        with self.autocast():
             losses = self._schedule.run([inputs for inputs, _ in self._waiting], self.scale / self.scaler.scale)
         self.losses = [(loss, batch) for loss, (_, batch) in zip(losses, self._waiting, strict=True)]

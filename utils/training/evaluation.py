@@ -19,7 +19,7 @@ from utils.families.tokenizers import Tokenizer
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.parallel.peers import Alone
-from utils.training.amp import Precision
+from utils.training.accumulation import Autocast
 from utils.training.answers import engine_over
 from utils.training.inputs import SIZES
 from utils.training.loader import Loader
@@ -31,7 +31,7 @@ BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
 
 
 def likelihood(
-    model: TrainingModel, loader: Loader, precision: Precision, peers: Alone, keep: int | None
+    model: TrainingModel, loader: Loader, autocast: Autocast, peers: Alone, keep: int | None
 ) -> dict[str, float]:
     """loss, ppl and accuracy over the targets of all rows; the same on every rank.
 
@@ -43,7 +43,7 @@ def likelihood(
     bar = tqdm(loader, disable=not peers.first, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False)
     for number, inputs in enumerate(bar):
         inputs.pop(SIZES)
-        with precision.autocast():
+        with autocast():
             found = model.score(**inputs)
         if number < loader.sampler.own:
             kept.append(found)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,11 +19,12 @@ import numpy as np
 from utils.checkpoints.files import atomic_directory, write_json
 from utils.data.stream import FileLost
 from utils.errors import UserError, notice
+from utils.kernels.precision import autocast
 from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.training import resume
 from utils.training.accumulation import Accumulation, Batch, PipelineAccumulation
-from utils.training.amp import Precision
+from utils.training.amp import LossScaler
 from utils.training.callbacks import Callback, StopOnSignal, memory_gib
 from utils.training.evaluation import likelihood
 from utils.training.gradients import Gradients
@@ -92,8 +94,7 @@ class Trainer:
         self.evaluate_generation, self.name_rows, self.extra_files = evaluate_generation, name_rows, extra_files
         self.peers = peers or Alone()
         self.callbacks = callbacks if self.peers.first else ()
-        self.precision = Precision(dtype, args.fp16_opt_level)
-        self.scaler = self.precision.scaler()
+        self.autocast, self.scaler = partial(autocast, dtype, args.fp16_opt_level), LossScaler(dtype)
         self.gradients = Gradients(model.parameters(), self.peers, limit=args.max_grad_norm)
         self.saver = Saver(self.peers, background=args.async_save)
         self.signals = StopOnSignal(several=self.peers.several)
@@ -288,7 +289,7 @@ class Trainer:
             self.peers.gate("waiting for other ranks to evaluate")
             rows = self.eval_dataset if dataset is None else dataset
             loader = evaluation_loader(self.args, self.peers.layout, rows, self.collate)
-            found = likelihood(self.model, loader, self.precision, self.peers, self.args.eval_accumulation_steps)
+            found = likelihood(self.model, loader, self.autocast, self.peers, self.args.eval_accumulation_steps)
         self.signals.agree_among(self.peers)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         if self.loaded_step is None:
@@ -391,7 +392,7 @@ class Trainer:
             self.gradients.share = self.share
         kind = PipelineAccumulation if self.peers.layout.pipeline > 1 else Accumulation
         micro_batches = self.args.gradient_accumulation_steps
-        self.accumulation = kind(self.model, self.peers, self.precision, self.scaler, micro_batches)
+        self.accumulation = kind(self.model, self.peers, self.autocast, self.scaler, micro_batches)
         seed_everything(self.args.seed, self.peers.layout)
         if plan.start is not None and plan.progress is not None:
             self._restore(plan.start, plan.progress)
