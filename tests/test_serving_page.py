@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from browser import DESK, KEPT, PHONE, Page, chromium, resize
+from selenium.webdriver.common.keys import Keys
 from serving_processes import ServerProcess, free_port, processes, server, until
 from tiny_runs import ROOT
 
@@ -271,9 +272,26 @@ def test_an_api_that_does_not_answer(in_browser: Page, tmp_path: Path) -> None:
         page = Page(in_browser.browser, f"http://127.0.0.1:{port}/")
         page.open()
         page.wait(lambda: page.status == TEXTS["unreachable"][0])
+        page.press("#settings .toggle-button")
+        page.wait(lambda: page.find("#seed").is_displayed())
+        page.set(seed=Keys.BACKSPACE)  # nothing stands in the field then
         page.send("Hello?")
         page.wait(lambda: page.is_free and page.draft == "Hello?")
         assert page.questions == [] and page.status == TEXTS["unreachable"][0]
+
+
+def test_what_nobody_understands_is_one_line_in_the_log(tmp_path: Path) -> None:
+    """No traceback, and nothing of what somebody has written."""
+    settings = ["", "", None, 0.9, 0, 16, 1, -1]  # a temperature that is none
+    event = {"data": [[], "secret words", *settings], "fn_index": 0, "session_hash": "abc"}
+    with page_process(tmp_path) as (process, port):
+        assert answers(port, "POST", "/gradio_api/queue/join", json.dumps(event), Content_Type="application/json")[0]
+        assert '"success":false' in answers(port, "GET", "/gradio_api/queue/data?session_hash=abc")[1]
+        process.terminate()
+        process.wait(5)
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert said.startswith("note: the page cannot answer") and said.count("\n") == 1 and "secret" not in said
 
 
 def test_the_page_is_no_way_around_the_key(tmp_path: Path) -> None:

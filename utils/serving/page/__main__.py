@@ -7,10 +7,13 @@ to be free.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import tempfile
 import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -27,6 +30,8 @@ def main() -> None:
     if settings.parent:
         end_with_parent(settings.parent)
     warnings.simplefilter("ignore")  # of libraries, which nobody here can mend
+    traceback.print_exc = say_what_failed  # Gradio's tracebacks hold what users have written
+    logging.getLogger("uvicorn.error").addFilter(without_traceback)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"page-{os.getpid()}")  # `application` removes it
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,6 +50,18 @@ def main() -> None:
     server = threading.Thread(target=serve, args=(app, settings), daemon=True)  # signals are not its business
     server.start()
     server.join()
+
+
+def say_what_failed(*_: object, **__: object) -> None:
+    """One line on the exception at hand, without its words: anybody may send the page what it does not understand."""
+    error = sys.exc_info()[1]
+    errors.notice(f"the page cannot answer a request of a browser ({type(error).__name__})")
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """A filter of logs."""
+    record.exc_info = None
+    return True
 
 
 errors.run_script(main)

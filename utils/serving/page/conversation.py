@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
     top_k: float
     max_tokens: float
     repetition_penalty: float
-    seed: float  # below 0: another one each time
+    seed: float | None  # below 0, or nothing in its field: another one each time
 
     def fields(self) -> dict[str, Any]:
         """Fields of a request."""
@@ -45,7 +45,7 @@ class Sampling(NamedTuple):
             "max_tokens": int(self.max_tokens),
             "repetition_penalty": self.repetition_penalty,
         }
-        return fields if self.seed < 0 else {**fields, "seed": int(self.seed)}
+        return fields if self.seed is None or self.seed < 0 else {**fields, "seed": int(self.seed)}
 
 
 def said(role: str, text: str) -> Message:
@@ -171,7 +171,7 @@ class Conversation:
         while True:
             try:
                 names = await self._api.models()
-            except (ApiError, httpx.HTTPError, ValueError) as error:
+            except Exception as error:  # another server's answer, for one: the page tries on
                 yield failure(language, error), gr.skip()
                 await asyncio.sleep(RETRY_SECONDS)
             else:
@@ -198,6 +198,7 @@ class Conversation:
             before, question = before_question(history, of_message["index"])
             if "previous_value" in of_message:
                 question = str(of_message["value"])
+        question = question.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent back
         if not question.strip():
             yield gr.skip(), gr.skip(), gr.skip()
             return
@@ -211,7 +212,7 @@ class Conversation:
             async for _ in every(SHOW_SECONDS, self._patiently(body), progress.take, running.stop):
                 yield with_answer(asked, progress.text), progress.line(), gr.skip()
             line = progress.stopped_line() if running.stop.is_set() else progress.last_line()
-        except (ApiError, httpx.HTTPError, ValueError) as error:
+        except Exception as error:  # whatever it is: the page would show a waiting answer for ever
             line = failure(language, error)
         finally:
             running.ended.set()
@@ -295,9 +296,9 @@ def failure(language: str, error: Exception) -> str:
     """One line on why there is no answer."""
     if isinstance(error, ApiError):
         return status(say(language, "refused", message=str(error)), wrong=True)
-    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | ValueError):
-        return status(say(language, "ended_early"), wrong=True)
-    return status(say(language, "unreachable"), wrong=True)
+    if isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+        return status(say(language, "unreachable"), wrong=True)
+    return status(say(language, "ended_early"), wrong=True)
 
 
 def status(line: str, wrong: bool = False) -> str:
