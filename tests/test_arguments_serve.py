@@ -13,6 +13,7 @@ import pytest
 
 from utils.arguments import ServeArguments, parse
 from utils.errors import UserError
+from utils.serving import sockets
 
 MODEL = ["--model_name_or_path", "smollm2-135m-instruct"]
 
@@ -240,3 +241,15 @@ def test_no_message_shows_the_key(two_ports: list[str], monkeypatch: Any) -> Non
     monkeypatch.setenv("LLM_API_KEY", "with blanks")
     [fault] = faults(*two_ports)
     assert fault.startswith("LLM_API_KEY: expected") and "with blanks" not in fault
+
+
+def test_a_name_that_stands_for_an_address_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As localhost does in a container without IPv6."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    [listening] = sockets.listen("localhost", 0)
+    with listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+    found.pop()
+    with pytest.raises(UserError, match=r"192\.0\.2\.1 cannot be used"):
+        sockets.listen("localhost", 0)

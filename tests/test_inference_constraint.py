@@ -313,6 +313,8 @@ HOSTILE: dict[str, Grammar] = {
     "false": Grammar("json_schema", "false"),
     "look-ahead": Grammar("regex", "(?=a)b"),
     "open group": Grammar("regex", "(" * 2000),
+    "a long count": Grammar("regex", "a{1000000}"),
+    "too much from the second step on": Grammar("regex", "(a?){500}a{500}"),
     "open escape": Grammar("regex", "a\\"),
     "no choices": Grammar("choice", "[]"),
     "long choice": Grammar("choice", json.dumps(["a", "b" * (MOST_OF_CHOICE + 1)])),

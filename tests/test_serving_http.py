@@ -264,6 +264,14 @@ def test_a_body_that_is_refused_need_not_be_sent(plain: Running) -> None:
             assert connection.recv(100).startswith(status)
 
 
+def test_a_body_has_one_length(plain: Running) -> None:
+    """Or else a proxy before the server might take a part of it for another request."""
+    head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n"
+    with plain.raw(head + b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1 and b"exclude each other" in answer
+
+
 # --- what describes the server -----------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flask import current_app
 
 from utils.data.lines import naming
+from utils.data.template import JinjaTemplate
 from utils.errors import UserError
 from utils.serving.errors import ApiError
 from utils.serving.metrics import Metrics
@@ -93,4 +95,8 @@ def reading(field: str) -> Iterator[None]:
             yield
     except UserError as error:
         message = "; ".join(error.faults)
+        for prepared in serving().models.values():  # their files are named; what else looks like a folder goes as well
+            if isinstance(prepared.template, JinjaTemplate):
+                message = message.replace(prepared.template.origin, os.path.basename(prepared.template.origin))
+            message = message.replace(f"{prepared.checkpoint.folder}{os.sep}", "")
         raise ApiError(400, _FOLDERS.sub("", message), param=field) from error

@@ -13,6 +13,7 @@ from typing import Any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
 
@@ -56,6 +57,17 @@ class _ErrorTask(ErrorTask):
         self.write(body)
 
 
+class _Parser(HTTPRequestParser):
+    def parse_header(self, header_plus: bytes) -> None:
+        """
+        Raises:
+            ParsingError: among others, a body has two lengths; a proxy might go by the other one than this server.
+        """
+        super().parse_header(header_plus)
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise ParsingError("Content-Length and Transfer-Encoding exclude each other")
+
+
 class _Channel(HTTPChannel):
     """One connection.
 
@@ -66,6 +78,7 @@ class _Channel(HTTPChannel):
         waits: since when its answer waits for the client to read, and keeps a thread.
     """
 
+    parser_class = _Parser
     error_task_class = _ErrorTask
     refused = False
     began: float | None = None

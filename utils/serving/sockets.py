@@ -10,6 +10,8 @@ from contextlib import ExitStack, closing
 from utils.errors import UserError
 
 LOCAL = {"localhost", "127.0.0.1", "::1"}
+# localhost is ::1 too, also where a machine or container has no IPv6
+_NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 def is_loopback(host: str) -> bool:
@@ -28,19 +30,24 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     with ExitStack() as made:
-        sockets = []
+        sockets, fault = [], ""
         for family, kind, protocol, _, address in found:
-            one = made.enter_context(closing(socket.socket(family, kind, protocol)))
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an ended server's port may be taken at once
-            if family == socket.AF_INET6:
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # beside the same port of IPv4
             try:
+                one = made.enter_context(closing(socket.socket(family, kind, protocol)))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an ended server's port may be taken at once
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # beside the same port of IPv4
                 one.bind(address)
                 one.listen(socket.SOMAXCONN)
             except OSError as error:
                 said = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-                raise UserError(f"--flask_port: {port} of {address[0]} {said}") from None
-            sockets.append(one)
+                fault = f"--flask_port: {port} of {address[0]} {said}"
+                if error.errno not in _NO_SUCH_ADDRESS:
+                    raise UserError(fault) from None
+            else:
+                sockets.append(one)
+        if not sockets:
+            raise UserError(fault)
         made.pop_all()  # they stay open
     return sockets
 
