@@ -95,8 +95,8 @@ def hidden_logits(
     if positions is not None:
         batch["position_ids"] = paddle.to_tensor(np.array([positions]))
     with paddle.no_grad():
-        hidden = family.forward_hidden(model, batch, None if prefix is None else prefix.cache(len(ids)))
-        return family.logits(model, hidden).numpy()
+        hidden = model.hidden(batch, None if prefix is None else prefix.cache(len(ids)))
+        return model.logits(hidden).numpy()
 
 
 # --- engines ------------------------------------------------------------------------------------------

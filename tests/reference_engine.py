@@ -118,8 +118,8 @@ class ReferenceEngine(TextEngine):
     """A causal family's model as training computes it, one whole text at a time: no cache, no padding."""
 
     def __init__(self, family: Any, model: Any, max_positions: int | None = None, shares_heads: bool = True) -> None:
-        limit = max_positions or getattr(model.config, "max_position_embeddings", None)
-        super().__init__(int(model.config.vocab_size), limit, shares_heads)
+        shape = model.architecture.shape
+        super().__init__(shape.vocabulary, max_positions or shape.positions, shares_heads)
         self._family, self._model = family, model
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -130,7 +130,7 @@ class ReferenceEngine(TextEngine):
         """float32 [vocabulary]; the same text gives the same numbers, so they are computed once."""
         if text not in self._known:
             with paddle.no_grad():
-                hidden = self._family.forward_hidden(self._model, {"input_ids": paddle.to_tensor([list(text)])})
-                found = self._family.logits(self._model, hidden[:, -1])
+                hidden = self._model.hidden({"input_ids": paddle.to_tensor([list(text)])})
+                found = self._model.logits(hidden[:, -1])
             self._known[text] = found.astype("float32").numpy()[0]
         return self._known[text]

@@ -20,7 +20,7 @@ from utils.parallel.topology import Layout, world_size  # noqa: E402
 RANK = int(os.environ["PADDLE_TRAINER_ID"])
 LAYOUT = Layout(world=world_size(), rank=RANK, local_size=world_size(), local_rank=RANK, sharding=int(degree))
 PEERS = peers.start(LAYOUT, "cpu")
-runtime.load_library()
+runtime.load_paddle()
 
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
@@ -91,7 +91,7 @@ def build(method: str, dtype: str = "float32", recompute: bool = False) -> Train
         paddle.seed(3)
         return HalfModel(dtype)
     checkpoint = locate(folder, allow_network=False)
-    base = load_model(checkpoint, dtype, family_overrides={"recompute_use_reentrant": True})
+    base = load_model(checkpoint, dtype)
     paddle.seed(3)
     prefix = None
     if method == "lora":
@@ -101,8 +101,7 @@ def build(method: str, dtype: str = "float32", recompute: bool = False) -> Train
         prefix = PrefixTuning(family, family.shape(checkpoint.config), 4, projection=True, dtype=dtype)
     model = TrainingModel(checkpoint.family, base, prefix=prefix, inputs_need_gradient=recompute)
     if recompute:
-        base.llama.enable_recompute = True
-        assert base.config.recompute_use_reentrant
+        base.enable_recompute = True
     if method == "sft":
         model.unused = Unused()
     model.train()

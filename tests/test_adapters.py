@@ -65,7 +65,7 @@ def adapted(base: Checkpoint, seed: int = 0, **options: Any) -> Any:
 def logits(base: Checkpoint, model: Any) -> np.ndarray:
     with paddle.no_grad():
         ids = paddle.arange(40).reshape([2, 20])
-        return base.family.logits(model, base.family.forward_hidden(model, {"input_ids": ids})).numpy()
+        return model.logits(model.hidden({"input_ids": ids})).numpy()
 
 
 def test_only_lora_is_trained_and_its_sizes_are_known_before(base: Checkpoint) -> None:

@@ -33,8 +33,8 @@ def logits(checkpoint: Checkpoint, ids: np.ndarray, model: Any = None) -> np.nda
 
     model = model or load_model(checkpoint, "float32")
     with paddle.no_grad():
-        hidden = checkpoint.family.forward_hidden(model, {"input_ids": paddle.to_tensor(ids)})
-        return checkpoint.family.logits(model, hidden).numpy()
+        hidden = model.hidden({"input_ids": paddle.to_tensor(ids)})
+        return model.logits(hidden).numpy()
 
 
 @pytest.mark.parametrize(("folder", "key"), [("llama_tiny", "tiny"), ("llama_plain", "plain")])
@@ -144,8 +144,8 @@ def test_loaded_models_train() -> None:
     model.train()
     optimizer = paddle.optimizer.SGD(0.1, parameters=model.parameters())
     before = {name: value.numpy().copy() for name, value in model.named_parameters()}
-    hidden = base.family.forward_hidden(model, {"input_ids": paddle.to_tensor([[5, 6, 7, 8]])})
-    base.family.logits(model, hidden).square().mean().backward()
+    hidden = model.hidden({"input_ids": paddle.to_tensor([[5, 6, 7, 8]])})
+    model.logits(hidden).square().mean().backward()
     optimizer.step()
     assert all((value.numpy() != before[name]).any() for name, value in model.named_parameters())
 

@@ -19,10 +19,10 @@ from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
 from utils.families import FAMILIES
-from utils.families.base import Context
 from utils.inference.generator import Completion, Generator
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Scheduler
+from utils.model.inputs import Context
 
 
 @pytest.fixture(params=NAMES)
@@ -60,9 +60,7 @@ def test_two_stages_with_a_context_of_their_own_are_one_forward(any_case: Case, 
     """What a pipeline does: each stage has some of the layers and its own copy of the batch."""
     import paddle
 
-    from utils.families.models.decoder import run_layers
-
-    family, model, ids = any_case.checkpoint.family, any_case.model, any_case.rows[0][None].astype(np.int64)
+    model, ids = any_case.model, any_case.rows[0][None].astype(np.int64)
     half, length = ids.shape[1] // 2, ids.shape[1]
     place = np.arange(length)[None]
     arrays = {"input_ids": ids}
@@ -72,20 +70,20 @@ def test_two_stages_with_a_context_of_their_own_are_one_forward(any_case: Case, 
     cache = random_prefix(any_case.checkpoint).cache(1) if prefixed else None
 
     def context() -> Context:
-        return family.context(model, {name: paddle.to_tensor(value) for name, value in arrays.items()}, cached)
+        return model.context({name: paddle.to_tensor(value) for name, value in arrays.items()}, cached)
 
     cached = 0 if cache is None else cache[0][0].shape[1]
-    layers = list(family.stack(model))
+    layers = range(len(model.layers))
     assert len(layers) > 1
     with paddle.no_grad():
-        whole = family.forward_hidden(model, {name: paddle.to_tensor(value) for name, value in arrays.items()}, cache)
+        whole = model.hidden({name: paddle.to_tensor(value) for name, value in arrays.items()}, cache)
         first, second = context(), context()
         middle = len(layers) // 2
-        hidden = family.embed(model, first)
+        hidden = model.embed(first)
         for part, known in ((slice(middle), first), (slice(middle, None), second)):
             pasts = None if cache is None else cache[part]
-            hidden = run_layers(layers[part], hidden, pasts, family.layer(model, known))
-        assert np.array_equal(family.finish(model, hidden).numpy(), whole.numpy())
+            hidden = model.run(layers[part], hidden, known, pasts)
+        assert np.array_equal(model.finish(hidden).numpy(), whole.numpy())
 
 
 def test_prefill_and_cached_step_agree_with_the_reference(any_engine: tuple[Case, Maker]) -> None:

@@ -9,11 +9,12 @@ import paddle
 import pytest
 
 from utils.checkpoints import fingerprint, locate
-from utils.checkpoints.load import load_model
+from utils.checkpoints.load import load_model, new_model
 from utils.checkpoints.save import save_model
 from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.families import FAMILIES, family_of
 from utils.model.architecture import alibi_slopes
+from utils.model.inputs import own_slopes
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -27,19 +28,15 @@ def test_slopes_of_a_power_of_two_and_of_other_counts() -> None:
 
 def test_a_process_takes_the_slopes_of_its_heads() -> None:
     one = locate(FIXTURES / "bloom_tiny")
-    model = load_model(one, "float32")
-    whole = one.family.slopes(model).numpy()
-    parts = []
-    for rank in range(2):
-        model.tensor_part = (rank, 2)
-        parts.append(one.family.slopes(model).numpy())
+    architecture = one.family.architecture(one.config)
+    whole, *parts = (own_slopes(architecture, part).numpy() for part in ((0, 1), (0, 2), (1, 2)))
     assert np.array_equal(np.concatenate(parts), whole) and len(parts[0]) == len(whole) // 2
 
 
 @pytest.mark.parametrize(("folder", "tied"), [("bloom_tiny", True), ("bloom_prefixed", False)])
 def test_the_head_is_the_embedding_unless_config_says_otherwise(folder: str, tied: bool) -> None:
     model = load_model(locate(FIXTURES / folder), "float32")
-    assert (model.lm_head.decoder_weight is model.bloom.word_embeddings.weight) == tied
+    assert (model.head_weight is model.bloom.word_embeddings.weight) == tied
 
 
 def test_a_tied_head_that_is_stored_too_is_no_fault(tmp_path: Path) -> None:
@@ -54,7 +51,8 @@ def test_a_tied_head_that_is_stored_too_is_no_fault(tmp_path: Path) -> None:
 def test_a_new_model_is_not_zero() -> None:
     """The library sets every Linear that has a bias to zero, which nothing can be trained from."""
     family = FAMILIES["bloom"]
-    model = family.create({"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.1})
+    config = {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.1}
+    model = new_model(family, config, "float32")
     for name, parameter in model.named_parameters():
         if len(parameter.shape) == 2:
             assert 0.05 < float(parameter.std()) < 0.2, name
@@ -74,5 +72,5 @@ def test_there_is_no_limit_of_positions() -> None:
     assert checkpoint.family.shape(checkpoint.config).positions is None
     ids = paddle.full([1, 3000], 5, dtype="int64")
     with paddle.no_grad():
-        hidden = checkpoint.family.forward_hidden(model, {"input_ids": ids})
+        hidden = model.hidden({"input_ids": ids})
     assert bool(paddle.isfinite(hidden).all())

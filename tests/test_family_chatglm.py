@@ -80,7 +80,7 @@ def test_sizes_of_the_published_models() -> None:
 )
 def test_what_no_chatglm2_has_is_refused(change: dict[str, Any], said: str, checkpoints: dict[str, Checkpoint]) -> None:
     with pytest.raises(UserError, match=said):
-        TWO.create({**checkpoints["chatglm2_tiny"].config, **change})
+        TWO.read_config({**checkpoints["chatglm2_tiny"].config, **change})
 
 
 def test_the_residual_factor_is_that_of_the_published_code(checkpoints: dict[str, Checkpoint]) -> None:
@@ -95,16 +95,22 @@ def test_the_residual_factor_is_that_of_the_published_code(checkpoints: dict[str
     assert there_and_back["residual_layers"] == 2 and there_and_back["num_hidden_layers"] == 2
 
 
+def mask_and_start(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The ids of [gMASK] and <sop>."""
+    config = ONE.paddle_config(checkpoint.config)
+    return config["gmask_token_id"], config["bos_token_id"]
+
+
 # --- attention and positions --------------------------------------------------------------------------
 
 
-def test_positions_and_sight_of_a_packed_row(models: dict[str, Any]) -> None:
-    config = models["chatglm_tiny"].config
-    gmask, sop = config.gmask_token_id, config.bos_token_id
+def test_positions_and_sight_of_a_packed_row(checkpoints: dict[str, Checkpoint]) -> None:
+    config = ONE.paddle_config(checkpoints["chatglm_tiny"].config)
+    gmask, sop = config["gmask_token_id"], config["bos_token_id"]
     ids = np.array([[90, 91, gmask, sop, 92, 93, 94, gmask, sop, 95, 96, 97]])
     ends = np.array([[6, 6, 6, 6, 6, 6, 10, 10, 10, 10, 12, 12]], dtype=np.int32)
-    positions, seen = prefix_lm(ids, config.to_dict(), ends)
-    assert positions[0].tolist() == [[0, 1, 2, 2, 2, 2, 0, 1, 1, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0, 0, 1, 2, 0, 0]]
+    positions, seen = prefix_lm(config, ids, ends)
+    assert positions[:, 0].tolist() == [[0, 1, 2, 2, 2, 2, 0, 1, 1, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0, 0, 1, 2, 0, 0]]
     rows = ["111000", "111000", "111000", "111100", "111110", "111111"]
     rows = [row + "000000" for row in rows]
     rows += ["0" * 6 + row + "00" for row in ("1100", "1100", "1110", "1111")]
@@ -112,9 +118,9 @@ def test_positions_and_sight_of_a_packed_row(models: dict[str, Any]) -> None:
     assert ["".join(map(str, row.astype(int))) for row in seen[0, 0]] == rows
 
 
-def test_positions_of_a_text_while_it_is_written(models: dict[str, Any]) -> None:
+def test_positions_of_a_text_while_it_is_written(checkpoints: dict[str, Checkpoint]) -> None:
     """The same as of a training row, also of texts without <sop>, without a mask, or with [MASK]."""
-    config = models["chatglm_tiny"].config.to_dict()
+    config = ONE.paddle_config(checkpoints["chatglm_tiny"].config)
     gmask, mask, sop = config["gmask_token_id"], config["mask_token_id"], config["bos_token_id"]
     prompts = {(90, 91, gmask, sop): 3, (mask, 90, sop): 2, (90, 91, sop): 2, (90, 91, 92): 0}
     for two in (True, False):
@@ -122,7 +128,7 @@ def test_positions_of_a_text_while_it_is_written(models: dict[str, Any]) -> None
         for prompt, context in prompts.items():
             text = PromptAndAnswer(prompt, known)
             assert text.context == context
-            wanted = prefix_lm(np.array([[*prompt, 93, 94, 95, 96]]), known)[0][0]
+            wanted = prefix_lm(known, np.array([[*prompt, 93, 94, 95, 96]]))[0][:, 0]
             parts = [text.positions(), text.append([93]), text.append([94, 95, 99])]
             text.truncate(len(prompt) + 3)
             parts[-1] = parts[-1][:, :-1]
@@ -139,12 +145,13 @@ def test_beginnings_are_shared_only_where_prompts_are_read_from_left_to_right(
 
 
 @paddle.no_grad()
-def test_a_prompt_is_read_in_both_directions_and_an_answer_is_not(models: dict[str, Any]) -> None:
-    model = models["chatglm_tiny"]
-    gmask, sop = model.config.gmask_token_id, model.config.bos_token_id
+def test_a_prompt_is_read_in_both_directions_and_an_answer_is_not(
+    checkpoints: dict[str, Checkpoint], models: dict[str, Any]
+) -> None:
+    model, (gmask, sop) = models["chatglm_tiny"], mask_and_start(checkpoints["chatglm_tiny"])
 
     def hidden(ids: list[int]) -> np.ndarray:
-        return ONE.forward_hidden(model, {"input_ids": paddle.to_tensor([ids])}).numpy()[0]
+        return model.hidden({"input_ids": paddle.to_tensor([ids])}).numpy()[0]
 
     text = [90, 91, gmask, sop, 92, 93]
     before, prompt, answer = hidden(text), hidden([90, 99, *text[2:]]), hidden([*text[:5], 99])
@@ -154,17 +161,19 @@ def test_a_prompt_is_read_in_both_directions_and_an_answer_is_not(models: dict[s
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("with_prefix", [False, True])
-def test_packed_rows_are_as_each_alone(name: str, with_prefix: bool, models: dict[str, Any]) -> None:
-    model = models[name]
-    family = ONE if name == "chatglm_tiny" else TWO
-    start = [90, 91, model.config.gmask_token_id, model.config.bos_token_id] if family is ONE else [90, 91]
+def test_packed_rows_are_as_each_alone(
+    name: str, with_prefix: bool, checkpoints: dict[str, Checkpoint], models: dict[str, Any]
+) -> None:
+    checkpoint, model = checkpoints[name], models[name]
+    family = checkpoint.family
+    start = [90, 91, *(mask_and_start(checkpoint) if family is ONE else ())]
     texts = [[*start, 92, 93], [*start[1:], 94], [95, 96]]
     items = [{"input_ids": text, "labels": [*text[1:], 90]} for text in texts]
     together = {key: np.concatenate([item[key] for item in items]) for key in ("input_ids", "labels")}
     prefix = None
     if with_prefix:
         paddle.seed(3)
-        prefix = PrefixTuning(family, family.shape(model.config.to_dict()), 3)
+        prefix = PrefixTuning(family, family.shape(checkpoint.config), 3)
         prefix.encoder[0].weight.set_value(paddle.randn(prefix.encoder[0].weight.shape))
     training = TrainingModel(family, model, prefix=prefix)
 
@@ -182,19 +191,14 @@ def test_recomputation_keeps_the_gradients_of_a_prefix(name: str, checkpoints: d
     gradients = []
     for recompute in (False, True):
         family = checkpoints[name].family
-        model = load_model(checkpoints[name], "float32", family_overrides={"recompute_use_reentrant": True})
-        if recompute:
-            model.recompute_enable()
-            assert any(getattr(layer, "enable_recompute", False) for layer in model.sublayers())
+        model = load_model(checkpoints[name], "float32")
+        model.enable_recompute = recompute
         paddle.seed(3)
         prefix = PrefixTuning(family, family.shape(checkpoints[name].config), 3)
         training = TrainingModel(family, model, prefix=prefix, inputs_need_gradient=recompute)
         training.train()
-        ids = (
-            np.array([[90, 91, model.config.gmask_token_id, model.config.bos_token_id, 92, 93]])
-            if family is ONE
-            else (np.array([[90, 91, 92, 93, 94, 95]]))
-        )
+        middle = mask_and_start(checkpoints[name]) if family is ONE else (94, 95)
+        ids = np.array([[90, 91, *middle, 92, 93]])
         training(labels=paddle.to_tensor(np.roll(ids, -1)), input_ids=paddle.to_tensor(ids)).backward()
         gradients.append(prefix.encoder[0].weight.grad.numpy())
     assert np.abs(gradients[0]).max() > 1e-3

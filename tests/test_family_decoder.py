@@ -1,4 +1,4 @@
-"""Families with a forward pass of our own: packing behind a prefix, recomputation, exports that transformers wrote."""
+"""The trainable decoder: packing behind a prefix, recomputation, exports that transformers wrote."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from family_cases import case as family_case
 from utils.checkpoints import Checkpoint, locate
 from utils.checkpoints.load import load_model
 from utils.checkpoints.save import save_model
-from utils.checkpoints.tensors import read_tensors
-from utils.families.decoder import DecoderFamily
-from utils.families.models import decoder
+from utils.checkpoints.tensors import cast, read_tensors
+from utils.model import decoder
+from utils.model.settings import Settings
 from utils.training.model import TrainingModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def is_plain(checkpoint: Checkpoint) -> bool:
-    """Of such a family, and with one position per token, as `packed_row` has."""
-    family = checkpoint.family
-    return isinstance(family, DecoderFamily) and family.architecture(checkpoint.config).position_parts == 1
+    """Read from left to right, as `packed_row` is."""
+    return checkpoint.family.architecture(checkpoint.config).prefix_reading is None
 
 
 CASES = [name for name in NAMES if is_plain(family_case(name).checkpoint)]
@@ -69,14 +68,12 @@ def test_recomputation_changes_no_gradient(
     checkpoint, _ = case
     recomputed = mock.Mock(side_effect=decoder.recompute)
     monkeypatch.setattr(decoder, "recompute", recomputed)
-    settings = {"recompute_use_reentrant": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     found = []
     for recompute in (False, True):
-        model = load_model(checkpoint, "float32", family_overrides=settings)
+        model = load_model(checkpoint, "float32", settings=Settings())
         prefix = random_prefix(checkpoint) if with_prefix else None
         trained = TrainingModel(checkpoint.family, model, prefix=prefix, inputs_need_gradient=recompute)
-        if recompute:
-            model.recompute_enable()
+        model.enable_recompute = recompute
         trained.train()
         labels = paddle.to_tensor([[*ROWS[0][1:], 3]])
         trained(labels, input_ids=paddle.to_tensor([ROWS[0]])).backward()
@@ -92,7 +89,7 @@ def test_hf_export_has_published_names_and_values(case: tuple[Checkpoint, Any], 
     checkpoint, model = case
     save_model(tmp_path, model, checkpoint.family, checkpoint.config, export_format="hf")
     ours = dict(read_tensors(tmp_path / "model.safetensors"))
-    theirs = {name: tensor.read() for name, tensor in checkpoint.tensors().items()}
+    theirs = {name: cast(tensor.read(), "float32") for name, tensor in checkpoint.tensors().items()}
     root = checkpoint.family.weights(checkpoint.config)[0].published.split(".")[0] + "."
     for name, values in ours.items():
         stored = theirs[name] if name in theirs else theirs[name.removeprefix(root)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
 from utils.families import FAMILIES
+from utils.families.glm import MASK_NAMES
 from utils.families.glm_layout import SpansText, layout
 from utils.families.tokenizers import load_tokenizer
 from utils.kernels.precision import autocast
+from utils.model.settings import Settings
 from utils.training.model import TrainingModel
 
 FIXTURE = Path(__file__).parent / "fixtures" / "glm_tiny"
@@ -50,7 +53,7 @@ def test_one_span() -> None:
     found = placed([CLS, 5, GMASK, END, SOP, 6, 7])
     assert found.position.tolist() == [[0, 1, 2, 3, 2, 2, 2]]
     assert found.block.tolist() == [[0, 0, 0, 0, 1, 2, 3]]
-    assert found.visible(7)[0, 0].astype(int).tolist() == [
+    assert found.visible()[0, 0].astype(int).tolist() == [
         [1, 1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 0, 0, 0],
@@ -72,32 +75,32 @@ def test_texts_without_a_mask_or_without_a_span() -> None:
     assert found.position.tolist() == [[0, 1, 2, 3, 3]] and found.block.tolist() == [[0, 0, 0, 1, 2]]
     plain = placed([CLS, 5, 6, 7])
     assert plain.position.tolist() == [[0, 1, 2, 3]] and not plain.block.any()
-    np.testing.assert_array_equal(plain.visible(4)[0, 0], np.tril(np.ones((4, 4), bool)))
+    np.testing.assert_array_equal(plain.visible()[0, 0], np.tril(np.ones((4, 4), bool)))
 
 
 def test_padding_and_packing() -> None:
     found = placed([END, END, 5, MASK, SOP], texts=[[(2, 5)]])
     assert found.position.tolist() == [[0, 0, 0, 1, 1]]
-    assert found.visible(5)[0, 0, 2:].astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert not found.visible(5)[0, 0, :2].any()
+    assert found.visible()[0, 0, 2:].astype(int).tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert not found.visible()[0, 0, :2].any()
     packed = placed([5, MASK, SOP, 6, MASK, SOP, 7], texts=[[(0, 3), (3, 7)]])
     assert packed.position.tolist() == [[0, 1, 1, 0, 1, 1, 1]]
-    assert packed.visible(2, prefix=1)[0, 0].astype(int).tolist() == [
-        [1, 0, 0, 0, 1, 1, 1, 0],
-        [1, 0, 0, 0, 1, 1, 1, 1],
+    assert packed.visible()[0, 0, 5:].astype(int).tolist() == [
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1, 1],
     ]
 
 
-def test_two_spans_as_the_authors_code_has_them(model: Any) -> None:
+def test_two_spans_as_the_authors_code_has_them(checkpoint: Checkpoint, model: Any) -> None:
     stored = np.load(FIXTURE / "spans.npz")
-    config = model.config
-    masks = (config.mask_token_id, config.smask_token_id, config.gmask_token_id)
-    found = layout(stored["ids"], config.sop_token_id, masks, [[(0, stored["ids"].shape[1])]])
+    config = GLM.paddle_config(checkpoint.config)
+    masks = [config[name] for name in MASK_NAMES]
+    found = layout(stored["ids"], config["sop_token_id"], masks, [[(0, stored["ids"].shape[1])]])
     np.testing.assert_array_equal(found.position, stored["position"])
     np.testing.assert_array_equal(found.block, stored["block"])
     with paddle.no_grad():
-        hidden = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(stored["ids"])})
-        np.testing.assert_allclose(GLM.logits(model, hidden).numpy(), stored["logits"], atol=1e-4)
+        hidden = model.hidden({"input_ids": paddle.to_tensor(stored["ids"])})
+        np.testing.assert_allclose(model.logits(hidden).numpy(), stored["logits"], atol=1e-4)
 
 
 def test_spans_token_by_token(checkpoint: Checkpoint, model: Any) -> None:
@@ -132,12 +135,12 @@ def test_positions_of_a_text_while_it_is_written() -> None:
     assert not GLM.shares_heads({})
 
 
-def packed_pair(model: Any) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+def packed_pair(checkpoint: Checkpoint) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Two texts alone, together in a row with padding, and where each position's text ends."""
-    config = model.config
+    config = GLM.paddle_config(checkpoint.config)
     texts = [
-        np.array([5, 6, 7, config.gmask_token_id, config.sop_token_id, 8, 9]),
-        np.array([9, config.mask_token_id, 4, config.sop_token_id, 3]),
+        np.array([5, 6, 7, config["gmask_token_id"], config["sop_token_id"], 8, 9]),
+        np.array([9, config["mask_token_id"], 4, config["sop_token_id"], 3]),
     ]
     row = np.concatenate([*texts, [0, 0]])
     ends = np.array([7] * 7 + [12] * 5 + [13, 14], dtype=np.int32)
@@ -145,9 +148,9 @@ def packed_pair(model: Any) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("prefix_length", [0, 3])
-def test_packed_rows_equal_single_ones(model: Any, prefix_length: int) -> None:
-    texts, row, ends = packed_pair(model)
-    prefix = PrefixTuning(GLM, GLM.shape(model.config.to_dict()), prefix_length) if prefix_length else None
+def test_packed_rows_equal_single_ones(checkpoint: Checkpoint, model: Any, prefix_length: int) -> None:
+    texts, row, ends = packed_pair(checkpoint)
+    prefix = PrefixTuning(GLM, GLM.shape(checkpoint.config), prefix_length) if prefix_length else None
     training = TrainingModel(GLM, model, prefix=prefix)
     training.eval()
     with paddle.no_grad():
@@ -158,18 +161,18 @@ def test_packed_rows_equal_single_ones(model: Any, prefix_length: int) -> None:
             np.testing.assert_allclose(found, alone[0].numpy(), atol=1e-5)
 
 
-def test_right_padding_changes_nothing(model: Any) -> None:
-    text = packed_pair(model)[0][0]
+def test_right_padding_changes_nothing(checkpoint: Checkpoint, model: Any) -> None:
+    text = packed_pair(checkpoint)[0][0]
     with paddle.no_grad():
-        alone = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(text[None])})
-        padded = GLM.forward_hidden(model, {"input_ids": paddle.to_tensor(np.append(text, [0, 0, 0])[None])})
+        alone = model.hidden({"input_ids": paddle.to_tensor(text[None])})
+        padded = model.hidden({"input_ids": paddle.to_tensor(np.append(text, [0, 0, 0])[None])})
     np.testing.assert_allclose(padded[:, : len(text)].numpy(), alone.numpy(), atol=1e-5)
 
 
-def test_texts_longer_than_the_learned_positions(model: Any) -> None:
-    limit = model.config.max_sequence_length
+def test_texts_longer_than_the_learned_positions(checkpoint: Checkpoint, model: Any) -> None:
+    limit = checkpoint.config["max_sequence_length"]
     with pytest.raises(UserError, match=f"position {limit + 1}.*max_length"):
-        GLM.forward_hidden(model, {"input_ids": paddle.full([1, limit + 2], 5, dtype="int64")})
+        model.hidden({"input_ids": paddle.full([1, limit + 2], 5, dtype="int64")})
 
 
 def test_names_without_the_prefix(checkpoint: Checkpoint, model: Any, tmp_path: Path) -> None:
@@ -184,13 +187,13 @@ def test_names_without_the_prefix(checkpoint: Checkpoint, model: Any, tmp_path: 
 
 
 def test_dropout_is_the_publishers(checkpoint: Checkpoint) -> None:
-    for kind in ("embedding", "attention", "output"):
-        model = load_model(checkpoint, "float32", family_overrides={f"{kind}_dropout_prob": 0.5})
+    for kind in ("embedding", "attention", "hidden"):
+        model = load_model(checkpoint, "float32", settings=Settings(dropouts={kind: 0.5}))
         batch = {"input_ids": paddle.to_tensor([[5, 6, 7, 8]])}
         with paddle.no_grad():
-            still = [GLM.forward_hidden(model, batch).numpy() for _ in range(2)]
+            still = [model.hidden(batch).numpy() for _ in range(2)]
             model.train()
-            moving = [GLM.forward_hidden(model, batch).numpy() for _ in range(2)]
+            moving = [model.hidden(batch).numpy() for _ in range(2)]
         np.testing.assert_array_equal(*still)
         assert np.abs(moving[0] - moving[1]).max() > 1e-2, kind
 
@@ -209,22 +212,22 @@ def test_published_vocabularies_are_known_by_size(checkpoint: Checkpoint) -> Non
 
 
 def test_attention_scale_changes_no_value(checkpoint: Checkpoint, model: Any) -> None:
-    scaled = load_model(checkpoint, "float32", family_overrides={"attention_scale": 8.0})
-    batch = {"input_ids": paddle.to_tensor(packed_pair(model)[0][0][None])}
+    scaled = load_model(replace(checkpoint, config={**checkpoint.config, "attention_scale": 8.0}), "float32")
+    batch = {"input_ids": paddle.to_tensor(packed_pair(checkpoint)[0][0][None])}
     with paddle.no_grad():
-        found, wanted = (GLM.forward_hidden(one, batch).numpy() for one in (scaled, model))
+        found, wanted = (one.hidden(batch).numpy() for one in (scaled, model))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_scores_of_scaled_models_have_room_in_mixed_precision(checkpoint: Checkpoint, model: Any) -> None:
-    scaled = load_model(checkpoint, "float32", family_overrides={"attention_scale": 8.0})
-    for layer in scaled.glm.transformer.layers:
+    scaled = load_model(replace(checkpoint, config={**checkpoint.config, "attention_scale": 8.0}), "float32")
+    for layer in scaled.layers:
         projection = layer.attention.query_key_value
         projection.weight.set_value(projection.weight * 1000)  # scores of millions, hidden states as before
         projection.bias.set_value(projection.bias * 1000)
-    batch = {"input_ids": paddle.to_tensor(packed_pair(model)[0][0][None])}
+    batch = {"input_ids": paddle.to_tensor(packed_pair(checkpoint)[0][0][None])}
     with paddle.no_grad(), autocast("float16"):
-        assert np.isfinite(GLM.forward_hidden(scaled, batch).numpy()).all()
+        assert np.isfinite(scaled.hidden(batch).numpy()).all()
 
 
 def test_glm4_is_not_glm(checkpoint: Checkpoint) -> None:

@@ -42,7 +42,7 @@ def peft() -> dict[str, np.ndarray]:
 def logits(model: Any, ids: np.ndarray) -> np.ndarray:
     model.eval()
     with paddle.no_grad():
-        return FAMILY.logits(model, FAMILY.forward_hidden(model, {"input_ids": paddle.to_tensor(ids)})).numpy()
+        return model.logits(model.hidden({"input_ids": paddle.to_tensor(ids)})).numpy()
 
 
 def changed(folder: Path, config: dict[str, Any] | None = None, **tensors: np.ndarray | None) -> Checkpoint:
@@ -141,7 +141,7 @@ def test_a_prefix_does_not_use_up_positions(tiny: Checkpoint) -> None:
     prefix = PrefixTuning(FAMILY, FAMILY.shape(tiny.config), 40)
     with paddle.no_grad():
         batch = {"input_ids": paddle.full([2, 48], 9, dtype="int64")}
-        hidden = FAMILY.forward_hidden(model, batch, prefix.cache(2))
+        hidden = model.hidden(batch, prefix.cache(2))
     assert hidden.shape == [2, 48, 32] and bool(paddle.isfinite(hidden).all())
 
 

@@ -17,8 +17,8 @@ from utils.checkpoints import locate
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families.rope import frequencies, rope_scaling
+from utils.kernels.masks import window_mask
 from utils.kernels.rotary import RotaryTable
-from utils.kernels.window import window_mask
 
 
 def copy_of(name: str, folder: Path, **config: Any) -> Path:
@@ -54,12 +54,6 @@ def test_refused_before_any_weight_is_read(tmp_path: Path, name: str, config: di
     with pytest.raises(UserError, match=message) as refused:
         locate(folder)
     assert all(fault.startswith(f"{folder / 'config.json'}: ") for fault in refused.value.faults)
-
-
-def test_wide_heads_and_biases_are_not_split_over_devices() -> None:
-    checkpoint = case("llama_wide_heads").checkpoint
-    with pytest.raises(UserError, match="tensor_parallel_degree above 1"):
-        checkpoint.family.create(checkpoint.config, tensor_parallel_degree=2)
 
 
 # --- rotary angles ------------------------------------------------------------------------------------
@@ -117,11 +111,9 @@ def test_rotary_settings_in_one_object(tmp_path: Path) -> None:
 def test_one_table_for_all_layers_that_grows_on_demand() -> None:
     one = case("llama_tiny")
     model = load_model(one.checkpoint, "float32")
-    assert isinstance(model.rotary_table, RotaryTable)
-    assert not [part for part in model.sublayers() if "Rotary" in type(part).__name__]
+    assert len(model.rotaries) == 1 and isinstance(model.rotaries[0].table, RotaryTable)
     assert not [name for name in model.state_dict() if "rotary" in name]
-    assert model.config.max_position_embeddings == model.llama.config.max_position_embeddings == 256
-    table = RotaryTable(np.array([1.0, 0.5], np.float32), 2.0)
+    table = RotaryTable(np.array([1.0, 0.5, 1.0, 0.5], np.float32), 2.0)
     few, many = (paddle.arange(count).unsqueeze(0) for count in (3, 1000))
     short, _ = table.at(few, 3, paddle.float32)
     cos, sin = table.at(many, 1000, paddle.float32)

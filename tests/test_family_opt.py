@@ -26,7 +26,7 @@ IDS = np.array([[5, 6, 7, 80]])
 def logits(checkpoint: Checkpoint) -> np.ndarray:
     model = load_model(checkpoint, "float32")
     with paddle.no_grad():
-        return FAMILY.logits(model, FAMILY.forward_hidden(model, {"input_ids": paddle.to_tensor(IDS)})).numpy()
+        return model.logits(model.hidden({"input_ids": paddle.to_tensor(IDS)})).numpy()
 
 
 def changed(folder: Path, config: dict[str, Any], **tensors: np.ndarray | None) -> Checkpoint:
@@ -43,7 +43,7 @@ def changed(folder: Path, config: dict[str, Any], **tensors: np.ndarray | None) 
 @pytest.mark.parametrize("folder", ["opt_tiny", "opt_narrow"])
 def test_the_head_is_the_embedding(folder: str) -> None:
     model = load_model(locate(FIXTURES / folder), "float32")
-    assert model.lm_head.decoder_weight is model.opt.embeddings.word_embeddings.weight
+    assert model.head_weight is model.opt.embeddings.word_embeddings.weight
 
 
 def test_an_untied_head_is_loaded_and_written(tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_the_narrow_model_is_narrow_at_both_ends() -> None:
     checkpoint = locate(FIXTURES / "opt_narrow")
     model = load_model(checkpoint, "float32")
     with paddle.no_grad():
-        hidden = FAMILY.forward_hidden(model, {"input_ids": paddle.to_tensor(IDS)})
+        hidden = model.hidden({"input_ids": paddle.to_tensor(IDS)})
     assert hidden.shape[-1] == 24 and FAMILY.shape(checkpoint.config).hidden == 32
-    assert model.opt.decoder.final_layer_norm is None  # norms after every sublayer leave none for the end
+    assert model.architecture.final_norm is None  # norms after every sublayer leave none for the end
     assert not any("final_layer_norm" in name.split("layers")[0] for name in checkpoint.tensors())
 
 

@@ -13,7 +13,7 @@ import paddle
 import pytest
 from family_cases import hidden_logits, plain_engine
 
-from utils.checkpoints.load import load_model
+from utils.checkpoints.load import build, load_model
 from utils.checkpoints.locate import Checkpoint, locate
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
@@ -31,10 +31,15 @@ def checkpoint() -> Checkpoint:
     return locate(FIXTURE)
 
 
+def changed(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
+    """With settings of config.json changed."""
+    return replace(checkpoint, config={**checkpoint.config, **changes})
+
+
 def engine_of(checkpoint: Checkpoint, **changes: Any) -> Engine:
     """With settings changed."""
-    model = load_model(checkpoint, "float32", family_overrides=changes)
-    return plain_engine(replace(checkpoint, config={**checkpoint.config, **changes}), model)
+    other = changed(checkpoint, **changes)
+    return plain_engine(other, load_model(other, "float32"))
 
 
 def two_steps(engine: Engine, stored: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +68,12 @@ def test_the_long_cases_differ_from_each_other(checkpoint: Checkpoint) -> None:
 
 def test_a_long_prompt_leaves_nothing_behind(checkpoint: Checkpoint) -> None:
     """The library keeps the factor of the last prompt in its layers, and trains with it."""
-    model = load_model(checkpoint, "float32", family_overrides={"seq_length": 8})
+    model = load_model(changed(checkpoint, seq_length=8), "float32")
     ids = paddle.to_tensor([[1, 2, 3, 4, 5]])
     with paddle.no_grad():
-        before = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
-        plain_engine(replace(checkpoint, config={**checkpoint.config, "seq_length": 8}), model).open([[1] * 30])
-        after = QWEN.forward_hidden(model, {"input_ids": ids}).numpy()
+        before = model.hidden({"input_ids": ids}).numpy()
+        plain_engine(changed(checkpoint, seq_length=8), model).open([[1] * 30])
+        after = model.hidden({"input_ids": ids}).numpy()
     np.testing.assert_array_equal(before, after)
 
 
@@ -128,15 +133,14 @@ def test_sizes_that_no_qwen_has(checkpoint: Checkpoint) -> None:
 
 
 def test_biases_everywhere(checkpoint: Checkpoint) -> None:
-    model = QWEN.create({**checkpoint.config, "no_bias": False})
-    parameters = dict(model.named_parameters())
+    parameters = dict(build(changed(checkpoint, no_bias=False), "float32").named_parameters())
     weights = QWEN.weights({**checkpoint.config, "no_bias": False})
     assert {weight.parameter for weight in weights} == set(parameters)
 
 
 def test_rotary_on_a_part_of_the_head(checkpoint: Checkpoint) -> None:
     """The library's rotary embedding fails then; position must still matter, only through that part."""
-    model = load_model(checkpoint, "float32", family_overrides={"rotary_pct": 0.5})
+    model = load_model(changed(checkpoint, rotary_pct=0.5), "float32")
     near, moved, spread = (
         hidden_logits(QWEN, model, np.array([[5, 6, 7, 8]]), positions=where)[0]
         for where in (range(4), range(40, 44), range(0, 36, 9))

@@ -32,7 +32,7 @@ def test_the_loss_falls(tiny: Tiny, tmp_path: Path, method: str) -> None:  # noq
 def test_recomputation_changes_no_loss(tiny: Tiny, tmp_path: Path, method: str) -> None:  # noqa: F811
     chosen = ("--lora", "--lora_dropout", "0.2") if method == "dropout" else METHODS[method]
     options = ["--do_train", "--max_steps", 4, *chosen]
-    with mock.patch.object(attention, "llama_attention", wraps=attention.llama_attention) as counted:
+    with mock.patch.object(attention, "dense_attention", wraps=attention.dense_attention) as counted:
         plain = tiny.run(tmp_path / "plain", *options)
         once = counted.call_count
         again = tiny.run(tmp_path / "recomputed", *options, "--recompute")
@@ -127,6 +127,7 @@ def test_neftune_adds_noise_in_training_only(tiny: Tiny, tmp_path: Path) -> None
 def test_neftune_noise_has_the_bound_of_the_paper() -> None:
     import paddle
 
+    from utils.checkpoints.load import new_model
     from utils.families import FAMILIES
     from utils.training.model import TrainingModel
 
@@ -137,7 +138,7 @@ def test_neftune_noise_has_the_bound_of_the_paper() -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
     }
-    base = FAMILIES["llama"].create(config)
+    base = new_model(FAMILIES["llama"], config, "float32")
     model = TrainingModel(FAMILIES["llama"], base, neftune_alpha=5.0)
     ids = paddle.arange(50).reshape([2, 25])
     model.eval()

@@ -12,6 +12,7 @@ import paddle
 import pytest
 from reference_engine import FunctionEngine, ReferenceEngine, TextEngine, random_logits
 
+from utils.checkpoints.load import new_model
 from utils.families import FAMILIES
 from utils.inference.generator import Completion, Generator
 from utils.inference.sampling import SamplingOptions
@@ -177,9 +178,7 @@ def model() -> Any:
     paddle.seed(7)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {"model_type": "llama", "vocab_size": 26, "initializer_range": 0.3, **sizes}
-    built = FAMILIES["llama"].create(config)
-    built.eval()
-    return built
+    return new_model(FAMILIES["llama"], config, "float32")
 
 
 @pytest.mark.parametrize("options", VARIANTS[:3] + VARIANTS[-1:])

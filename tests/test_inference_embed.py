@@ -31,11 +31,10 @@ def vectors(engine: Engine, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def direct(one: Case, text: Sequence[int], prefix: PrefixTuning | None = None) -> np.ndarray:
-    family = one.checkpoint.family
     with paddle.no_grad():
         cache = None if prefix is None else prefix.cache(1)
         batch = {"input_ids": paddle.to_tensor([list(text)], dtype="int64")}
-        return family.forward_hidden(one.model, batch, cache).numpy()[0].mean(axis=0)
+        return one.model.hidden(batch, cache).numpy()[0].mean(axis=0)
 
 
 @pytest.mark.parametrize("engine_name", EMBEDDING)

@@ -10,6 +10,7 @@ import paddle
 import pytest
 from reference_engine import FunctionEngine, ReferenceEngine
 
+from utils.checkpoints.load import new_model
 from utils.families import FAMILIES
 from utils.inference.generator import Completion, Generator, Speed
 from utils.inference.sampling import SamplingOptions
@@ -47,9 +48,7 @@ class ToyTokenizer:
 @pytest.fixture(scope="module")
 def model() -> Any:
     paddle.seed(7)
-    built = FAMILY.create(CONFIG)
-    built.eval()
-    return built
+    return new_model(FAMILY, CONFIG, "float32")
 
 
 @pytest.fixture
@@ -65,8 +64,8 @@ def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
 def full_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
     """Logits of every position by one forward without cache, mask or padding."""
     with paddle.no_grad():
-        hidden = FAMILY.forward_hidden(model, {"input_ids": paddle.to_tensor([list(ids)])})
-        return FAMILY.logits(model, hidden)[0].numpy()
+        hidden = model.hidden({"input_ids": paddle.to_tensor([list(ids)])})
+        return model.logits(hidden)[0].numpy()
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,7 @@ def test_the_likeliest_tokens_at_each_place(model: Any, generator: Generator) ->
 
 def test_broken_weights_are_reported() -> None:
     paddle.seed(1)
-    broken = FAMILY.create(CONFIG)
-    broken.eval()
+    broken = new_model(FAMILY, CONFIG, "float32")
     with paddle.no_grad():
         # only rows that contain token 9 meet the bad number
         broken.llama.embed_tokens.weight[9] = float("nan")

@@ -22,8 +22,8 @@ def test_a_model_that_trains_between_answers() -> None:
     with pytest.raises(RuntimeError, match=r"model\.eval\(\)"):
         engine.open([[1]])
     optimizer = paddle.optimizer.SGD(1.0, parameters=model.parameters())
-    hidden = family.forward_hidden(model, {"input_ids": paddle.to_tensor([text])})
-    family.logits(model, hidden).square().mean().backward()
+    hidden = model.hidden({"input_ids": paddle.to_tensor([text])})
+    model.logits(hidden).square().mean().backward()
     optimizer.step()
     model.eval()
     (new,), after = engine.open([text])

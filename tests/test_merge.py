@@ -46,8 +46,8 @@ def forward(family: Any, model: Any, ids: np.ndarray) -> np.ndarray:
     import paddle
 
     with paddle.no_grad():
-        hidden = family.forward_hidden(model, {"input_ids": paddle.to_tensor(ids)})
-        return family.logits(model, hidden).numpy()
+        hidden = model.hidden({"input_ids": paddle.to_tensor(ids)})
+        return model.logits(hidden).numpy()
 
 
 def logits(folder: Path, ids: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from utils.checkpoints.shards import join, part_length, split
 from utils.checkpoints.tensors import read_tensors, write_safetensors
 from utils.data.template import ChatTemplate
 from utils.errors import UserError
-from utils.families.base import import_attribute
 from utils.families.tokenizers import load_tokenizer
 from utils.model.architecture import ModelShape
 from utils.model.weights import Split, Weight
@@ -217,11 +216,12 @@ LIBRARY = {
 @pytest.mark.parametrize("name", LIBRARY)
 def test_shards_cut_by_the_library_come_back(tmp_path: Path, name: str) -> None:
     import paddle
+    import paddlenlp.transformers
 
     checkpoint = case(name).checkpoint
     family, whole = checkpoint.family, parameters(checkpoint)
     given = {**family.paddle_config(checkpoint.config), "tensor_parallel_degree": 2}
-    library = import_attribute(f"paddlenlp.transformers:{LIBRARY[name]}")
+    library = getattr(paddlenlp.transformers, LIBRARY[name])
     shards: list[Arrays] = []
     # The library asks users to pad a vocabulary that the degree does not divide; LLaMA and Qwen2 share none then.
     odd = family.shape(checkpoint.config).vocabulary % 2
@@ -231,7 +231,7 @@ def test_shards_cut_by_the_library_come_back(tmp_path: Path, name: str) -> None:
         if str(weight.split).startswith("vocabulary")
     }
     for rank in range(2):
-        config = import_attribute(family.config_class)(**given, tensor_parallel_rank=rank)
+        config = library.config_class(**given, tensor_parallel_rank=rank)
         actions = library.get_tensor_parallel_convert_actions(config, list(whole), is_split=True, ignore_error=True)
         tensors = {name: np.pad(values, padding.get(name, 0)) for name, values in whole.items()}
         if "opt.decoder.project_in.weight" in actions:  # the library's rule misses its own parameter

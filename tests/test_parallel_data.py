@@ -97,7 +97,7 @@ def test_a_failing_rank_ends_all_with_its_own_words(tiny: Tiny, tmp_path: Path) 
         "from utils import runtime\n"
         "runtime.prepare()\n"
         "runtime.prepare = lambda **_: None\n"
-        "runtime.load_library()\n"
+        "runtime.load_paddle()\n"
         "from utils.errors import UserError\n"
         "from utils.training.loop import Trainer\n"
         "step = Trainer.forward_backward\n"

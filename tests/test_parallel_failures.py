@@ -28,7 +28,7 @@ import os, runpy
 from utils import runtime
 runtime.prepare()
 runtime.prepare = lambda **_: None
-runtime.load_library()
+runtime.load_paddle()
 from utils.errors import UserError
 from utils.parallel import peers
 from utils.parallel.cpu import pairs

@@ -70,6 +70,7 @@ def test_first_loss_is_that_of_the_model_on_the_first_samples(home: Path, tmp_pa
     """Labels are shifted once, and nothing else comes between text and loss."""
     import paddle
 
+    from utils.checkpoints.load import new_model
     from utils.data.pretrain_dataset import PretrainData, TokenStream
     from utils.families import FAMILIES
 
@@ -79,11 +80,10 @@ def test_first_loss_is_that_of_the_model_on_the_first_samples(home: Path, tmp_pa
     text = PretrainData([(None, str(home / "text"))], (1, 0, 0), 400)
     stream = TokenStream(text.documents("train")[0], 16, seed=42)
     samples = np.stack([stream.sample(number) for number in range(4)]).astype(np.int64)
-    family = FAMILIES["llama"]
-    model = family.create(config)
+    model = new_model(FAMILIES["llama"], config, "float32")
     model.set_state_dict({k: paddle.to_tensor(v) for k, v in tensors(run.output / "model.safetensors").items()})
-    hidden = family.forward_hidden(model, {"input_ids": paddle.to_tensor(samples[:, :-1])})
-    logits = family.logits(model, hidden).astype("float64")
+    hidden = model.hidden({"input_ids": paddle.to_tensor(samples[:, :-1])})
+    logits = model.logits(hidden).astype("float64")
     expected = paddle.nn.functional.cross_entropy(logits, paddle.to_tensor(samples[:, 1:, None])).mean()
     assert run.losses[0] == pytest.approx(float(expected), abs=1e-5)
 

@@ -14,7 +14,8 @@ from tiny_text import pretrain, tokenize_text
 
 from utils.arguments import FinetuneArguments
 from utils.checkpoints.load import load_model
-from utils.training.start import model_overrides
+from utils.model.settings import Settings
+from utils.training.start import model_settings
 
 DROPPING = [name for name in NAMES if case(name).checkpoint.family.dropouts]
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
@@ -32,17 +33,17 @@ def batches() -> list[dict[str, Any]]:
     ]
 
 
-def dropped(name: str, settings: dict[str, Any]) -> list[bool]:
+def dropped(name: str, settings: Settings) -> list[bool]:
     """Whether training computes anything else than evaluation, for each of `batches`."""
     checkpoint, found = case(name).checkpoint, []
-    model = load_model(checkpoint, "float32", family_overrides=settings)
+    model = load_model(checkpoint, "float32", settings=settings)
     paddle.seed(1)
     for batch in batches():
         with paddle.no_grad():
             model.eval()
-            wanted = checkpoint.family.forward_hidden(model, batch).numpy()
+            wanted = model.hidden(batch).numpy()
             model.train()
-            found.append(not np.array_equal(checkpoint.family.forward_hidden(model, batch).numpy(), wanted))
+            found.append(not np.array_equal(model.hidden(batch).numpy(), wanted))
     return found
 
 
@@ -50,25 +51,28 @@ def dropped(name: str, settings: dict[str, Any]) -> list[bool]:
 def test_every_dropout_of_a_family_drops(name: str) -> None:
     family = case(name).checkpoint.family
     for dropout in family.dropouts:
-        rates = {other.name: 0.5 if other is dropout else 0.0 for other in family.dropouts}
-        assert dropped(name, rates) == [True, True], dropout
+        assert dropped(name, Settings(dropouts={dropout.of: 0.5})) == [True, True], dropout
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_one_argument_replaces_them_all(name: str) -> None:
     checkpoint = case(name).checkpoint
     for rate in (0.0, 0.5):
-        settings = model_overrides(FinetuneArguments(dropout=rate), checkpoint)
+        settings = model_settings(FinetuneArguments(dropout=rate), checkpoint)
         assert dropped(name, settings) == [rate > 0] * 2
     asked = any(checkpoint.family.dropout_rates(checkpoint.config).values())
-    assert dropped(name, model_overrides(FinetuneArguments(), checkpoint)) == [asked] * 2
+    assert dropped(name, model_settings(FinetuneArguments(), checkpoint)) == [asked] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
-        ("opt_tiny", [], "dropout: attention 0.0, hidden 0.1, by the model's config.json; --dropout replaces it"),
-        ("opt_tiny", ["--dropout", 0], "dropout: attention, hidden 0.0 (--dropout)"),
+        (
+            "opt_tiny",
+            [],
+            "dropout: attention 0.0, hidden 0.1, embedding 0.1, by the model's config.json; --dropout replaces it",
+        ),
+        ("opt_tiny", ["--dropout", 0], "dropout: attention, hidden, embedding 0.0 (--dropout)"),
         ("chatglm_tiny", [], "dropout: none, a ChatGLM-6B model has no such layers"),
     ],
 )

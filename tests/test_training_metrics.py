@@ -100,8 +100,8 @@ def test_evaluation_is_what_numpy_finds_in_the_logits(tiny: Tiny, tmp_path: Path
         example = encode_row(row, tokenizer, template, 64, 128)
         ids = paddle.to_tensor(example.input_ids[None].astype("int64"))
         with paddle.no_grad():
-            hidden = checkpoint.family.forward_hidden(model, {"input_ids": ids})
-            logits = checkpoint.family.logits(model, hidden)[0].numpy().astype("float64")
+            hidden = model.hidden({"input_ids": ids})
+            logits = model.logits(hidden)[0].numpy().astype("float64")
         for place, label in enumerate(example.labels):
             if label >= 0:
                 losses.append(np.log(np.exp(logits[place]).sum()) - logits[place][label])

@@ -87,14 +87,12 @@ def test_no_layer_of_packed_rows_waits_for_the_device(name: str) -> None:
     ends = paddle.to_tensor(ends_of([[4, 3], [2, 5]]))
     positions = paddle.to_tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]])
     batch = {"input_ids": positions + 5, "position_ids": positions, "segment_ends": ends}
-    family, model = case(name).checkpoint.family, case(name).model
+    model = case(name).model
     read = mock.Mock(side_effect=paddle.Tensor.numpy)
     with paddle.no_grad(), mock.patch.object(paddle.Tensor, "numpy", lambda tensor: read(tensor)):
-        context = family.context(model, batch, 0)
+        context = model.context(batch)
         read.reset_mock()
-        hidden, forward = family.embed(model, context), family.layer(model, context)
-        for layer in family.stack(model):
-            hidden, *_ = forward(layer, hidden, None, None)
+        model.run(range(len(model.layers)), model.embed(context), context)
         assert read.call_count == 0
 
 

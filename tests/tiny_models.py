@@ -8,6 +8,7 @@ from typing import Any
 import paddle
 from tiny_tokenizers import write_bpe
 
+from utils.checkpoints.load import new_model
 from utils.checkpoints.save import save_model
 from utils.families import FAMILIES
 
@@ -30,6 +31,5 @@ def write_tiny_llama(folder: Path, *, seed: int = 7, **overrides: Any) -> Path:
     }
     paddle.seed(seed)
     family = FAMILIES["llama"]
-    model = family.create(config)
-    save_model(folder, model, family, config)
+    save_model(folder, new_model(family, config, "float32"), family, config)
     return folder

@@ -130,14 +130,6 @@ def new_threads_wait() -> Iterator[None]:
             os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
-def quiet_libraries() -> None:
-    """Silences PaddleNLP's logger; call once after it has been imported."""
-    from paddlenlp.utils.log import logger
-
-    logger.set_level("ERROR")
-    warnings.filterwarnings("ignore")
-
-
 def gpu_present() -> bool:
     """True where a GPU build of Paddle and a GPU device exist; asks no Paddle, so it is instant."""
     try:
@@ -174,17 +166,20 @@ def check_device(device: str, *, explicit: bool) -> str:
 
 
 def load_paddle() -> None:
-    """Imports Paddle without its start-up noise (several threads on a CPU are meant) and its handler of SIGTERM."""
+    """Imports Paddle without its start-up noise (several threads on a CPU are meant), its warnings to developers, and
+    its handler of SIGTERM."""
     with _without_noise(), _without_images(), signals.kept(signal.SIGTERM):
         import paddle  # noqa: F401
+    warnings.filterwarnings("ignore")
 
 
 def load_library() -> None:
     """Imports Paddle and PaddleNLP without their start-up noise. PaddleNLP takes seconds and 250 MB: only what
-    runs its models or its trainer calls this."""
+    reads its datasets calls this."""
     load_paddle()
     with _without_noise(), _without_images(), signals.kept(signal.SIGTERM):  # the system's own would be in force
-        quiet_libraries()
+        from paddlenlp.utils.log import logger
+    logger.set_level("ERROR")
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def _adapted(
     held: Held | None,
 ) -> Adapted:
     """`model` with a LoRA layer in the place of those of `layers` that it has; everything else is frozen."""
-    dtype = dtype or model.config.dtype
+    dtype = dtype or model.settings.dtype
     for parameter in model.parameters():
         parameter.stop_gradient = True
     wanted = set(layers)

@@ -19,8 +19,9 @@ from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
-from utils.families import FamilySpec, Layers
+from utils.families import FamilySpec
 from utils.model.architecture import ModelShape
+from utils.model.decoder import Layers
 from utils.partition.tensor import Held
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def load_prefix(
     dtype: str | None = None,
 ) -> PrefixTuning:
     """As `read_prefix`, for `model`; its weights are in the type of `model` unless another one is named."""
-    computed = model.config.dtype
+    computed = model.settings.dtype
     return read_prefix(family, path, base, dtype or computed, held, computed=computed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,61 +11,60 @@ import numpy as np
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import check_shapes, match
 from utils.checkpoints.tensors import LazyTensor, cast
+from utils.families import FamilySpec
+from utils.model.settings import Settings
 
 if TYPE_CHECKING:
+    from utils.model.decoder import Decoder
     from utils.partition.tensor import Held
 
 
-def build(
-    checkpoint: Checkpoint, dtype: str, overrides: Mapping[str, Any] | None = None, held: Held | None = None
-) -> Any:
+def build(checkpoint: Checkpoint, dtype: str, settings: Settings | None = None, held: Held | None = None) -> Decoder:
     """The model of a checkpoint, or what a rank holds of it, with its parameters not yet allocated."""
-    import paddle
+    return _built(checkpoint.family, checkpoint.config, dtype, settings, held)[0]
 
-    from utils.runtime import load_library
 
-    load_library()
-    from paddlenlp.transformers.model_utils import no_init_weights
+def _built(
+    family: FamilySpec, config: Mapping[str, Any], dtype: str, settings: Settings | None, held: Held | None
+) -> tuple[Decoder, dict[str, list[int]]]:
+    """(a model, or what a rank holds of it, unallocated; the shapes of all parameters of the whole one)."""
+    from utils.runtime import load_paddle
 
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
-        with no_init_weights(_enable=True), paddle.LazyGuard():
-            model = checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(overrides or {})})
-            if held is not None:
-                held.divide(model)
-            return model
-    finally:
-        paddle.set_default_dtype(before)
+    load_paddle()
+    from utils.model.decoder import Decoder, unallocated
+
+    settings = settings or Settings(dropouts=family.dropout_rates(config))
+    with unallocated(dtype):
+        model = Decoder(family.architecture(config), replace(settings, dtype=dtype))
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        if held is not None:
+            held.divide(model)
+    return model, shapes
 
 
 def new_model(
-    checkpoint: Checkpoint,
+    family: FamilySpec,
+    config: Mapping[str, Any],
     dtype: str,
     *,
-    family_overrides: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     held: Held | None = None,
-) -> Any:
-    """The Paddle model of a configuration with new random weights, as its family initialises them.
+) -> Decoder:
+    """The Paddle model of a configuration with new random weights, as its family initialises them, in eval mode.
 
     Paddle's generator decides the values: seed it before. Weights of the checkpoint are not read.
 
     Args:
-        dtype, family_overrides, held: as in `load_model`. Every rank draws the whole model.
+        dtype, settings, held: as in `load_model`. Every rank draws the whole model.
     """
-    import paddle
+    model, shapes = _built(family, config, dtype, settings, held)
+    from utils.model.initial import initial_value
 
-    from utils.runtime import quiet_libraries
-
-    quiet_libraries()
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
-        model = checkpoint.family.create(checkpoint.config, **{"dtype": dtype, **(family_overrides or {})})
-        if held is not None:
-            held.divide(model)
-    finally:
-        paddle.set_default_dtype(before)
+    parameters = dict(model.named_parameters())
+    for name, shape in shapes.items():
+        values = initial_value(model.architecture, name, shape).numpy()
+        if name in parameters:
+            fill(parameters[name], values if held is None else held.parts.cut(name, values))
     model.eval()
     return model
 
@@ -73,24 +73,24 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: str,
     *,
-    family_overrides: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     held: Held | None = None,
     sources: Mapping[str, LazyTensor] | None = None,
-) -> Any:
+) -> Decoder:
     """The Paddle model of a checkpoint, in eval mode.
 
     Args:
         checkpoint: from `locate`.
         dtype: "float32", "float16" or "bfloat16"; each tensor is cast by itself as it is read.
-        family_overrides: fields of the model's configuration that replace those of config.json.
+        settings: what the run chooses beside the type; None takes the dropouts of config.json.
         held: what this rank is to hold of the model, if not all.
         sources: see `fill_model`.
 
     Raises:
         UserError: tensors missing, left over or of a wrong shape (all named), or a damaged file.
     """
-    match(checkpoint)  # before the model is built, which takes seconds
-    model = build(checkpoint, dtype, family_overrides, held)
+    match(checkpoint)  # before the model is built, which takes a while
+    model = build(checkpoint, dtype, settings, held)
     fill_model(model, checkpoint, sources, held=held)
     model.eval()
     return model
@@ -102,7 +102,7 @@ def load_beside(
     """A second model of a checkpoint, in eval mode, which shares the memory of all parameters but some with the first.
 
     Args:
-        other: the first one; its layers are those of the library.
+        other: the first one, without an adapter's layers.
         checkpoint, dtype, held: as it was loaded.
         changed: the parameters of the second one's own, in the Paddle layout.
     """

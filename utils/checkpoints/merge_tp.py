@@ -274,12 +274,12 @@ def _whole_shape(
     weight: Weight,
     part: tuple[int, ...],
     degree: int,
-    known: tuple[int, int | None] | None,
+    known: tuple[int, int] | None,
     whole: Mapping[str, tuple[int, ...]],
 ) -> tuple[int, ...]:
     """The shape of a parameter: as config.json says, else as its matrix or its parts say."""
     if known is not None:
-        return known[0], known[1] if known[1] is not None else part[-1]
+        return known
     if weight.split is None:
         return part
     matrix = whole.get(weight.parameter.removesuffix(".bias") + ".weight")

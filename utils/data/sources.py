@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from utils import runtime
 from utils.data.builtin import resolve_built_in
 from utils.data.lines import Line, RowFault
 from utils.data.rows import Row, read_rows, to_row
@@ -121,6 +122,7 @@ def _with_known_keys(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _load_built_in(name: str, task: str | None, split: str, limit: int | None) -> BuiltInSource:
     known_as = resolve_built_in(name)  # before the slow import, which an unknown name need not wait for
+    runtime.load_library()
     from paddlenlp.datasets import load_dataset
 
     try:

@@ -7,9 +7,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from utils.families.base import FamilySpec, Layers
+from utils.families.base import FamilySpec
 
-__all__ = ["FAMILIES", "FamilySpec", "Layers", "family_of"]
+__all__ = ["FAMILIES", "FamilySpec", "family_of"]
 
 
 def _defined() -> Iterator[FamilySpec]:

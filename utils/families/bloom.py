@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from utils.families import config as kinds
-from utils.families.base import Dropout
-from utils.families.decoder import DecoderFamily
-from utils.families.text import Places
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, alibi_slopes
+from utils.families.base import Dropout, FamilySpec
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, alibi_slopes
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -35,11 +31,10 @@ PARTS = LayerNames(
     mlp_norm="post_attention_layernorm",
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out="mlp.dense_4h_to_h",
-    norms="first",
 )
 
 
-class Bloom(DecoderFamily):
+class Bloom(FamilySpec):
     name = "bloom"
     title = "Bloom"
     model_types = ("bloom",)
@@ -53,10 +48,7 @@ class Bloom(DecoderFamily):
         **dict.fromkeys(("hidden_dropout", "attention_dropout"), kinds.SHARE),
     }
     needed = ("vocab_size", "hidden_size/n_embed", "n_layer/num_hidden_layers", "n_head/num_attention_heads")
-    config_class = "paddlenlp.transformers:BloomConfig"
-    model_class = "utils.families.models.bloom:BloomForCausalLM"
     backbone = "bloom"
-    embedding = "word_embeddings"
     layers = "bloom.h"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "lm_head.decoder_weight"
@@ -114,16 +106,8 @@ class Bloom(DecoderFamily):
             head_is_table=True,
             slopes=alibi_slopes(shape.heads),
             residual="normed" if config.get("apply_residual_connection_post_layernorm") else "hidden",
+            initial=Initial.spread(config.get("initializer_range", 0.02), head=False),
         )
-
-    def slopes(self, model: Any) -> Any:
-        import paddle
-
-        rank, degree = model.tensor_part
-        return paddle.to_tensor(np.split(alibi_slopes(model.config.n_head), degree)[rank])
-
-    def positions(self, places: Places) -> Any:
-        return None
 
 
 BLOOM = Bloom()

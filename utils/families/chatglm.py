@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.families import config as kinds
-from utils.families.base import Context
-from utils.families.decoder import DecoderFamily
-from utils.families.text import Places, Text
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Rotary
+from utils.families.base import FamilySpec
+from utils.families.chatglm_input import PromptAndAnswer, prefix_lm
+from utils.families.text import Text
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, Rotary
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -66,10 +67,9 @@ PARTS = LayerNames(
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out="mlp.dense_4h_to_h",
 )
-NO_ANSWER = 1 << 30  # where a text without <sop> has its <sop>
 
 
-class ChatGLM(DecoderFamily):
+class ChatGLM(FamilySpec):
     name = "chatglm"
     title = "ChatGLM-6B"
     model_types = ("chatglm",)
@@ -85,10 +85,7 @@ class ChatGLM(DecoderFamily):
     }
     needed = ()
     head_multiple = 4
-    config_class = "paddlenlp.transformers:ChatGLMConfig"
-    model_class = "utils.families.models.chatglm:ChatGLMForCausalLM"
     backbone = "chatglm"
-    embedding = "transformer.word_embeddings"
     layers = "chatglm.transformer.layers"
     head_weight = "lm_head.decoder_weight"
     stored = Stored({"chatglm.transformer": "transformer"})
@@ -160,7 +157,9 @@ class ChatGLM(DecoderFamily):
             rotary=Rotary(inverse.reshape(parts, -1), places.transpose(1, 0, 2).reshape(-1)),
             residual="normed",
             causal=False,
+            prefix_reading=partial(prefix_lm, known),
             residual_factor=(2 * residual_layers(config)) ** 0.5,
+            initial=Initial(tables=(2.0 / (shape.vocabulary + shape.hidden)) ** 0.5),
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
@@ -168,31 +167,11 @@ class ChatGLM(DecoderFamily):
 
         return IceTokenizer(folder, config) if (folder / ICE_TEXT).is_file() else None
 
-    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
-        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
-        import paddle
-
-        from utils.families.chatglm_input import prefix_lm
-        from utils.kernels import masks
-
-        ids = batch["input_ids"]
-        ends = batch["segment_ends"].numpy()[:, 0, :, 0] if "segment_ends" in batch else None
-        positions, seen = (paddle.to_tensor(value) for value in prefix_lm(ids.numpy(), model.config.to_dict(), ends))
-        if cached:
-            seen = paddle.concat([paddle.ones([*seen.shape[:3], cached], dtype="bool"), seen], axis=-1)
-        return Context(ids, positions, masks.attention(seen, positions, None, 0.0))
-
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
-        from utils.families.chatglm_input import PromptAndAnswer
-
         return PromptAndAnswer(prompt, _known(config))
 
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return False
-
-    def positions(self, places: Places) -> Any:
-        """[batch, parts, length] int64."""
-        return places.positions.transpose([1, 0, 2])
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError, notice
 from utils.families import config as kinds
-from utils.families.base import Context, Dropout
+from utils.families.base import Dropout, FamilySpec
 from utils.families.chatglm import LATER_KEYS, layers
-from utils.families.decoder import DecoderFamily
 from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, turned_neighbours
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
@@ -58,11 +56,10 @@ PARTS = LayerNames(
     mlp_norm="post_attention_layernorm",
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out="mlp.dense_4h_to_h",
-    norms="first",
 )
 
 
-class ChatGLM2(DecoderFamily):
+class ChatGLM2(FamilySpec):
     name = "chatglm2"
     title = "ChatGLM2-6B"
     model_types = ("chatglm_v2",)
@@ -82,11 +79,8 @@ class ChatGLM2(DecoderFamily):
     needed = ()
     head_width = ("kv_channels",)
     head_multiple = 4
-    config_class = "paddlenlp.transformers:ChatGLMv2Config"
-    model_class = "utils.families.models.chatglm2:ChatGLMv2ForCausalLM"
     backbone = "chatglm_v2"
     head = HEAD
-    embedding = "embedding.word_embeddings"
     layers = "chatglm_v2.encoder.layers"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
     head_weight = "chatglm_v2.output_layer.weight"
@@ -99,6 +93,15 @@ class ChatGLM2(DecoderFamily):
         """Published folders share `model_type` with ChatGLM-6B; their keys tell them apart."""
         shared = config.get("model_type") == "chatglm" and any(key in config for key in LATER_KEYS)
         return shared or super().matches(config)
+
+    def read_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        known = super().read_config(config)
+        if known.get("rope_ratio", 1) != 1:
+            notice(
+                f"rope_ratio {known['rope_ratio']}: positions are divided by it, as ChatGLM2-6B-32K means it; "
+                "ChatGLM3 and GLM-4 use the key in another way and are not supported"
+            )
+        return known
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See the base class.
@@ -182,22 +185,6 @@ class ChatGLM2(DecoderFamily):
         from utils.families.tokenizers_chatglm import PIECES, Glm2Tokenizer
 
         return Glm2Tokenizer(folder, config) if (folder / PIECES).is_file() else None
-
-    def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
-        ratio = _known(config)["rope_ratio"]
-        if ratio != 1:
-            notice(
-                f"rope_ratio {ratio}: positions are divided by it, as ChatGLM2-6B-32K means it; "
-                "ChatGLM3 and GLM-4 use the key in another way and are not supported"
-            )
-        return super().create(config, **overrides)
-
-    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
-        context = super().context(model, batch, cached)
-        return replace(context, attend=model.shared(context.attend))
-
-    def head_by_rows(self, model: Any) -> bool:
-        return False
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.families.chatglm import NO_ANSWER
 from utils.families.text import Text
 
 Ids = NDArray[np.int64]
+NO_ANSWER = 1 << 30  # where a text without <sop> has its <sop>
 
 
 def prompt_end(ids: Ids, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -63,21 +63,15 @@ def places_of(count: Ids, begin: int, mask: int, two: bool) -> Ids:
     return np.stack([np.where(answering, mask, count), np.where(answering, count - begin + 1, 0)])
 
 
-def prefix_lm(
-    ids: Ids, config: Mapping[str, Any], ends: NDArray[np.int32] | None = None
-) -> tuple[Ids, NDArray[np.bool_]]:
-    """Positions and attention of training rows, each one text, or several with `ends`.
+def prefix_lm(config: Mapping[str, Any], ids: Ids, ends: Ids | None = None) -> tuple[Ids, NDArray[np.bool_]]:
+    """Positions (see `places_of`) and attention of training rows; see `utils.model.architecture.PrefixReading`.
 
     Args:
         ids: [batch, length], right padded.
-        ends: [batch, length], for each place the end (exclusive) of its segment.
-
-    Returns:
-        Positions [batch, parts, length] as `places_of`, and who sees whom, bool [batch, 1, query, key].
     """
     batch, length = ids.shape
     two = bool(config["position_encoding_2d"])
-    positions = np.zeros((batch, 2 if two else 1, length), dtype=np.int64)
+    positions = np.zeros((2 if two else 1, batch, length), dtype=np.int64)
     seen = np.zeros((batch, 1, length, length), dtype=bool)
     for row in range(batch):
         start = 0
@@ -89,6 +83,6 @@ def prefix_lm(
             if prompt < NO_ANSWER:
                 sight |= count[None, :] < prompt
             seen[row, 0, start:end, start:end] = sight
-            positions[row, :, start:end] = places_of(count, prompt, mask, two)
+            positions[:, row, start:end] = places_of(count, prompt, mask, two)
             start = end
     return positions, seen

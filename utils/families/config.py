@@ -106,3 +106,12 @@ def size_faults(shape: ModelShape, *, heads_apart: bool, multiple: int) -> list[
     if shape.heads % shape.kv_heads:
         faults.append(f"{FILE}: {shape.heads} attention heads cannot share {shape.kv_heads} heads of keys and values")
     return faults
+
+
+def activation_name(config: Mapping[str, Any], default: str) -> str:
+    """The activation by its published name. In PaddleNLP's configurations "gelu" is the tanh form."""
+    published = config.get("activation") or config.get("activation_function")
+    if published:
+        return str(published)
+    name = config.get("hidden_activation") or config.get("hidden_act") or default
+    return "gelu_new" if name == "gelu" else str(name)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from utils.errors import UserError
 from utils.families import config as kinds
-from utils.families.base import Context, Dropout
-from utils.families.decoder import DecoderFamily
-from utils.families.text import Places, Text
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.families.base import Dropout, FamilySpec
+from utils.families.glm_layout import SpansText, texts_read
+from utils.families.text import Text
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, PositionTable
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -74,7 +74,7 @@ PARTS = LayerNames(
 )
 
 
-class Glm(DecoderFamily):
+class Glm(FamilySpec):
     name = "glm"
     title = "GLM"
     model_types = ("glm",)
@@ -91,10 +91,7 @@ class Glm(DecoderFamily):
         **dict.fromkeys(ID_NAMES, kinds.ID),
     }
     needed = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads")
-    config_class = "paddlenlp.transformers:GLMConfig"
-    model_class = "utils.families.models.glm:GLMForConditionalGeneration"
     backbone = "glm"
-    embedding = "word_embeddings"
     layers = "glm.transformer.layers"
     dropouts = (
         Dropout("attention", "attention_dropout_prob", 0.1),
@@ -166,15 +163,18 @@ class Glm(DecoderFamily):
         )
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        known, shape = self.paddle_config(config), self.shape(config)
+        positions = known["max_sequence_length"]
+        tokens = known["sop_token_id"], [known[name] for name in MASK_NAMES]
         return Architecture(
-            self.shape(config),
+            shape,
             layers=self.layers,
             parts=PARTS,
             biased=(*ATTENTION, *MLP),
             embedding="glm.word_embeddings",
             tables=(
-                PositionTable("glm.transformer.position_embeddings", part=0),
-                PositionTable("glm.transformer.block_position_embeddings", part=1),
+                PositionTable("glm.transformer.position_embeddings", positions + 1, part=0),
+                PositionTable("glm.transformer.block_position_embeddings", positions + 1, part=1),
             ),
             norm="layer",
             epsilon=config.get("layernorm_epsilon", 1e-5),
@@ -182,6 +182,9 @@ class Glm(DecoderFamily):
             gated=False,
             final_norm="glm.transformer.final_layernorm",
             causal=False,
+            prefix_reading=partial(texts_read, *tokens, positions),
+            wide_scores=known.get("attention_scale", 1.0) > 1.0,
+            initial=Initial.spread(known.get("initializer_range", 0.02)),
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
@@ -194,47 +197,12 @@ class Glm(DecoderFamily):
             return EnglishTokenizer(folder, config)
         return None
 
-    # --- the model -------------------------------------------------------------------------------
-
-    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
-        """See the base class. Positions follow from the tokens, so `position_ids` is not read."""
-        import numpy as np
-        import paddle
-
-        from utils.families.glm_layout import layout
-        from utils.kernels import masks
-        from utils.kernels.attention import segments_of
-
-        ids, ends = batch["input_ids"].numpy(), batch.get("segment_ends")
-        rows, length = ids.shape
-        texts = [[(0, length)]] * rows
-        if ends is not None:
-            texts = [list(pairwise(np.cumsum([0, *lengths]).tolist())) for lengths in segments_of(ends)]
-        config = model.config
-        placed = layout(ids, config.sop_token_id, [getattr(config, name) for name in MASK_NAMES], texts)
-        furthest = int(max(placed.position.max(), placed.block.max()))
-        if furthest > config.max_sequence_length:
-            raise UserError(
-                f"a text reaches position {furthest}, but max_sequence_length in config.json is "
-                f"{config.max_sequence_length}; lower max_length or src_length"
-            )
-        visible = paddle.to_tensor(placed.visible(length, cached))
-        positions = paddle.to_tensor(np.stack([placed.position, placed.block]))
-        attend = masks.attention(visible, positions[0], None, model.attention_dropout if model.training else 0.0)
-        return Context(batch["input_ids"], positions, attend)
-
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
-        from utils.families.glm_layout import SpansText
-
         known = self.paddle_config(config)
         return SpansText(prompt, known["sop_token_id"], [known[name] for name in MASK_NAMES])
 
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return False
-
-    def positions(self, places: Places) -> Any:
-        """[2, batch, length] int64, in the context and in the span."""
-        return places.positions
 
 
 GLM = Glm()

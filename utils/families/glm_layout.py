@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.errors import UserError
 from utils.families.text import Ints, Text
 
 
@@ -33,23 +34,13 @@ class Layout:
     text: Ints
     context_end: Ints
 
-    def visible(self, queries: int, prefix: int = 0) -> NDArray[np.bool_]:
-        """Which tokens the last `queries` ones see.
-
-        Args:
-            prefix: number of positions before the first token that all see.
-
-        Returns:
-            [batch, 1, queries, prefix + length].
-        """
-        batch, length = self.text.shape
-        key = np.arange(length)[None, None, :]
-        query = key.reshape(1, length, 1)[:, length - queries :]
-        text = self.text[:, length - queries :, None]
-        context = key < self.context_end[:, length - queries :, None]
+    def visible(self) -> NDArray[np.bool_]:
+        """Which token sees which, [batch, 1, length, length]."""
+        key = np.arange(self.text.shape[1])[None, None, :]
+        text, query = self.text[:, :, None], key.transpose(0, 2, 1)
+        context = key < self.context_end[:, :, None]
         seen = (text == self.text[:, None, :]) & (text >= 0) & ((key <= query) | context)
-        before = np.ones((batch, queries, prefix), dtype=bool)
-        return np.concatenate([before, seen], axis=-1)[:, None]
+        return seen[:, None]
 
 
 def layout(ids: Ints, starts: int, masks: Sequence[int], texts: Sequence[Sequence[tuple[int, int]]]) -> Layout:
@@ -69,6 +60,39 @@ def layout(ids: Ints, starts: int, masks: Sequence[int], texts: Sequence[Sequenc
             position[row, places], block[row, places], context = _text(ids[row, places], starts, masks)
             text[row, places], context_end[row, places] = number, first + context
     return Layout(position, block, text, context_end)
+
+
+def texts_read(
+    start: int, masks: Sequence[int], limit: int, ids: Ints, ends: Ints | None
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Positions in the context and in the span, and who sees whom; see `utils.model.architecture.PrefixReading`.
+
+    Args:
+        start, masks: see `layout`.
+        limit: the last position that the model has.
+
+    Raises:
+        UserError: a text that needs more positions.
+    """
+    rows, length = ids.shape
+    texts = [[(0, length)]] * rows if ends is None else [_borders(row) for row in ends]
+    placed = layout(ids, start, masks, texts)
+    furthest = int(max(placed.position.max(), placed.block.max()))
+    if furthest > limit:
+        raise UserError(
+            f"a text reaches position {furthest}, but max_sequence_length in config.json is {limit}; lower max_length "
+            "or src_length"
+        )
+    return np.stack([placed.position, placed.block]), placed.visible()
+
+
+def _borders(ends: Ints) -> list[tuple[int, int]]:
+    """(first, end) of the texts of a row; for each of its places `ends` says where its text ends."""
+    found, first = [], 0
+    while first < len(ends):
+        found.append((first, int(ends[first])))
+        first = found[-1][1]
+    return found
 
 
 def _text(ids: Ints, start: int, masks: Sequence[int]) -> tuple[Ints, Ints, int]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.families import config as kinds
-from utils.families.base import Dropout
-from utils.families.decoder import DecoderFamily, activation_name
+from utils.families.base import Dropout, FamilySpec
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, PositionTable
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -51,6 +50,7 @@ PARTS = LayerNames(
     mlp_norm="norm2",
     mlp_in=("linear1",),
     mlp_out="linear2",
+    norms="last",
 )
 _PUBLISHED = {
     "gpt.embeddings.word_embeddings": "transformer.wte",
@@ -66,7 +66,7 @@ _PUBLISHED = {
 }
 
 
-class Gpt(DecoderFamily):
+class Gpt(FamilySpec):
     name = "gpt-3"
     title = "GPT-3"
     model_types = ("gpt", "gpt2")
@@ -83,12 +83,13 @@ class Gpt(DecoderFamily):
         **kinds.ACTIVATIONS,
     }
     needed = ("vocab_size", *(f"{published}/{_RENAMED[published]}" for published in _NEEDED))
-    config_class = "paddlenlp.transformers:GPTConfig"
-    model_class = "utils.families.models.gpt:GPTForCausalLM"
     backbone = "gpt"
-    embedding = "embeddings"
     layers = "gpt.decoder.layers"
-    dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
+    dropouts = (
+        Dropout("attention", "attention_probs_dropout_prob"),
+        Dropout("hidden", "hidden_dropout_prob"),
+        Dropout("embedding", "hidden_dropout_prob"),
+    )
     stored = Stored(_PUBLISHED, conv1d=True)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
@@ -98,7 +99,7 @@ class Gpt(DecoderFamily):
             "model_type": "gpt",
             "architectures": ["GPTForCausalLM"],
             "hidden_activation": "gelu",  # the library's own forward pass, which is not used, knows few
-            "activation": activation_name(config, "gelu"),
+            "activation": kinds.activation_name(config, "gelu"),
             **{name: self._get(config, name) for name in _SAME if name in config or name in _DEFAULTS},
             **{name: self._get(config, published) for published, name in _RENAMED.items()},
         }
@@ -107,7 +108,7 @@ class Gpt(DecoderFamily):
         return {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
-            "activation_function": activation_name(config, "gelu"),
+            "activation_function": kinds.activation_name(config, "gelu"),
             "embd_pdrop": self._get(config, "resid_pdrop"),
             **{name: self._get(config, name) for name in _SAME if name in config or name in _DEFAULTS},
             **{published: self._get(config, published) for published in _RENAMED},
@@ -153,14 +154,15 @@ class Gpt(DecoderFamily):
             biased=(*ATTENTION, *MLP),
             scale_by_layer=bool(self._get(config, "scale_attn_by_inverse_layer_idx")),
             embedding="gpt.embeddings.word_embeddings",
-            tables=(PositionTable("gpt.embeddings.position_embeddings"),),
+            tables=(PositionTable("gpt.embeddings.position_embeddings", self._get(config, "n_positions")),),
             norm="layer",
             epsilon=self._get(config, "layer_norm_epsilon"),
-            activation=activation_name(config, "gelu"),
+            activation=kinds.activation_name(config, "gelu"),
             gated=False,
             final_norm="gpt.decoder.norm",
             head=None if shape.tied else "lm_head.weight",
             head_is_table=True,
+            initial=Initial.spread(config.get("initializer_range", 0.02), layers=shape.layers, head=False),
         )
 
 

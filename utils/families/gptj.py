@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 
 from utils.errors import raise_if
 from utils.families import config as kinds
-from utils.families.base import Dropout
-from utils.families.decoder import DecoderFamily
+from utils.families.base import Dropout, FamilySpec
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import MLP, Architecture, LayerNames, ModelShape, turned_neighbours
+from utils.model.architecture import MLP, Architecture, Initial, LayerNames, ModelShape, turned_neighbours
 from utils.settings import TEXT, Table, whole
 
 PARTS = LayerNames(
@@ -37,7 +36,7 @@ _DEFAULTS = {  # the same names in both layouts
 _KEPT = ("vocab_size", "n_embd", "n_layer", "n_head", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class GptJ(DecoderFamily):
+class GptJ(FamilySpec):
     name = "gptj"
     title = "GPT-J"
     model_types = ("gptj",)
@@ -54,10 +53,7 @@ class GptJ(DecoderFamily):
     }
     needed = ("vocab_size", "n_embd", "n_layer", "n_head")
     head_multiple = 2
-    config_class = "paddlenlp.transformers:GPTJConfig"
-    model_class = "utils.families.models.gptj:GPTJForCausalLM"
     backbone = "transformer"
-    embedding = "wte"
     layers = "transformer.h"
     dropouts = (
         Dropout("attention", "attn_pdrop"),
@@ -127,13 +123,8 @@ class GptJ(DecoderFamily):
             head="lm_head.weight",
             rotary=turned_neighbours(shape.head_dim, known["rotary_dim"]),
             parallel=True,
+            initial=Initial.spread(known["initializer_range"]),
         )
-
-    def logits(self, model: Any, hidden: Any) -> Any:
-        return super().logits(model, hidden) + model.lm_head.bias
-
-    def head_by_rows(self, model: Any) -> bool:
-        return False
 
 
 GPTJ = GptJ()

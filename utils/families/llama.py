@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from utils.errors import UserError, raise_if
+from utils.errors import raise_if
 from utils.families import config as kinds
-from utils.families.base import Context, Dropout, FamilySpec, LayerForward
+from utils.families.base import Dropout, FamilySpec
 from utils.families.rope import frequencies, rope_scaling
-from utils.families.text import Places
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, Rotary
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, Role, Rotary
 from utils.model.weights import Stored
 from utils.settings import FLAG, TEXT, Table
 
@@ -47,8 +45,6 @@ class Llama(FamilySpec):
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     head_width = ("head_dim",)
     head_multiple = 2
-    config_class = "paddlenlp.transformers:LlamaConfig"
-    model_class = "paddlenlp.transformers:LlamaForCausalLM"
     backbone = "llama"
     layers = "llama.layers"
     parts = LayerNames(
@@ -171,129 +167,9 @@ class Llama(FamilySpec):
             final_norm=f"{self.backbone}.norm",
             head=None if shape.tied else "lm_head.weight",
             rotary=Rotary(found.inverse[None], magnitude=found.magnitude),
+            window=self.window(known),
+            initial=Initial.spread(known.get("initializer_range", 0.02), layers=shape.layers),
         )
-
-    # --- the model -------------------------------------------------------------------------------
-
-    def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
-        import paddle
-
-        from utils.kernels import norm, rotary
-
-        given = {**self.paddle_config(config), **overrides}
-        shape = self.shape(given)
-        odd = shape.head_dim * shape.heads != shape.hidden or given.get("attention_bias") or given.get("mlp_bias")
-        if odd and given.get("tensor_parallel_degree", 1) > 1:
-            raise UserError("config.json: tensor_parallel_degree above 1 needs head_dim = hidden / heads and no biases")
-        # One position: each layer of the library fills a table of angles, which ours then replaces.
-        no_table = {"max_position_embeddings": 1, "rope_scaling": None, "rope_scaling_type": None}
-        model = super().create(config, **{**overrides, **no_table})
-        decoder = getattr(model, self.backbone)
-        for name in no_table:
-            setattr(model.config, name, given.get(name))
-            setattr(decoder.config, name, given.get(name))
-        found = frequencies(given, shape.head_dim)
-        model.rotary_table = rotary.RotaryTable(found.inverse, found.magnitude)
-        for layer in decoder.layers:
-            del layer.self_attn.rotary_emb
-        self._fit_linears(model, shape, {name.split(".")[-2] for name in self._biases(given)})
-        model.attention_window = self.window(given)
-        if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
-            for part in model.sublayers():
-                if type(part).__name__.endswith("RMSNorm"):
-                    part.forward = norm.forward_of(part)
-        return model
-
-    def _biases(self, config: Mapping[str, Any]) -> list[str]:
-        return [weight.parameter for weight in self.weights(config) if weight.parameter.endswith(".bias")]
-
-    def _fit_linears(self, model: Any, shape: ModelShape, biased: Collection[str]) -> None:
-        """Replaces the Linear layers that the library makes of another size or bias than config.json says:
-        its head_dim is always hidden / heads, and it has no biases.
-        """
-        from paddle import nn
-
-        width, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        hidden, wide = shape.hidden, shape.intermediate
-        attention = [(hidden, width), (hidden, narrow), (hidden, narrow), (width, hidden)]
-        mlp = [(hidden, wide), (hidden, wide), (wide, hidden)]
-        sizes = dict(zip(self.lora_targets, attention + mlp, strict=True))
-        replaced = False
-        for layer in getattr(model, self.backbone).layers:
-            layer.self_attn.head_dim = shape.head_dim
-            for number, (name, size) in enumerate(sizes.items()):
-                part = layer.self_attn if number < 4 else layer.mlp
-                linear = getattr(part, name, None)
-                if not isinstance(linear, nn.Linear):  # split over devices, or fused
-                    continue
-                if tuple(linear.weight.shape) != size or (linear.bias is not None) != (name in biased):
-                    setattr(part, name, nn.Linear(*size, bias_attr=None if name in biased else False))
-                    replaced = True
-        if replaced:
-            model.init_weights()  # of the new ones; none when weights are about to be loaded
-
-    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
-        import paddle
-
-        from utils.kernels import masks
-        from utils.kernels.window import window_mask
-
-        ids, ends, positions = batch["input_ids"], batch.get("segment_ends"), batch.get("position_ids")
-        rows, length = ids.shape
-        if positions is None:
-            positions = paddle.arange(length, dtype="int64").expand([rows, length])
-        visible, window = None, model.attention_window
-        if window is not None and length > window:
-            visible = window_mask(length, cached, window, prefix=cached)
-            if ends is not None:
-                visible = visible & masks.packed(ends, cached)
-        elif cached or not (ends is not None or model.config.use_flash_attention):  # these two need no mask
-            visible = masks.causal_or_packed(ids, ends, cached)
-        if visible is not None:
-            visible, ends = visible.expand([rows, -1, -1, -1]), None
-        return self._context(model, ids, positions, cached + length, visible, ends)
-
-    def inference_context(self, model: Any, input_ids: Any, places: Places) -> Context:
-        return self._context(model, input_ids, places.positions[0], places.visible.shape[-1], places.visible, ends=None)
-
-    def _context(self, model: Any, ids: Any, positions: Any, keys: int, visible: Any, ends: Any) -> Context:
-        """
-        Args:
-            keys: number of all keys, which positions are below.
-            visible: [batch, 1, length, keys] bool; None is causal, within segments where there are `ends`.
-        """
-        from utils.kernels import attention, masks
-
-        config = model.config
-        dropout = (getattr(config, "attention_dropout", None) or 0.0) if model.training else 0.0
-        flash = config.use_flash_attention and not dropout
-        attend = partial(
-            attention.llama_attention,
-            config=config,
-            mask=None if visible is None else masks.additive(visible),
-            segment_ends=ends if flash else None,
-            segments=None if flash or ends is None else attention.segments_of(ends),
-            group=config.num_attention_heads // config.num_key_value_heads,
-            rank=model.tensor_part[0],
-            dropout=dropout,
-        )
-        # one pair of angles for all layers, in the type that they turn out to have
-        return Context(ids, cache(partial(model.rotary_table.at, positions, keys)), attend)
-
-    def embed(self, model: Any, context: Context) -> Any:
-        return getattr(model, self.backbone).embed_tokens(context.ids)
-
-    def layer(self, model: Any, context: Context) -> LayerForward:
-        from utils.families.models.llama import layer_forward
-
-        group = model.key_value_group
-        return partial(layer_forward, attend=context.attend, angles=context.positions, key_value_group=group)
-
-    def finish(self, model: Any, hidden: Any) -> Any:
-        return getattr(model, self.backbone).norm(hidden)
-
-    def head_by_rows(self, model: Any) -> bool:
-        return bool(model.config.tie_word_embeddings)
 
 
 LLAMA = Llama()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.families import config as kinds
-from utils.families.base import Dropout
-from utils.families.decoder import DecoderFamily, activation_name
+from utils.families.base import Dropout, FamilySpec
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, PositionTable
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, PositionTable
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -57,7 +56,7 @@ _RENAMED = {  # published -> of the Paddle model
 _FALLBACK = {"do_layer_norm_before": True, "dropout": 0.1, "attention_dropout": 0.0, "init_std": 0.02}
 
 
-class Opt(DecoderFamily):
+class Opt(FamilySpec):
     name = "opt"
     title = "OPT"
     model_types = ("opt",)
@@ -77,12 +76,13 @@ class Opt(DecoderFamily):
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
         "ffn_dim/intermediate_size",
     )
-    config_class = "paddlenlp.transformers:OPTConfig"
-    model_class = "utils.families.models.opt:OPTForCausalLM"
     backbone = "opt"
-    embedding = "embeddings"
     layers = "opt.decoder.layers"
-    dropouts = (Dropout("attention", "attention_probs_dropout_prob"), Dropout("hidden", "hidden_dropout_prob"))
+    dropouts = (
+        Dropout("attention", "attention_probs_dropout_prob"),
+        Dropout("hidden", "hidden_dropout_prob"),
+        Dropout("embedding", "hidden_dropout_prob"),
+    )
     head_weight = "lm_head.decoder_weight"
     stored = Stored(_PUBLISHED)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
@@ -94,7 +94,7 @@ class Opt(DecoderFamily):
             "architectures": ["OPTForCausalLM"],
             "word_embed_proj_dim": self._width(config),
             "hidden_act": "relu",  # the library's own forward pass, which is not used, knows few
-            "activation": activation_name(config, "relu"),
+            "activation": kinds.activation_name(config, "relu"),
             **{name: config[name] for name in _SAME if name in config},
             **{name: self._get(config, published) for published, name in _RENAMED.items()},
         }
@@ -104,7 +104,7 @@ class Opt(DecoderFamily):
             "model_type": "opt",
             "architectures": ["OPTForCausalLM"],
             "word_embed_proj_dim": self._width(config),
-            "activation_function": activation_name(config, "relu"),
+            "activation_function": kinds.activation_name(config, "relu"),
             **{name: config[name] for name in _SAME if name in config},
             **{published: self._get(config, published) for published in _RENAMED},
         }
@@ -137,7 +137,7 @@ class Opt(DecoderFamily):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         shape, norm_first = self.shape(config), bool(self._get(config, "do_layer_norm_before"))
-        projected = self._width(config) != shape.hidden
+        projected, rows = self._width(config) != shape.hidden, config["max_position_embeddings"] + 2
         return Architecture(
             shape,
             layers=self.layers,
@@ -145,10 +145,11 @@ class Opt(DecoderFamily):
             biased=(*ATTENTION, *MLP),
             embedding="opt.embeddings.word_embeddings",
             embedding_projection="opt.embeddings.project_in" if projected else None,
-            tables=(PositionTable("opt.embeddings.position_embeddings", offset=2),),
+            embedding_width=self._width(config),
+            tables=(PositionTable("opt.embeddings.position_embeddings", rows, offset=2),),
             norm="layer",
             epsilon=1e-5,
-            activation=activation_name(config, "relu"),
+            activation=kinds.activation_name(config, "relu"),
             gated=False,
             norm_first=norm_first,
             final_norm="opt.decoder.final_layer_norm"
@@ -157,6 +158,7 @@ class Opt(DecoderFamily):
             output_projection="opt.decoder.project_out" if projected else None,
             head=None if shape.tied else "lm_head.decoder_weight",
             head_is_table=True,
+            initial=Initial.spread(self._get(config, "init_std"), head=False),
         )
 
 

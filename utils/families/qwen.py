@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,9 +12,9 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.families import config as kinds
-from utils.families.base import Context, Dropout, FamilySpec, LayerForward
-from utils.families.text import Places, Text
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, turned_halves
+from utils.families.base import Dropout, FamilySpec
+from utils.families.text import Text
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, turned_halves
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table, number
 
@@ -93,7 +92,6 @@ PARTS = LayerNames(
     mlp_norm="ln_2",
     mlp_in=("mlp.w2", "mlp.w1"),
     mlp_out="mlp.c_proj",
-    norms="last",
 )
 
 
@@ -106,10 +104,7 @@ class Qwen(FamilySpec):
     needed = ("vocab_size", *(f"{name}/{older}" for older, name in OLDER_NAMES.items() if name in _NEEDED))
     head_width = ("kv_channels",)
     head_multiple = 2
-    config_class = "paddlenlp.transformers:QWenConfig"
-    model_class = "paddlenlp.transformers:QWenForCausalLM"
     backbone = "qwen"
-    embedding = "wte"
     layers = "qwen.h"
     dropouts = (Dropout("attention", "attn_dropout_prob"), Dropout("embedding", "emb_dropout_prob"))
     stored = Stored({"qwen": "transformer"})
@@ -192,6 +187,7 @@ class Qwen(FamilySpec):
             final_norm="qwen.ln_f",
             head="lm_head.weight",
             rotary=rotary,
+            initial=Initial(outputs=known.get("initializer_range", 0.02) / (2 * shape.layers) ** 0.5),
         )
 
     def tokenizer(self, folder: Path, config: Mapping[str, Any]) -> Tokenizer | None:
@@ -200,55 +196,6 @@ class Qwen(FamilySpec):
         from utils.families.tokenizers_qwen import QwenTokenizer
 
         return QwenTokenizer(folder, config)
-
-    def create(self, config: Mapping[str, Any], **overrides: Any) -> Any:
-        import paddle
-
-        from utils.families.models.qwen import norm_of
-
-        model = super().create(config, **overrides)
-        if not paddle.is_compiled_with_cuda():  # GPUs have a fused operator for these
-            for layer in [model.qwen.ln_f, *(norm for block in model.qwen.h for norm in (block.ln_1, block.ln_2))]:
-                layer.forward = norm_of(layer)
-        return model
-
-    def context(self, model: Any, batch: Mapping[str, Any], cached: int) -> Context:
-        """See the base class. As in the published code, training knows neither dynamic NTK nor logn; the
-        loss of an evaluation is computed the same way."""
-        import paddle
-
-        from utils.families.models.qwen import attention_of, positions_of
-        from utils.kernels import masks
-
-        ids, ends, position_ids = batch["input_ids"], batch.get("segment_ends"), batch.get("position_ids")
-        rows, length = ids.shape
-        if position_ids is None:
-            position_ids = paddle.arange(length, dtype="int64").unsqueeze(0)
-        visible = None
-        if cached or not (ends is not None or model.config.use_flash_attention):  # these two need no mask
-            visible = masks.causal_or_packed(ids, ends, cached).expand([rows, -1, -1, -1])
-        attend = attention_of(model, visible, None if cached else ends)
-        return Context(ids, positions_of(model.config, position_ids), attend)
-
-    def inference_context(self, model: Any, input_ids: Any, places: Places) -> Context:
-        from utils.families.models.qwen import attention_of, positions_of
-
-        config = model.config
-        factors = places.stretch if config.use_dynamic_ntk else None
-        positions = positions_of(config, places.positions[0], factors=factors, logn=config.use_logn_attn)
-        return Context(input_ids, positions, attention_of(model, places.visible, None))
-
-    def embed(self, model: Any, context: Context) -> Any:
-        return model.qwen.drop(model.qwen.wte(context.ids))
-
-    def layer(self, model: Any, context: Context) -> LayerForward:
-        from utils.families.models.qwen import layer_forward
-
-        head_dim = model.config.hidden_size // model.config.num_attention_heads
-        return partial(layer_forward, attend=context.attend, positions=context.positions, head_dim=head_dim)
-
-    def finish(self, model: Any, hidden: Any) -> Any:
-        return model.qwen.ln_f(hidden)
 
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
         """A row keeps the NTK factor of its prompt, as in the published code."""
@@ -260,9 +207,6 @@ class Qwen(FamilySpec):
 
     def shares_heads(self, config: Mapping[str, Any]) -> bool:
         return not self.paddle_config(config)["use_dynamic_ntk"]
-
-    def head_by_rows(self, model: Any) -> bool:
-        return False
 
 
 def ntk_factor(length: int, trained: int) -> float:

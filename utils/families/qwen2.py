@@ -25,8 +25,6 @@ class Qwen2(Llama):
         "max_window_layers": whole(0, 10_000),
         "layer_types": TEXTS,
     }
-    config_class = "paddlenlp.transformers:Qwen2Config"
-    model_class = "paddlenlp.transformers:Qwen2ForCausalLM"
     backbone = "qwen2"
     layers = "qwen2.layers"
     stored = Stored({"qwen2": "model"})

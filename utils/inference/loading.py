@@ -357,7 +357,7 @@ def load_program(
 
         model = _merged_model(prepared) if merged else _model(prepared, None if beside is None else beside.model)
         group = prepared.peers.groups.tensor
-        layer = PlainDecoder(checkpoint.family, model, checkpoint.config, parts=parts, group=group)
+        layer = PlainDecoder(model, parts=parts, group=group)
     prefix = None
     if prepared.prefix is not None:
         from utils.adapters.prefix import read_prefix

@@ -1,10 +1,11 @@
-"""Causal attention over packed sequences."""
+"""Attention of training, and of models that run operator by operator: over packed rows, under masks, fused."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import paddle
@@ -12,6 +13,10 @@ import paddle.nn.functional as F
 from paddle import Tensor
 
 from utils.kernels import precision
+
+# query [batch, length, heads, head_dim], key and value [batch, length, heads or kv_heads, head_dim], heads of this
+# process -> [batch, length, heads * head_dim]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def segment_lengths(ends: np.ndarray) -> list[int]:
@@ -125,53 +130,90 @@ def every_head(x: Tensor, heads: int, group: int, rank: int = 0) -> Tensor:
     return x.unsqueeze(3).tile([1, 1, 1, group, 1]).reshape([0, 0, heads, head_dim])
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """As `dense_attention`, by the fused operator of GPUs."""
-    attended = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None)
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ends: Tensor | None) -> Tensor:
+    """As `dense_attention`, by the fused operators of GPUs, which take half precision only and drop nothing.
+
+    Args:
+        key, value: of as many heads as queries, or of fewer that they share equally.
+        mask: in the type of the queries; None is causal, within segments where there are ends.
+        ends: [batch, 1, length, 1] int32, for each key position the end (exclusive) of its segment, or None.
+    """
+    if ends is not None and mask is None:
+        attended = F.flashmask_attention(query, key, value, startend_row_indices=ends, causal=True)
+    else:
+        is_causal = mask is None and query.shape[1] != 1
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     return attended.reshape([0, 0, query.shape[2] * query.shape[3]])
 
 
-def llama_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    config: Any,
-    mask: Callable[[Any], Tensor] | None,
-    segment_ends: Tensor | None,
-    segments: Sequence[Sequence[int]] | None,
-    group: int,
-    rank: int,
-    dropout: float,
-) -> Tensor:
-    """Attention of LLaMA's kind: the library's function with flash attention, and where it is as fast as ours.
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Attention for all layers of one batch: who sees whom, and which way computes it.
 
-    Without flash attention the library ignores the ends of segments in silence (packed neighbours would see
-    each other) and adds masks slowly. With it, it drops nothing.
-
-    Args:
-        query: [batch, length, heads, head_dim].
-        key, value: [batch, cached + length, kv_heads, head_dim].
-        config: of the library's model.
-        mask: [batch, 1, length, cached + length] to be added, in a type; None is causal, or packed with
-            `segment_ends` [batch, 1, length, 1] int32 (flash attention) or `segments` (see `segments_of`).
-        group, rank: see `every_head`.
+    Attributes:
+        visible: [batch or 1, 1, length, cached + length] bool; None is causal, within segments where there are ends.
+        segment_ends: [batch, 1, length, 1] int32 of packed rows without a cache, or None.
+        slopes: [heads] float32 of linear biases (ALiBi, arXiv:2108.12409), or None.
+        key_positions: [batch or 1, cached + length] int64, what slopes count. Biases depend on the key's position
+            alone: the query's adds the same to a whole row, which softmax removes.
         dropout: share of the attention weights that are dropped (0 outside training).
-
-    Returns:
-        [batch, length, heads * head_dim].
+        flash: whether the fused operators of GPUs compute what is in half precision and drops nothing; without
+            slopes and wide scores only.
+        wide: scores are computed in float32.
+        group, rank: see `every_head`.
     """
-    heads, flash = query.shape[2], segments is None and config.use_flash_attention and not dropout
-    if not flash or key.shape[2] * group != heads:  # flash attention shares keys among queries itself
-        key, value = every_head(key, heads, group, rank), every_head(value, heads, group, rank)
-    added = None if mask is None else mask(query.dtype)
-    if segments is not None:
-        return packed_attention(query, key, value, segments, dropout=dropout)
-    # on GPUs the library's own is as fast in half precision, but its checks of shapes cannot be traced
-    if not flash and (dropout or query.dtype == paddle.float32 or not paddle.in_dynamic_mode()):
-        return dense_attention(query, key, value, added, dropout)
-    from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
-    return scaled_dot_product_attention(
-        query, config, key, value, added, False, attn_mask_startend_row_indices=segment_ends
-    )
+    visible: Tensor | None = None
+    segment_ends: Tensor | None = None
+    slopes: Tensor | None = None
+    key_positions: Tensor | None = None
+    dropout: float = 0.0
+    flash: bool = False
+    wide: bool = False
+    group: int = 1
+    rank: int = 0
+
+    @cached_property
+    def segments(self) -> list[list[int]] | None:
+        """See `segments_of`; the same for all layers."""
+        return None if self.segment_ends is None or self.visible is not None else segments_of(self.segment_ends)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """What is added to the scores, float32 [batch or 1, heads or 1, length, cached + length]."""
+        if self.visible is None:
+            return None
+        mask = (1.0 - self.visible.astype("float32")) * -1e30
+        if self.slopes is not None and self.key_positions is not None:
+            places = self.key_positions.astype("float32").unsqueeze([1, 2])
+            mask = mask + self.slopes.reshape([1, -1, 1, 1]) * places
+        return mask
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """
+        Args:
+            query: [batch, length, heads, head_dim].
+            key, value: [batch, cached + length, kv_heads, head_dim].
+
+        Returns:
+            [batch, length, heads * head_dim].
+        """
+        heads = query.shape[2]
+        flash = self.flash and not self.dropout and query.dtype in (paddle.float16, paddle.bfloat16)
+        if not flash or key.shape[2] * self.group != heads:  # flash attention shares keys among queries itself
+            key, value = (every_head(x, heads, self.group, self.rank) for x in (key, value))
+        if flash:
+            return flash_attention(query, key, value, self._half_mask(query), self.segment_ends)
+        if self.wide:
+            query, key = query.astype("float32"), key.astype("float32")
+        with precision.in_own_type(self.wide):
+            if self.segments is not None:
+                return packed_attention(query, key, value, self.segments, self.slopes, self.dropout)
+            return dense_attention(query, key, value, self.mask, self.dropout)
+
+    def _half_mask(self, query: Tensor) -> Tensor | None:
+        """The mask for the fused operators: as many rows as queries, in their type, without infinite values."""
+        if self.mask is None:
+            return None
+        lowest = paddle.finfo(query.dtype).min
+        return self.mask.clip(min=lowest).astype(query.dtype).expand([query.shape[0], -1, -1, -1])

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
-
 import paddle
 from paddle import Tensor
-
-from utils.kernels.attention import dense_attention
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value -> attended; shapes as dense_attention
 
 
 def causal(length: int, cached: int) -> Tensor:
@@ -40,31 +32,34 @@ def packed(segment_ends: Tensor, cached: int) -> Tensor:
     return causal(length, cached) & paddle.concat([everywhere, together], axis=-1)
 
 
-def causal_or_packed(ids: Tensor, segment_ends: Tensor | None, cached: int) -> Tensor:
-    """Which of the tokens [batch, length] see which, [batch or 1, 1, length, cached + length] bool."""
-    return causal(ids.shape[1], cached) if segment_ends is None else packed(segment_ends, cached)
-
-
-def additive(visible: Tensor) -> Callable[[Any], Tensor]:
-    """The mask in a floating-point type: 0 for what is visible, the least number elsewhere; made once for each."""
-
-    @cache
-    def mask(dtype: Any) -> Tensor:
-        return paddle.where(visible, 0.0, paddle.finfo(dtype).min).astype(dtype)
-
-    return mask
-
-
-def attention(visible: Tensor, key_positions: Tensor, slopes: Tensor | None, dropout: float) -> Attend:
-    """The attention of a mask, the same for every layer.
+def window_mask(length: int, cached: int, window: int, prefix: int) -> Tensor:
+    """Which position sees which.
 
     Args:
-        visible: [batch or 1, 1, length, cached + length] bool.
-        key_positions: [batch or 1, cached + length] int64.
-        slopes: [heads] float32 of linear biases (ALiBi, arXiv:2108.12409), or None. Biases depend on the
-            key's position alone: the query's adds the same to a whole row, which softmax removes.
+        length: number of queries; they are the last positions.
+        cached: number of positions before them, the prefix among them.
+        window: number of positions that one sees, itself among them.
+        prefix: number of prefix positions at the front, which all see.
+
+    Returns:
+        [1, 1, length, cached + length] bool.
     """
-    mask = (1.0 - visible.astype("float32")) * -1e30
-    if slopes is not None:
-        mask = mask + slopes.reshape([1, -1, 1, 1]) * key_positions.astype("float32").unsqueeze([1, 2])
-    return partial(dense_attention, mask=mask, dropout=dropout)
+    query = paddle.arange(cached, cached + length).unsqueeze(1)
+    key = paddle.arange(cached + length).unsqueeze(0)
+    seen = (key <= query) & ((query - key < window) | (key < prefix))
+    return seen.unsqueeze([0, 1])
+
+
+def near(positions: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Whether keys are within a window before a token, or those of a prefix; what lies behind is not asked.
+
+    Args:
+        positions: [batch, length] int64.
+        keys: [batch, keys] int64, their positions, negative for a prefix.
+
+    Returns:
+        [batch, 1, length, keys] bool.
+    """
+    keys = keys.unsqueeze(1)
+    within = positions.unsqueeze(-1) - keys < window
+    return paddle.logical_or(within, keys < 0).unsqueeze(1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import paddle
-from paddle import Tensor
+import paddle.nn.functional as F
+from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rms_norm
 
-from utils.kernels.precision import in_own_type
+from utils.kernels import precision
 
 # On CPUs: Paddle's `pow` costs 50 times a product, a mean over the last axis 7 times the matrix
 # product with a column of 1/n, and a product with a broadcast vector twice that with a tiled one.
@@ -19,7 +19,7 @@ from utils.kernels.precision import in_own_type
 def _mean(x: Tensor) -> Tensor:
     """Mean over the last axis, which is kept."""
     width = x.shape[-1]
-    with in_own_type():  # squares above 65,504 are no float16
+    with precision.in_own_type():  # squares above 65,504 are no float16
         return paddle.matmul(x, paddle.full([width, 1], 1.0 / width, dtype=x.dtype))
 
 
@@ -70,6 +70,31 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return normal.astype(weight.dtype) * weight.expand_as(normal)
 
 
-def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
-    """A `forward` for a library norm layer that has `weight` and `variance_epsilon`."""
-    return lambda x: rms_norm(x, layer.weight, layer.variance_epsilon)
+class RMSNorm(nn.Layer):
+    """See `rms_norm`; over the last axis, with a trained weight."""
+
+    def __init__(self, width: int, epsilon: float, offset: float = 0.0) -> None:
+        """
+        Args:
+            offset: what is added to the weight.
+        """
+        super().__init__(dtype=paddle.get_default_dtype())
+        self.weight = self.create_parameter([width], default_initializer=nn.initializer.Constant(1.0 - offset))
+        self.epsilon, self.offset = epsilon, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        weight = precision.cast(self.weight, self.weight.dtype)
+        return rms_norm(x, weight + self.offset if self.offset else weight, self.epsilon)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last axis (Ba et al. 2016, arXiv:1607.06450), with a trained weight and bias."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__(width, epsilon=epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        weight, bias = (precision.cast(own, own.dtype) for own in (self.weight, self.bias))
+        return F.layer_norm(x, self._normalized_shape, weight, bias, self._epsilon)

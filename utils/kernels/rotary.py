@@ -1,10 +1,9 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): the halves convention of LLaMA, and the
-neighbours of ChatGLM2 and GPT-J."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pairs of halves as in LLaMA, and any other pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,17 +53,71 @@ def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
-class RotaryTable:
-    """cos and sin of every position so far asked for: one table for all layers of a model.
+def pairing(order: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The matrix [head_dim, head_dim] that gives each dimension of x what its pair contributes when it turns.
 
-    Stands in for the library's rotary layers, which fill one table per layer with all positions that
-    the model could ever have (126 MB for 30 layers of 8,192 positions). Grows by doubling.
+    Of a pair (a, b) of dimensions, x @ it has (-b, a). A product has a cheap gradient; slices of single dimensions
+    would fill tensors of zeros.
+
+    Args:
+        order: [head_dim]; the dimensions order[i] and order[i + head_dim / 2] are a pair.
     """
+    first, second = np.split(order, 2)
+    matrix = np.zeros((len(order), len(order)), dtype=np.float32)
+    matrix[second, first], matrix[first, second] = -1.0, 1.0
+    return matrix
+
+
+class Rotation:
+    """Turns queries and keys of a batch by their positions. What all layers share is worked out once."""
+
+    def __init__(
+        self,
+        waves: Callable[[Any], tuple[Tensor, Tensor]],
+        matrix: NDArray[np.float32] | None = None,
+        query_factor: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            waves: cos and sin [batch or 1, length, 1, head_dim] in a type.
+            matrix: see `pairing`; None pairs the two halves of a head.
+            query_factor: [batch, length, 1, 1] float32, what queries are multiplied with besides, or None.
+        """
+        self._waves = cache(waves)
+        self._matrix = None if matrix is None else cache(lambda dtype: paddle.to_tensor(matrix).astype(dtype))
+        self._query_factor = query_factor
+        self._tiled = cache(self._tiled_waves)
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            query, key: [batch, length, heads, head_dim]; each may have another number of heads.
+        """
+        if self._matrix is None:
+            query, key = apply_rotary_pos_emb(query, key, *self._waves(key.dtype))
+        else:
+            query, key = self._paired(query), self._paired(key)
+        if self._query_factor is not None:
+            query = query * self._query_factor.astype(query.dtype)
+        return query, key
+
+    def _tiled_waves(self, heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
+        # tiled: a product broadcast over the heads is slow on CPUs
+        cos, sin = (wave.tile([1, 1, heads, 1]) for wave in self._waves(dtype))
+        return cos, sin
+
+    def _paired(self, x: Tensor) -> Tensor:
+        cos, sin = self._tiled(x.shape[2], x.dtype)
+        return x * cos + paddle.matmul(x, self._matrix(x.dtype)) * sin  # type: ignore[misc]
+
+
+class RotaryTable:
+    """cos and sin of every position so far asked for: one table for all layers of a model. Grows by doubling."""
 
     def __init__(self, inverse: NDArray[np.float32], magnitude: float = 1.0) -> None:
         """
         Args:
-            inverse: [head_dim / 2], radians per position.
+            inverse: [head_dim], radians per position.
             magnitude: factor of cos and sin.
         """
         self._inverse, self._magnitude = inverse, np.float32(magnitude)
@@ -75,68 +128,13 @@ class RotaryTable:
         """(cos, sin) of positions [batch, length] int64, each [batch, length, 1, head_dim] in a type.
 
         Args:
-            count: the positions are below it, or below 256. A static program, which leaves sizes open, has no
-                table and works them out.
+            count: the positions are below it, or below 256.
         """
-        if not paddle.in_dynamic_mode():
-            both = paddle.to_tensor(np.concatenate([self._inverse, self._inverse]))
-            angles = (positions.astype("float32").unsqueeze(-1) * both).unsqueeze(2)
-            return tuple((wave * self._magnitude).astype(dtype) for wave in (angles.cos(), angles.sin()))
         if count > self._length:
             self._length = max(256, 1 << (count - 1).bit_length())
             self._tables.clear()
         if dtype not in self._tables:
             angles = np.arange(self._length, dtype=np.float32)[:, None] * self._inverse
-            both = np.concatenate([angles, angles], axis=-1)
-            cos, sin = (paddle.to_tensor(f(both) * self._magnitude).astype(dtype) for f in (np.cos, np.sin))
+            cos, sin = (paddle.to_tensor(f(angles) * self._magnitude).astype(dtype) for f in (np.cos, np.sin))
             self._tables[dtype] = cos, sin
         return tuple(F.embedding(positions, table).unsqueeze(2) for table in self._tables[dtype])
-
-
-def _neighbour_angles(positions: Tensor, turned: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [batch, length, 1, head_dim] float32: pairs of neighbours in the first `turned` dimensions of a
-    head turn, the others do not.
-
-    Args:
-        positions: [batch, length], of any numeric type.
-    """
-    exponents = paddle.arange(0, turned, 2, dtype="float32") / turned
-    inverse = (1.0 / 10000.0**exponents).repeat_interleave(2)
-    inverse = paddle.concat([inverse, paddle.zeros([head_dim - turned])])
-    angles = (positions.astype("float32").unsqueeze(-1) * inverse).unsqueeze(2)
-    return paddle.cos(angles), paddle.sin(angles)
-
-
-def _quarter_turn(head_dim: int, dtype: Any) -> Tensor:
-    """The matrix [head_dim, head_dim] that turns neighbours: (a, b) @ it = (-b, a).
-
-    A product with it has a cheap gradient; slices of every other value would fill tensors of zeros.
-    """
-    pair = paddle.to_tensor([[0.0, 1.0], [-1.0, 0.0]])
-    return paddle.kron(paddle.eye(head_dim // 2), pair).astype(dtype)
-
-
-def neighbours_turned(positions: Tensor, turned: int, head_dim: int) -> Callable[[Tensor], Tensor]:
-    """A function that turns queries or keys [batch, length, heads, head_dim] by their positions, see above.
-
-    What is the same for all layers is worked out once, when heads and type are known.
-
-    Args:
-        positions: [batch or 1, length], of any numeric type.
-    """
-
-    @cache
-    def waves(heads: int, dtype: Any) -> tuple[Tensor, Tensor]:
-        # tiled: a product broadcast over the heads is slow on CPUs
-        cos, sin = (
-            wave.astype(dtype).tile([1, 1, heads, 1]) for wave in _neighbour_angles(positions, turned, head_dim)
-        )
-        return cos, sin
-
-    matrix = cache(partial(_quarter_turn, head_dim))
-
-    def turn(x: Tensor) -> Tensor:
-        cos, sin = waves(x.shape[2], x.dtype)
-        return x * cos + paddle.matmul(x, matrix(x.dtype)) * sin
-
-    return turn

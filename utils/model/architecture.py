@@ -5,6 +5,7 @@ No Paddle. Names are those of the Paddle model's parameters (see `Weight.paramet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+# Of a model that reads the beginning of a text in both directions: (ids [batch, length], ends [batch, length]) ->
+# (positions int64 [parts, batch, length], who sees whom, bool [batch, 1, query, key]). For each token of packed rows
+# `ends` says where its text ends (exclusive); None means that every row is one text.
+PrefixReading = Callable[[Ints, Ints | None], tuple[Ints, NDArray[np.bool_]]]
 Role = Literal["query_key_value", "attention_out", "mlp_in", "mlp_out", "head"]  # of a matrix
 ATTENTION: tuple[Role, ...] = ("query_key_value", "attention_out")
 MLP: tuple[Role, ...] = ("mlp_in", "mlp_out")
@@ -67,11 +73,43 @@ class Rotary:
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Learned positions: row `position + offset` of a table, for one part of the positions."""
+    """Learned positions: row `position + offset` of a table of so many rows, for one part of the positions."""
 
     name: str
+    rows: int
     part: int = 0
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class Initial:
+    """How the matrices of a new model are drawn: each is the standard deviation of a normal distribution around 0.
+
+    None is a uniform distribution within sqrt(6 / (rows + columns)) (Glorot & Bengio 2010). Biases begin as 0; norms
+    multiply with 1.
+
+    Attributes:
+        linears: of layers, but for their outputs.
+        outputs: of attention and MLP.
+        tables: embedding, positions, and projections beside them.
+        head: of one that is not the embedding.
+    """
+
+    linears: float | None = None
+    outputs: float | None = None
+    tables: float | None = None
+    head: float | None = None
+
+    @classmethod
+    def spread(cls, deviation: float, *, layers: int | None = None, head: bool = True) -> Initial:
+        """All alike.
+
+        Args:
+            layers: their number, if outputs are smaller the more of them add up (Radford et al. 2019, GPT-2).
+            head: whether the head too, else it is drawn uniformly.
+        """
+        outputs = deviation if layers is None else deviation / (2 * layers) ** 0.5
+        return cls(deviation, outputs, deviation, deviation if head else None)
 
 
 @dataclass(frozen=True)
@@ -156,8 +194,13 @@ class Architecture:
         parallel: the MLP reads the hidden states before attention, through its own norm or attention's, and both
             outputs are added at once (Wang & Komatsuzaki 2021, GPT-J); only with `norm_first` and `residual` "hidden".
         causal: whether no token ever sees a later one.
+        prefix_reading: where tokens stand and what they see, if not.
+        window: how many tokens one sees, itself among them; None sees all before it.
+        wide_scores: attention scores would overflow float16 and are computed in float32.
         scale_by_layer: whether the scores of layer n are divided by n + 1 (GPT-2's `scale_attn_by_inverse_layer_idx`).
         slopes: float32 [heads] of linear biases by position (ALiBi, arXiv:2108.12409), or None.
+        embedding_width: of an embedding with a projection behind it.
+        initial: how the weights of a new model are drawn.
     """
 
     shape: ModelShape
@@ -180,6 +223,11 @@ class Architecture:
     local: Local | None = None
     slopes: Floats | None = None
     causal: bool = True
+    prefix_reading: PrefixReading | None = None
+    window: int | None = None
+    wide_scores: bool = False
+    embedding_width: int | None = None
+    initial: Initial = Initial()
     norm_first: bool = True
     residual: Literal["hidden", "normed"] = "hidden"
     residual_factor: float = 1.0
@@ -206,16 +254,20 @@ class Architecture:
         learned = max((table.part + 1 for table in self.tables), default=1)
         return learned if self.rotary is None else self.rotary.inverse.shape[0]
 
-    def matrices(self) -> dict[str, tuple[int, int | None]]:
-        """The shapes of the big parameters in the Paddle layout, by whole name; None is a width not known here.
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the big parameters in the Paddle layout, by whole name.
 
         Linears are [in, out], tables [vocabulary, width].
         """
         shape = self.shape
         wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        found: dict[str, tuple[int, int | None]] = {}
-        width = None if self.embedding_projection else shape.hidden
+        found: dict[str, tuple[int, int]] = {}
+        width = self.embedding_width or shape.hidden
         found[f"{self.embedding}.weight"] = (shape.vocabulary, width)
+        if self.embedding_projection is not None:
+            found[f"{self.embedding_projection}.weight"] = (width, shape.hidden)
+        if self.output_projection is not None:
+            found[f"{self.output_projection}.weight"] = (shape.hidden, width)
         for number in range(shape.layers):
             layer = self.layer(number)
             apart = len(layer.query_key_value) > 1
@@ -230,7 +282,7 @@ class Architecture:
         if self.head is not None and self.head_is_table:
             found[self.head] = (shape.vocabulary, width)
         elif self.head is not None:
-            found[self.head] = (shape.hidden, shape.vocabulary)
+            found[self.head] = (width, shape.vocabulary)
         return found
 
 

@@ -1,19 +1,19 @@
-"""A family's trainable model as one step over a cache that it writes into: the decoder as it is trained, unfused."""
+"""The trainable decoder as one step over a cache that it writes into: the decoder as it is trained, unfused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import paddle
 from paddle import Tensor, nn
 
-from utils.families import FamilySpec
 from utils.families.text import Places
 from utils.kernels.arrays import fixed
 from utils.kernels.inference import Step
 from utils.kernels.rings import gathered
+from utils.model.decoder import Decoder
+from utils.model.inputs import Context
 from utils.model.steps import Way, input_names, own_architecture, through, ways
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class PlainDecoder(nn.Layer):
     """The same face as `utils.model.fused.FusedDecoder` over a trainable model; its Linears may be LoRA layers.
 
-    The forward pass is the family's own, layer by layer; what each layer attends with is the cache.
+    The forward pass is the model's own, layer by layer; what each layer attends with is the cache.
 
     Attributes:
         cache_shape: layers, heads of keys and values, and width of a head, of the cache.
@@ -31,9 +31,7 @@ class PlainDecoder(nn.Layer):
 
     def __init__(
         self,
-        family: FamilySpec,
-        model: Any,
-        config: Mapping[str, Any],
+        model: Decoder,
         *,
         parts: Parts | None = None,
         group: Any = None,
@@ -41,14 +39,13 @@ class PlainDecoder(nn.Layer):
     ) -> None:
         """
         Args:
-            family, config: of `model`.
             parts, group: what this tensor-parallel rank has of the model, and all ranks that share it; None for all
                 of it.
             layers: the numbers of those that this process has, if not all.
         """
         super().__init__()
-        self.family, self.model = family, model
-        self.architecture = own_architecture(family.architecture(config), parts)
+        self.model = model
+        self.architecture = own_architecture(model.architecture, parts)
         shape = self.architecture.shape
         numbers = range(shape.layers) if layers is None else layers
         self.places = {number: place for place, number in enumerate(numbers)}  # of layers in the cache
@@ -77,7 +74,7 @@ class PlainDecoder(nn.Layer):
 
     def logits(self, states: Tensor) -> Tensor:
         """[n, vocabulary] of what `states` returned."""
-        logits = self.family.logits(self.model, states)
+        logits = self.model.logits(states)
         return logits if self.vocabulary_group is None else gathered(logits, self.vocabulary_group)
 
     def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
@@ -96,13 +93,13 @@ class PlainStep:
     """One step of a `PlainDecoder`."""
 
     def __init__(self, decoder: PlainDecoder, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> None:
-        self._family, self._model, self._decoder = decoder.family, decoder.model, decoder
+        self._model, self._decoder = decoder.model, decoder
         self._given, self._cache = given, cache
         self._ways = ways(decoder.architecture, decoder.slopes, given, cache, flat=False)
 
     def embed(self) -> Tensor:
         """Hidden states [batch, length, hidden] before the first layer."""
-        return self._family.embed(self._model, self._context())
+        return self._model.embed(self._context())
 
     def layers(self, numbers: Sequence[int], hidden: Tensor) -> Tensor:
         """Hidden states after layers in turn, all of which this process has."""
@@ -111,22 +108,20 @@ class PlainStep:
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head takes of the chosen tokens, [n, hidden]."""
         chosen = paddle.index_select(hidden.reshape([-1, hidden.shape[-1]]), self._given["chosen"])
-        return self._family.finish(self._model, chosen)
+        return self._model.finish(chosen)
 
-    def _context(self) -> Any:
+    def _context(self) -> Context:
         given = self._given
         known = Places(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
-        return self._family.inference_context(self._model, given["ids"], known)
+        return self._model.inference_context(given["ids"], known)
 
     def _run(self, numbers: Sequence[int], hidden: Tensor, way: Way) -> Tensor:
-        attention = _CacheAttention(self._decoder)
-        stack = self._family.stack(self._model)
-        forward = self._family.layer(self._model, replace(self._context(), attend=attention))
+        attention, context, layers = _CacheAttention(self._decoder), self._context(), self._model.layers
         for number in numbers:
-            place = 2 * self._decoder.places[number]
-            attention.step = way[int(self._decoder.architecture.is_local(number))]
+            place, layer = 2 * self._decoder.places[number], layers[number]
+            attention.step = way[layer.is_local]
             attention.cache = self._cache[place], self._cache[place + 1]
-            hidden = forward(stack[number], hidden, None, None)[0]
+            hidden = layer(hidden, context, attention)
         return hidden
 
 

@@ -97,14 +97,14 @@ class Parts:
         rule = self._running.get(f"{path}.weight")
         return rule if (rule == "row") == (kind == "lora_A") else None
 
-    def check(self, matrices: Mapping[str, tuple[int, int | None]]) -> None:
+    def check(self, matrices: Mapping[str, tuple[int, int]]) -> None:
         """Raises `UserError` unless the degree divides what is shared of parameters of these shapes."""
         lengths = {name: sizes[axis_of(self.rule(name), 2)] for name, sizes in matrices.items() if self.rule(name)}
         raise_if(
             [
                 f"tensor_parallel_degree {self.degree} does not divide the {length} rows or columns of {name}"
                 for name, length in lengths.items()
-                if length is not None and length % self.degree
+                if length % self.degree
             ]
         )
 

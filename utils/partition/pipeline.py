@@ -21,8 +21,8 @@ from paddle.distributed.fleet.meta_parallel import (
 )
 from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
 
-from utils.families.base import FamilySpec
 from utils.kernels.precision import in_own_type
+from utils.model.decoder import Decoder
 from utils.model.plain import PlainDecoder
 from utils.parallel.peers import STEP_SECONDS, Alone
 from utils.parallel.topology import Layout
@@ -140,10 +140,8 @@ def _group() -> Any:
 class StageDecoder(PlainDecoder):
     """A stage of a model as a step over the cache of its own layers; every stage comes to the same logits."""
 
-    def __init__(
-        self, family: FamilySpec, model: Any, config: Mapping[str, Any], stages: Stages, parts: Parts | None, group: Any
-    ) -> None:
-        super().__init__(family, model, config, parts=parts, group=group, layers=stages.layers)
+    def __init__(self, model: Decoder, stages: Stages, parts: Parts | None, group: Any) -> None:
+        super().__init__(model, parts=parts, group=group, layers=stages.layers)
         self.stages = stages
 
     def states(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:

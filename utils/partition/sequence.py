@@ -16,6 +16,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
 from utils.families.base import FamilySpec
+from utils.model.decoder import Decoder
 
 
 def _own(x: Tensor, group: Any) -> Tensor:
@@ -61,11 +62,11 @@ class Sequence:
     """Divides hidden states in training. In evaluation, where texts grow token by token, all ranks have them whole.
 
     Args:
-        model: the family's, with its adapter layers.
+        model: with its adapter layers.
         group: the tensor-parallel ranks.
     """
 
-    def __init__(self, family: FamilySpec, config: Mapping[str, Any], model: nn.Layer, group: Any) -> None:
+    def __init__(self, family: FamilySpec, config: Mapping[str, Any], model: Decoder, group: Any) -> None:
         self.group = group
         linears = {
             weight.parameter.removesuffix(".weight"): weight.split
@@ -81,7 +82,7 @@ class Sequence:
                 layer.register_forward_post_hook(lambda layer, _, output: self.piece(output, layer))
             else:
                 layer.register_forward_pre_hook(lambda layer, inputs: (self.whole(inputs[0], layer), *inputs[1:]))
-        for parameter in family.stack(model).parameters():
+        for parameter in (parameter for layer in model.layers for parameter in layer.parameters()):
             if id(parameter) not in inside:  # norms: each rank works out the part of their gradient from its piece
                 parameter.summed_over = (*getattr(parameter, "summed_over", ()), "tensor")
 

@@ -8,6 +8,7 @@ from typing import Any
 from utils.adapters.prefix import PrefixTuning
 from utils.families import FamilySpec
 from utils.inference.cached import CachedEngine, DynamicProgram
+from utils.model.decoder import Decoder
 from utils.model.plain import PlainDecoder
 from utils.parallel.peers import Alone
 from utils.partition.parts import Parts
@@ -15,7 +16,7 @@ from utils.partition.parts import Parts
 
 def engine_over(
     family: FamilySpec,
-    model: Any,
+    model: Decoder,
     config: Mapping[str, Any],
     peers: Alone,
     *,
@@ -35,13 +36,13 @@ def engine_over(
     if layout.tensor > 1:
         parts = Parts(family, config, layout.tensor, layout.coordinates(layout.rank)[3])
     if stages is None:
-        decoder = PlainDecoder(family, model, config, parts=parts, group=group)
+        decoder = PlainDecoder(model, parts=parts, group=group)
     else:
         from utils.partition.pipeline import StageDecoder
 
-        decoder = StageDecoder(family, model, config, stages, parts, group)
+        decoder = StageDecoder(model, stages, parts, group)
     array = None
     if prefix is not None:
         array = prefix.array()[:, slice(None) if parts is None else parts.read_heads]
         array = array[[2 * number + kind for number in decoder.places for kind in (0, 1)]]
-    return CachedEngine(family, config, DynamicProgram(decoder), dtype=model.config.dtype, prefix=array)
+    return CachedEngine(family, config, DynamicProgram(decoder), dtype=model.settings.dtype, prefix=array)

@@ -107,10 +107,7 @@ class Trainer:
         self.figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
         self.stopping = False
         self.loaded_step: int | None = None
-        if args.recompute:
-            for layer in model.sublayers(include_self=True):
-                if hasattr(layer, "enable_recompute"):
-                    layer.enable_recompute = True
+        model.base.enable_recompute = args.recompute
 
     # --- the loop ------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import paddle
@@ -13,9 +12,9 @@ from paddle import Tensor, nn
 from utils.adapters.prefix import PrefixTuning
 from utils.data.encode import IGNORED
 from utils.families import FamilySpec
-from utils.families.models.decoder import run_layers
 from utils.kernels import split
 from utils.kernels.loss import summed_loss
+from utils.model.decoder import Decoder
 from utils.partition.stages import Part
 
 
@@ -26,14 +25,15 @@ class TrainingModel(nn.Layer):
     of 576 the head is a fifth of a small model's work, and two thirds of the positions are prompt.
 
     Attributes:
-        base: the library's model; its Linear layers may be LoRA layers.
+        family: of the decoder.
+        base: the decoder; its Linear layers may be LoRA layers.
         prefix: the prefix encoder of prefix tuning, or None.
     """
 
     def __init__(
         self,
         family: FamilySpec,
-        base: nn.Layer,
+        base: Decoder,
         *,
         prefix: PrefixTuning | None = None,
         neftune_alpha: float | None = None,
@@ -54,18 +54,16 @@ class TrainingModel(nn.Layer):
         """
         super().__init__()
         self.family, self.base, self.prefix = family, base, prefix
-        self.config = base.config
         self.neftune_alpha = neftune_alpha
         self.inputs_need_gradient = inputs_need_gradient or stages is not None
         self.vocabulary_group, self.sequence, self.stages = vocabulary_group, sequence, stages
-        self.layers = len(family.stack(base))
+        self.layers = len(base.layers)
         if prefix is not None:
             for parameter in base.parameters():
                 parameter.stop_gradient = True
         if stages is None or stages.parts[0].first:
-            embedding = attrgetter(f"{family.backbone}.{family.embedding}")(base)
-            embedding.register_forward_post_hook(self._after_embedding)
-        self.head = Head(family, base)
+            base.embedding.register_forward_post_hook(self._after_embedding)
+        self.head = Head(base)
 
     @property
     def has_head(self) -> bool:
@@ -91,18 +89,16 @@ class TrainingModel(nn.Layer):
             batch: of the collator, without labels.
             hidden: what the layer before gives; None before the first.
         """
-        family, base, prefix = self.family, self.base, self.prefix
-        context = family.context(base, batch, 0 if prefix is None else prefix.length)
+        base, prefix = self.base, self.prefix
+        context = base.context(batch, 0 if prefix is None else prefix.length)
         if hidden is None:
-            hidden = family.embed(base, context)
+            hidden = base.embed(context)
             hidden = hidden if self.sequence is None else self.sequence.piece(hidden, base)
-        cache = None if prefix is None else prefix.cache(hidden.shape[0], part.layers)
-        layers, forward = family.stack(base), family.layer(base, context)
-        own = [layers[number] for number in part.layers]
-        hidden = run_layers(own, hidden, cache, forward, recomputed=base.enable_recompute)
+        known = None if prefix is None else prefix.cache(hidden.shape[0], part.layers)
+        hidden = base.run(part.layers, hidden, context, known)
         if not part.last:
             return hidden
-        return family.finish(base, hidden if self.sequence is None else self.sequence.whole(hidden, base))
+        return base.finish(hidden if self.sequence is None else self.sequence.whole(hidden, base))
 
     def travelling(self, batch: Mapping[str, Tensor]) -> int:
         """The length of the hidden states of a training batch between layers."""
@@ -173,16 +169,14 @@ class Head(nn.Layer):
     Weights that are gathered when a layer is called (sharding stage 3) are there only if a layer is called.
     """
 
-    def __init__(self, family: FamilySpec, base: nn.Layer) -> None:
+    def __init__(self, base: Decoder) -> None:
         super().__init__()
-        self.parts = (family, base)  # a tuple, so that the model does not become a part of this layer
+        self.parts = (base,)  # a tuple, so that the model does not become a part of this layer
 
     @property
     def borrowed(self) -> list[Tensor]:
         """The weight that this layer reads and another one has."""
-        family, base = self.parts
-        return [attrgetter(family.head_weight)(base)]
+        return [self.parts[0].head_weight]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        family, base = self.parts
-        return family.logits(base, hidden)
+        return self.parts[0].logits(hidden)

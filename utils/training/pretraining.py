@@ -22,7 +22,7 @@ from utils.partition.picture import picture
 from utils.training.dry_run import argument_lines, dropout_line
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
-from utils.training.start import model_overrides
+from utils.training.start import model_settings
 
 if TYPE_CHECKING:
     from utils.arguments import PretrainArguments
@@ -140,14 +140,14 @@ def build(args: PretrainArguments, checkpoint: Checkpoint, dtype: str, peers: Al
     from utils.training.trained import FullModel
 
     weights_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
-    overrides = model_overrides(args, checkpoint)
+    settings = model_settings(args, checkpoint)
     held = Held.of(checkpoint.family, checkpoint.config, peers)
     if args.continue_training:
-        base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
+        base = load_model(checkpoint, weights_dtype, settings=settings, held=held)
     else:
         seed_everything(args.seed, peers.layout)
         paddle.seed(args.seed)  # pipeline stages have another one each; all draw the same model
-        base = new_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
+        base = new_model(checkpoint.family, checkpoint.config, weights_dtype, settings=settings, held=held)
     stages: Any = None
     if peers.layout.pipeline > 1:
         from utils.partition.pipeline import Stages

@@ -15,6 +15,7 @@ from utils.adapters.targets import adapted_shapes, checkpoint_patterns, left_out
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, some
 from utils.errors import UserError, notice, raise_if
+from utils.model.settings import Settings
 from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.training.plan import method
@@ -102,14 +103,12 @@ def _take_over(args: Any, path: str, settings: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def model_overrides(args: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of the model's configuration that the arguments replace."""
-    dropouts = checkpoint.family.dropouts if args.dropout is not None else ()
-    return {
-        **{dropout.name: args.dropout for dropout in dropouts},
-        "use_flash_attention": args.use_flash_attention,
-        "recompute_use_reentrant": True,  # the other kind loses gradients of operators written in Python
-    }
+def model_settings(args: Any, checkpoint: Checkpoint) -> Settings:
+    """What the run chooses about its model."""
+    rates = checkpoint.family.dropout_rates(checkpoint.config)
+    if args.dropout is not None:
+        rates = dict.fromkeys(rates, args.dropout)
+    return Settings(use_flash_attention=args.use_flash_attention, dropouts=rates)
 
 
 def check_dropout(args: Any, checkpoint: Checkpoint) -> None:
@@ -156,7 +155,7 @@ def build(
             bases; otherwise training keeps float32 weights, those of adapters too.
         train_data: the training data, from whose tokens a new prefix starts; None without one.
     """
-    runtime.load_library()
+    runtime.load_paddle()
     from utils.adapters.lora import add_lora, load_lora
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
@@ -167,9 +166,8 @@ def build(
 
     trained_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
     weights_dtype = trained_dtype if method(args) == "sft" else dtype
-    overrides = model_overrides(args, checkpoint)
     held = Held.of(checkpoint.family, checkpoint.config, peers)
-    base = load_model(checkpoint, weights_dtype, family_overrides=overrides, held=held)
+    base = load_model(checkpoint, weights_dtype, settings=model_settings(args, checkpoint), held=held)
     seed_everything(args.seed, peers.layout)
     family, prefix, layout = checkpoint.family, None, peers.layout
     stages: Any = None
