@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import paddle
 from paddle import nn
 from paddle.optimizer import AdamW
 from paddle.optimizer.lr import LambdaDecay
 
+from utils.kernels.precision import HALF, on_cpu
+
 if TYPE_CHECKING:
     from utils.arguments import RunArguments
 
+OF_COPY = "_fp32_master"  # in the optimizer's names of float32 copies, behind the parameter's
 POLYNOMIAL_END = 1e-7  # where the polynomial schedule (of power 1) ends without a rate of its own
 
 
@@ -23,16 +27,29 @@ def adamw(args: RunArguments, model: nn.Layer, schedule: LambdaDecay) -> AdamW:
     A trained parameter in half precision has a float32 copy, which is updated in its place.
     """
     matrices = {parameter.name for parameter in model.parameters() if parameter.ndim > 1}
-    return AdamW(
+    return _AdamW(
         schedule,
         beta1=args.adam_beta1,
         beta2=args.adam_beta2,
         epsilon=args.adam_epsilon,
         parameters=model.parameters(),
         weight_decay=args.weight_decay,
-        apply_decay_param_fun=matrices.__contains__,
+        apply_decay_param_fun=lambda name: name.partition(OF_COPY)[0] in matrices,
         multi_precision=True,
     )
+
+
+class _AdamW(AdamW):
+    """Paddle's operator, which knows no half precision on a CPU: there the float32 copy is updated, then rounded."""
+
+    def _append_optimize_op(self, block: Any, param_and_grad: Any) -> Any:
+        parameter, gradient = param_and_grad
+        if parameter.dtype not in HALF or not on_cpu():
+            return super()._append_optimize_op(block, param_and_grad)
+        copy = self._master_weights[parameter.name]
+        copy.optimize_attr = parameter.optimize_attr  # LoRA+ has two rates
+        super()._append_optimize_op(block, (copy, gradient.astype("float32")))
+        return paddle.assign(copy.astype(parameter.dtype), parameter)
 
 
 def learning_rate(args: RunArguments, steps: int, last_rate: float = 0.0) -> LambdaDecay:
