@@ -131,6 +131,12 @@ def test_pages_of_other_sites_may_not_ask_a_server_without_a_key(plain: Running)
         assert status == 403 and "access-control-allow-origin" not in found
 
 
+def test_a_name_of_this_machine_is_as_good_as_its_address(prepared: Prepared) -> None:
+    with running(prepared, host="127.1") as server:
+        assert server.ask("GET", "/v1/models", Host="127.1")[0] == server.ask("GET", "/v1/models")[0] == 200
+        assert server.ask("GET", "/v1/models", Host="evil.example")[0] == 403
+
+
 def test_other_sites_are_allowed_by_name_only(prepared: Prepared) -> None:
     with running(prepared, cors_origins=["https://page.example"]) as server:
         asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}

@@ -334,6 +334,7 @@ def test_few_routes_and_no_files(tmp_path: Path) -> None:
             assert answers(port, "GET", path)[0] == 404, path
         assert answers(port, "GET", "/", Host=f"evil.example:{port}")[0] == 403
         assert answers(port, "GET", "/", Origin="http://evil.example")[0] == 403
+        assert answers(port, "GET", "/", Host="[")[0] == answers(port, "GET", "/", Origin="http://[")[0] == 403
         assert answers(port, "POST", "/gradio_api/queue/join", "x" * (9 << 20))[0] == 413
         parent.kill()
         until(lambda: answers(port, "GET", "/")[0] == 0, 5)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hmac
 from hashlib import sha256
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, urlsplit
 
 from flask import Request, Response
 
+from utils.arguments.serve_checks import is_own
 from utils.serving.errors import ApiError
-from utils.serving.sockets import is_loopback
+from utils.serving.sockets import is_loopback, split
 
 if TYPE_CHECKING:
     from utils.arguments import ServeArguments
@@ -28,7 +28,7 @@ class Guard:
     def __init__(self, settings: ServeArguments) -> None:
         self._key = None if not settings.api_key else _digest(settings.api_key.encode())
         self._origins = set(settings.cors_origins)
-        self._host = settings.host
+        self._host, self._is_own = settings.host.lower(), is_own(settings.host)
 
     def check(self, asked: Request) -> None:
         """Raises:
@@ -73,8 +73,8 @@ class Guard:
         Such a page may also have its own name lead to this machine; the browser then takes it for the same site.
         """
         host = asked.headers.get("Host", "")
-        name = _split(f"//{host}").hostname or ""
-        if is_loopback(self._host) and host and not (is_loopback(name) or name == self._host):
+        name = split(f"//{host}").hostname or ""
+        if self._is_own and host and not (is_loopback(name) or name == self._host):
             raise ApiError(
                 403,
                 "this server answers to localhost only; to use another name, give it an --api_key, "
@@ -82,20 +82,12 @@ class Guard:
                 kind="permission_error",
             )
         origin = asked.headers.get("Origin")
-        if origin is not None and not self._knows(origin) and _split(origin).netloc != host:
+        if origin is not None and not self._knows(origin) and split(origin).netloc != host:
             raise ApiError(
                 403,
                 "pages of other sites may not ask this server; name them with --cors_origins",
                 kind="permission_error",
             )
-
-
-def _split(address: str) -> SplitResult:
-    """The parts of an address; of what is none, no parts."""
-    try:
-        return urlsplit(address)
-    except ValueError:
-        return urlsplit("")
 
 
 def _digest(key: bytes) -> bytes:

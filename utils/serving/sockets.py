@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import socket
 from contextlib import ExitStack, closing
+from urllib.parse import SplitResult, urlsplit
 
 from utils.errors import UserError
 
@@ -20,6 +21,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() in LOCAL or host.lower().endswith(".localhost")
+
+
+def split(address: str) -> SplitResult:
+    """The parts of an address; of what is none, no parts."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

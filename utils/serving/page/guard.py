@@ -8,16 +8,17 @@ import html
 import re
 import secrets
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from utils.arguments.serve_checks import is_own
 from utils.serving.page.settings import PageSettings
 from utils.serving.page.texts import language_of, say
-from utils.serving.sockets import is_loopback
+from utils.serving.sockets import is_loopback, split
 
 FOLDER = Path(__file__).parent
 # All that the page needs of Gradio. Uploads, files, proxies, descriptions of the API and the like are not among it.
@@ -126,11 +127,11 @@ class Guard:
 def _is_elsewhere(request: Request, settings: PageSettings) -> bool:
     """Whether a page of another site asks, or one whose name leads to this machine without being its own."""
     host = request.headers.get("host", "")
-    name = urlsplit(f"//{host}").hostname or ""
-    if not settings.api_key and is_loopback(settings.host) and not (is_loopback(name) or name == settings.host):
+    name = split(f"//{host}").hostname or ""
+    if not settings.api_key and is_own(settings.host) and not (is_loopback(name) or name == settings.host.lower()):
         return True
     origin = request.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != host
+    return origin is not None and split(origin).netloc != host
 
 
 def policy(scripts: str) -> str:
