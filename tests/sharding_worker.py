@@ -95,7 +95,7 @@ def build(method: str, dtype: str = "float32", recompute: bool = False) -> Train
     paddle.seed(3)
     prefix = None
     if method == "lora":
-        add_lora(base, checkpoint.family, rank=8, lora_plus_scale=4.0)
+        add_lora(base, rank=8, lora_plus_scale=4.0)
     if method == "prefix":
         family = checkpoint.family
         prefix = PrefixTuning(family, family.shape(checkpoint.config), 4, projection=True, dtype=dtype)

@@ -55,7 +55,7 @@ def base(tiny: Tiny) -> Checkpoint:  # noqa: F811
 
 def adapted(base: Checkpoint, seed: int = 0, **options: Any) -> Any:
     paddle.seed(seed)
-    lora = add_lora(load_model(base, "float32"), base.family, rank=4, **options)
+    lora = add_lora(load_model(base, "float32"), rank=4, **options)
     for name, parameter in lora.model.named_parameters():
         if name.endswith("lora_B"):
             parameter.set_value((paddle.randn(parameter.shape) * 0.1).astype(parameter.dtype))

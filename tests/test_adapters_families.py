@@ -63,7 +63,7 @@ def test_every_engine_and_every_layout_compute_the_formula(name: str, tmp_path: 
     to_peft(ours, tmp_path / "peft", base)
     for folder, inference_model in ((ours, False), (tmp_path / "peft", False), (tmp_path / "peft", True)):
         lora = read_lora(folder, base)
-        assert lora.head == (None if base.family.shape(base.config).tied else base.family.head)
+        assert lora.head == (None if base.family.shape(base.config).tied else base.architecture.head_layer)
         # without a tokenizer: some cases have none, and no engine needs one
         prepared = Prepared(base, None, None, "float32", lora, inference_model=inference_model)  # type: ignore[arg-type]
         assert np.abs(first_logits(make_engine(prepared, "cpu"), one) - wanted).max() < 1e-4 * np.abs(wanted).max()

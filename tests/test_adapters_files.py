@@ -35,7 +35,7 @@ def base(tiny: Tiny) -> Checkpoint:  # noqa: F811
 
 @pytest.fixture
 def adapter(base: Checkpoint, tmp_path: Path) -> Path:
-    save_lora(tmp_path / "adapter", add_lora(load_model(base, "float32"), base.family, rank=4), base)
+    save_lora(tmp_path / "adapter", add_lora(load_model(base, "float32"), rank=4), base)
     return tmp_path / "adapter"
 
 

@@ -108,7 +108,7 @@ def test_parts_with_adapters_of_their_own_become_one_wider_adapter(
     """What PEFT adds to a fused weight, scale * A B, is what ours adds to its parts."""
     paddle.seed(5)
     adapted = add_lora(
-        load_model(tiny, "float32"), FAMILY, rank=2, alpha=3, targets=["q_proj", "v_proj", "linear2"], rslora=rslora
+        load_model(tiny, "float32"), rank=2, alpha=3, targets=["q_proj", "v_proj", "linear2"], rslora=rslora
     )
     for name, parameter in adapted.model.named_parameters():
         if "lora_" in name:

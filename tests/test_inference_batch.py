@@ -86,7 +86,7 @@ def first_logits(engine: Engine, prompt: list[int]) -> np.ndarray:
 def test_lora_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
     """Adapted logits equal those of W + alpha / r * A B, computed here with numpy."""
     checkpoint = prepared.checkpoint
-    adapted = add_lora(load_model(checkpoint, "float32"), checkpoint.family, rank=4, alpha=12, dropout=0.5)
+    adapted = add_lora(load_model(checkpoint, "float32"), rank=4, alpha=12, dropout=0.5)
     random = np.random.default_rng(0)
     for name, parameter in adapted.model.named_parameters():
         if "lora_" in name:
@@ -123,7 +123,7 @@ def test_prefix_is_loaded_as_trained(folder: Path, prepared: Prepared, tmp_path:
 
 
 def test_adapter_of_another_base_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    adapted = add_lora(load_model(prepared.checkpoint, "float32"), prepared.checkpoint.family, rank=2)
+    adapted = add_lora(load_model(prepared.checkpoint, "float32"), rank=2)
     (tmp_path / "adapter").mkdir()
     save_lora(tmp_path / "adapter", adapted, prepared.checkpoint)
     other = write_tiny_llama(tmp_path / "other", seed=8)
@@ -132,7 +132,7 @@ def test_adapter_of_another_base_is_refused(prepared: Prepared, tmp_path: Path) 
 
 
 def test_the_adapters_own_template_is_used(folder: Path, prepared: Prepared, tmp_path: Path) -> None:
-    adapted = add_lora(load_model(prepared.checkpoint, "float32"), prepared.checkpoint.family, rank=2)
+    adapted = add_lora(load_model(prepared.checkpoint, "float32"), rank=2)
     save_lora(tmp_path, adapted, prepared.checkpoint)
     same = prepare(str(folder), device="cpu", lora_path=str(tmp_path))
     assert same.template.fingerprint() == prepared.template.fingerprint()

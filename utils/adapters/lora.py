@@ -15,14 +15,13 @@ from paddle import nn
 from utils.adapters.check import LORA_CONFIG
 from utils.adapters.fill import fill_parameters
 from utils.adapters.lora_files import LoraAdapter, LoraSettings
-from utils.adapters.targets import matched, target_patterns
+from utils.adapters.targets import default_targets, matched, target_patterns
 from utils.checkpoints.files import atomic_write
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.load import fill
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import some
 from utils.errors import UserError
-from utils.families import FamilySpec
 from utils.kernels.linear import Linear, LoraLinear, replace_layer
 from utils.partition.tensor import Held
 
@@ -58,7 +57,6 @@ class Adapted:
 
 def add_lora(
     model: Any,
-    family: FamilySpec,
     *,
     rank: int,
     alpha: float | None = None,
@@ -76,7 +74,7 @@ def add_lora(
     Args:
         rank: r of W + scale * A B.
         alpha: numerator of the scale (alpha / r, with rsLoRA alpha / sqrt(r)); None is 2 * rank.
-        targets: layer names or regular expressions; None is the family's default.
+        targets: layer names or regular expressions; None is all Linear layers inside of the transformer layers.
         lora_plus_scale: learning-rate ratio of B over A (LoRA+).
         linears: names of the Linear layers of the whole model, where `model` has some of them only.
         seed: of the values that A starts with.
@@ -85,8 +83,8 @@ def add_lora(
     """
     if linears is None:
         found = [name for name, layer in model.named_sublayers() if isinstance(layer, (nn.Linear, Linear))]
-        linears = [name for name in found if name != family.head]
-    patterns = target_patterns(linears, targets or family.lora_targets)
+        linears = [name for name in found if name != model.architecture.head_layer]
+    patterns = target_patterns(linears, targets or default_targets(linears, model.architecture))
     settings = LoraSettings(rank, 2 * rank if alpha is None else alpha, rslora, dropout, tuple(patterns))
     adapted = _adapted(model, settings, matched(linears, patterns), lora_plus_scale, dtype, held)
     _draw(adapted, seed, held)

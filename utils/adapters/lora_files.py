@@ -277,7 +277,7 @@ def fit_faults(folder: Path, settings: LoraSettings | None, pairs: Mapping[str, 
     for layer, (a, b) in pairs.items():
         shape = shapes.get(layer)
         rank = max(a.shape[1:], default=0) if settings is None else settings.rank_of(layer)
-        if shape is None and layer == base.family.head:
+        if shape is None and layer == base.architecture.head_layer:
             faults.append(
                 f"{folder}: adapts {layer}, which {base.name} shares with its embedding; train it without {layer}, "
                 "or merge it with the tool that trained it"
@@ -293,4 +293,4 @@ def fit_faults(folder: Path, settings: LoraSettings | None, pairs: Mapping[str, 
 
 def head_of(pairs: Collection[str], base: Checkpoint) -> str | None:
     """The layer among them that is the head of the model."""
-    return base.family.head if base.family.head in pairs else None
+    return base.architecture.head_layer if base.architecture.head_layer in pairs else None

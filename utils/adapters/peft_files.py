@@ -112,7 +112,7 @@ def read_peft(folder: Path, base: Checkpoint) -> LoraAdapter:
         raise UserError(faults)
     layers = by_published(base)
     try:
-        halves, wrong = pair_up(weights, _named(weights, layers, base.family.head))
+        halves, wrong = pair_up(weights, _named(weights, layers, base.architecture.head_layer))
     except UserError as error:
         raise UserError([*faults, *error.faults]) from error
     sound = config if not faults else {"r": 1, "lora_alpha": 1.0, "rank_pattern": {}, "alpha_pattern": {}}

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import match, stored_shape
 from utils.errors import UserError
+from utils.model.architecture import Architecture
 from utils.model.weights import Weight
 
 
@@ -60,18 +61,24 @@ def matrices(checkpoint: Checkpoint) -> dict[str, Weight]:
     A head that is tied to the embedding has no matrix of its own. One that is no Linear has the layout of an
     embedding, [out, in]; all others are [in, out].
     """
-    family = checkpoint.family
-    found = {}
-    for weight in family.weights(checkpoint.config):
-        layer = weight.parameter.rpartition(".")[0]
-        if weight.is_linear or (layer == family.head and weight.parameter == family.head_weight):
-            found[layer] = weight
-    return found
+    weights, head = checkpoint.family.weights(checkpoint.config), checkpoint.architecture.head
+    found = [weight for weight in weights if weight.is_linear or weight.parameter == head]
+    return {weight.parameter.rpartition(".")[0]: weight for weight in found}
 
 
 def linear_names(checkpoint: Checkpoint) -> list[str]:
     """Full names of the Linear layers of a checkpoint's decoder, without the head: its rows are the vocabulary."""
-    return [name for name in matrices(checkpoint) if name != checkpoint.family.head]
+    return [name for name in matrices(checkpoint) if name != checkpoint.architecture.head_layer]
+
+
+def default_targets(linears: Sequence[str], architecture: Architecture) -> list[str]:
+    """The last parts of the names of all Linear layers inside of the transformer layers: what LoRA adapts by default.
+
+    Args:
+        linears: full names of the Linear layers of the model.
+    """
+    inside = (name for name in linears if name.startswith(f"{architecture.layers}."))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in inside))
 
 
 def other_names(checkpoint: Checkpoint) -> list[str]:
@@ -100,7 +107,8 @@ def checkpoint_patterns(checkpoint: Checkpoint, targets: Sequence[str] | None) -
     Raises:
         UserError: see `target_patterns`.
     """
-    return target_patterns(linear_names(checkpoint), targets or checkpoint.family.lora_targets, other_names(checkpoint))
+    linears, architecture = linear_names(checkpoint), checkpoint.architecture
+    return target_patterns(linears, targets or default_targets(linears, architecture), other_names(checkpoint))
 
 
 def left_out(checkpoint: Checkpoint, targets: Sequence[str] | None) -> list[str]:

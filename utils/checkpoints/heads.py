@@ -12,6 +12,7 @@ from utils.checkpoints.tensors import LazyTensor, cast
 from utils.errors import UserError, notice
 from utils.families import FamilySpec
 
+HEAD_NAMES = ("lm_head.weight", "lm_head.decoder_weight")  # under which the head of a tied model may be stored
 _BLOCK = 1 << 22  # values compared at once
 
 
@@ -30,7 +31,7 @@ def with_own_head(
     """
     if not family.shape(config).tied:
         return config
-    head = next((stored[name] for name in head_names(family) if name in stored), None)
+    head = next((stored[name] for name in HEAD_NAMES if name in stored), None)
     table = _embedding(config, family, stored)
     if head is None or table is None or _same(table, head):
         return config
@@ -43,11 +44,6 @@ def with_own_head(
         )
     notice(f"{folder}: {said}, so it is used as a head of its own, although tie_word_embeddings ties them")
     return untied
-
-
-def head_names(family: FamilySpec) -> tuple[str, ...]:
-    """The names under which the head of a tied model may be stored."""
-    return f"{family.head}.weight", f"{family.head}.decoder_weight"
 
 
 def can_be_tied(family: FamilySpec, config: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from utils.checkpoints.heads import with_own_head
 from utils.checkpoints.tensors import LazyTensor, open_tensors, safetensors_header
 from utils.errors import UserError, raise_if
 from utils.families import FAMILIES, FamilySpec, family_of
+from utils.model.architecture import Architecture
 from utils.settings import read_json
 
 Layout = Literal["hf", "paddle"]
@@ -52,6 +53,11 @@ class Checkpoint:
     family: FamilySpec
     layout: Layout
     files: tuple[Path, ...]
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its model computes."""
+        return self.family.architecture(self.config)
 
     @property
     def dtype(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from utils.checkpoints.heads import can_be_tied, head_names
+from utils.checkpoints.heads import HEAD_NAMES, can_be_tied
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.quantized import ADVICE, of_quantized
 from utils.checkpoints.tensors import FLOATS, LazyTensor
@@ -36,7 +36,7 @@ def match(checkpoint: Checkpoint, stored: Mapping[str, LazyTensor] | None = None
     prefix = next(iter(names)).split(".")[0] + "."
     ignored = [re.compile(pattern) for pattern in checkpoint.family.ignored_weights()]
     if checkpoint.family.shape(checkpoint.config).tied:  # some writers store the tied head a second time
-        ignored += [re.compile(re.escape(name)) for name in head_names(checkpoint.family)]
+        ignored += [re.compile(re.escape(name)) for name in HEAD_NAMES]
     architecture = checkpoint.family.architecture(checkpoint.config)
     head = None if architecture.head is None else architecture.matrices()[architecture.head]
     found: dict[str, tuple[LazyTensor, bool]] = {}

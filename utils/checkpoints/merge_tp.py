@@ -25,7 +25,7 @@ from utils.checkpoints.files import (
     staging_folder,
     write_json,
 )
-from utils.checkpoints.heads import head_names
+from utils.checkpoints.heads import HEAD_NAMES
 from utils.checkpoints.locate import Checkpoint, locate, shard_files
 from utils.checkpoints.match import match, some
 from utils.checkpoints.merge import check_target
@@ -338,7 +338,7 @@ def _tied_heads(checkpoint: Checkpoint, stored: list[dict[str, LazyTensor]]) -> 
     family = checkpoint.family
     if not family.shape(checkpoint.config).tied:
         return []
-    return [found.pop(name) for found in stored for name in head_names(family) if name in found]
+    return [found.pop(name) for found in stored for name in HEAD_NAMES if name in found]
 
 
 def _differ(checkpoint: Checkpoint, heads: list[LazyTensor], parts: list[dict[str, LazyTensor]]) -> bool:

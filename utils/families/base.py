@@ -50,13 +50,8 @@ class FamilySpec(ABC):
         needed: keys of config.json without a default; "a/b" is either of two names.
         head_width: keys of config.json that say how wide a head is; without, it is the width divided by the heads.
         head_multiple: what divides the width of a head: positions that turn it take dimensions in pairs.
-        backbone: attribute of the model that holds the decoder without its head.
-        head: attribute of the model that holds its head.
-        head_weight: path from the model to the weight of the head, or of the embedding that it is tied to.
-        layers: attribute path from the model to the list of its transformer layers.
         stored: how files hold its parameters.
         dropouts: all of the model's.
-        lora_targets: last name parts of the Linear layers that LoRA adapts by default.
         chat_template: Jinja text used when a checkpoint brings none; None joins source and target
             as they are (right for base models).
         tokenizer_files: names of the vocabulary files of a format that only this family has; the
@@ -71,13 +66,8 @@ class FamilySpec(ABC):
     needed: tuple[str, ...]
     head_width: tuple[str, ...] = ()
     head_multiple: int = 1
-    backbone: str
-    head: str = "lm_head"
-    head_weight: str = "lm_head.weight"
-    layers: str
     stored: Stored = Stored()
     dropouts: tuple[Dropout, ...] = ()
-    lora_targets: tuple[str, ...] = ()
     chat_template: str | None = None
     tokenizer_files: tuple[str, ...] = ()
 

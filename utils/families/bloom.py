@@ -48,12 +48,8 @@ class Bloom(FamilySpec):
         **dict.fromkeys(("hidden_dropout", "attention_dropout"), kinds.SHARE),
     }
     needed = ("vocab_size", "hidden_size/n_embed", "n_layer/num_hidden_layers", "n_head/num_attention_heads")
-    backbone = "bloom"
-    layers = "bloom.h"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
-    head_weight = "lm_head.decoder_weight"
     stored = Stored({"bloom": "transformer", "lm_head.decoder_weight": "lm_head.weight"})
-    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         shape = self.shape(config)
@@ -92,7 +88,7 @@ class Bloom(FamilySpec):
         shape = self.shape(config)
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="bloom.h",
             parts=PARTS,
             biased=(*ATTENTION, *MLP),
             embedding="bloom.word_embeddings",

@@ -85,11 +85,7 @@ class ChatGLM(FamilySpec):
     }
     needed = ()
     head_multiple = 4
-    backbone = "chatglm"
-    layers = "chatglm.transformer.layers"
-    head_weight = "lm_head.decoder_weight"
     stored = Stored({"chatglm.transformer": "transformer"})
-    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("ice_text.model",)
 
@@ -145,7 +141,7 @@ class ChatGLM(FamilySpec):
         places = np.arange(shape.head_dim, dtype=np.int64).reshape(parts, 2, width // 2)
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="chatglm.transformer.layers",
             parts=PARTS,
             biased=(*ATTENTION, *MLP),
             embedding="chatglm.transformer.word_embeddings",

@@ -48,7 +48,6 @@ DEFAULTS: dict[str, Any] = {
 }
 # Switches of the published code that no published model of this family turns.
 FIXED = {"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True, "fp32_residual_connection": False}
-HEAD = "chatglm_v2.output_layer"
 PARTS = LayerNames(
     attention_norm="input_layernorm",
     query_key_value=("self_attention.query_key_value",),
@@ -79,13 +78,8 @@ class ChatGLM2(FamilySpec):
     needed = ()
     head_width = ("kv_channels",)
     head_multiple = 4
-    backbone = "chatglm_v2"
-    head = HEAD
-    layers = "chatglm_v2.encoder.layers"
     dropouts = (Dropout("attention", "attention_dropout"), Dropout("hidden", "hidden_dropout"))
-    head_weight = "chatglm_v2.output_layer.weight"
     stored = Stored({"chatglm_v2": "transformer"})
-    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = CHAT_TEMPLATE
     tokenizer_files = ("tokenizer.model",)
 
@@ -167,7 +161,7 @@ class ChatGLM2(FamilySpec):
         joined: tuple[Role, ...] = ("query_key_value",) if known["add_qkv_bias"] else ()
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="chatglm_v2.encoder.layers",
             parts=PARTS,
             biased=(*ATTENTION, *MLP) if known["add_bias_linear"] else joined,
             embedding="chatglm_v2.embedding.word_embeddings",
@@ -176,7 +170,7 @@ class ChatGLM2(FamilySpec):
             activation="silu",
             gated=True,
             final_norm="chatglm_v2.encoder.final_layernorm",
-            head=f"{HEAD}.weight",
+            head="chatglm_v2.output_layer.weight",
             rotary=turned_neighbours(shape.head_dim, shape.head_dim // 2, known["rope_ratio"]),
             residual="normed" if known["apply_residual_connection_post_layernorm"] else "hidden",
         )

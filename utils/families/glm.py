@@ -91,16 +91,12 @@ class Glm(FamilySpec):
         **dict.fromkeys(ID_NAMES, kinds.ID),
     }
     needed = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads")
-    backbone = "glm"
-    layers = "glm.transformer.layers"
     dropouts = (
         Dropout("attention", "attention_dropout_prob", 0.1),
         Dropout("hidden", "output_dropout_prob", 0.1),
         Dropout("embedding", "embedding_dropout_prob", 0.1),
     )
-    head_weight = "glm.word_embeddings.weight"
     stored = Stored(heads_together=True)
-    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     chat_template = TEMPLATE
     tokenizer_files = (SENTENCEPIECE_FILE, "vocab.json", "merges.txt")
 
@@ -168,7 +164,7 @@ class Glm(FamilySpec):
         tokens = known["sop_token_id"], [known[name] for name in MASK_NAMES]
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="glm.transformer.layers",
             parts=PARTS,
             biased=(*ATTENTION, *MLP),
             embedding="glm.word_embeddings",

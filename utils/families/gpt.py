@@ -83,15 +83,12 @@ class Gpt(FamilySpec):
         **kinds.ACTIVATIONS,
     }
     needed = ("vocab_size", *(f"{published}/{_RENAMED[published]}" for published in _NEEDED))
-    backbone = "gpt"
-    layers = "gpt.decoder.layers"
     dropouts = (
         Dropout("attention", "attention_probs_dropout_prob"),
         Dropout("hidden", "hidden_dropout_prob"),
         Dropout("embedding", "hidden_dropout_prob"),
     )
     stored = Stored(_PUBLISHED, conv1d=True)
-    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +146,7 @@ class Gpt(FamilySpec):
         scaled = self._get(config, "scale_attn_weights")
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="gpt.decoder.layers",
             parts=PARTS if scaled else replace(PARTS, score_scale=1.0),
             biased=(*ATTENTION, *MLP),
             scale_by_layer=bool(self._get(config, "scale_attn_by_inverse_layer_idx")),

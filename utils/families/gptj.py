@@ -53,14 +53,11 @@ class GptJ(FamilySpec):
     }
     needed = ("vocab_size", "n_embd", "n_layer", "n_head")
     head_multiple = 2
-    backbone = "transformer"
-    layers = "transformer.h"
     dropouts = (
         Dropout("attention", "attn_pdrop"),
         Dropout("hidden", "resid_pdrop"),
         Dropout("embedding", "embd_pdrop"),
     )
-    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
     tokenizer_files = VOCABULARY_FILES
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +108,7 @@ class GptJ(FamilySpec):
         known, shape = self.paddle_config(config), self.shape(config)
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="transformer.h",
             parts=PARTS,
             biased=(*MLP, "head"),
             embedding="transformer.wte",

@@ -46,7 +46,6 @@ class Llama(FamilySpec):
     head_width = ("head_dim",)
     head_multiple = 2
     backbone = "llama"
-    layers = "llama.layers"
     parts = LayerNames(
         attention_norm="input_layernorm",
         query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -58,7 +57,6 @@ class Llama(FamilySpec):
     )
     dropouts = (Dropout("attention", "attention_dropout"),)
     stored = Stored({"llama": "model"})
-    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # of config.json, kept in the Hugging Face layout
     published_names: tuple[str, ...] = (
         "vocab_size",
@@ -156,7 +154,7 @@ class Llama(FamilySpec):
         shape, found = self.shape(known), frequencies(known, self.shape(known).head_dim)
         return Architecture(
             shape,
-            layers=self.layers,
+            layers=f"{self.backbone}.layers",
             parts=self.parts,
             biased=self.biased(known),
             embedding=f"{self.backbone}.embed_tokens",

@@ -76,16 +76,12 @@ class Opt(FamilySpec):
         *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
         "ffn_dim/intermediate_size",
     )
-    backbone = "opt"
-    layers = "opt.decoder.layers"
     dropouts = (
         Dropout("attention", "attention_probs_dropout_prob"),
         Dropout("hidden", "hidden_dropout_prob"),
         Dropout("embedding", "hidden_dropout_prob"),
     )
-    head_weight = "lm_head.decoder_weight"
     stored = Stored(_PUBLISHED)
-    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
     tokenizer_files = VOCABULARY_FILES
 
     def paddle_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +136,7 @@ class Opt(FamilySpec):
         projected, rows = self._width(config) != shape.hidden, config["max_position_embeddings"] + 2
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="opt.decoder.layers",
             parts=PARTS,
             biased=(*ATTENTION, *MLP),
             embedding="opt.embeddings.word_embeddings",

@@ -104,11 +104,8 @@ class Qwen(FamilySpec):
     needed = ("vocab_size", *(f"{name}/{older}" for older, name in OLDER_NAMES.items() if name in _NEEDED))
     head_width = ("kv_channels",)
     head_multiple = 2
-    backbone = "qwen"
-    layers = "qwen.h"
     dropouts = (Dropout("attention", "attn_dropout_prob"), Dropout("embedding", "emb_dropout_prob"))
     stored = Stored({"qwen": "transformer"})
-    lora_targets = ("c_attn", "c_proj", "w1", "w2")
     chat_template = CHATML
     tokenizer_files = (VOCABULARY_FILE,)
 
@@ -176,7 +173,7 @@ class Qwen(FamilySpec):
             rotary = replace(rotary, stretch_power=power.astype(np.float32))
         return Architecture(
             shape,
-            layers=self.layers,
+            layers="qwen.h",
             parts=PARTS,
             biased=("query_key_value",) if known["no_bias"] else (*ATTENTION, *MLP),
             embedding="qwen.wte",

@@ -26,7 +26,6 @@ class Qwen2(Llama):
         "layer_types": TEXTS,
     }
     backbone = "qwen2"
-    layers = "qwen2.layers"
     stored = Stored({"qwen2": "model"})
     chat_template = (
         "{% for message in messages %}"

@@ -236,6 +236,11 @@ class Architecture:
     embedding_scale: float = 1.0
     scale_by_layer: bool = False
 
+    @property
+    def head_layer(self) -> str:
+        """The layer that has the head; where the embedding is the head, the name that files give a second copy."""
+        return "lm_head" if self.head is None else self.head.rpartition(".")[0]
+
     def layer(self, number: int) -> LayerNames:
         """The parts of one layer."""
         parts = self.parts.within(f"{self.layers}.{number}")

@@ -30,7 +30,8 @@ class Parts:
     def __init__(self, family: FamilySpec, config: Mapping[str, Any], degree: int = 1, rank: int = 0) -> None:
         self.sizes, self.degree, self.rank = family.shape(config), degree, rank
         self._stored = {weight.parameter: weight.split for weight in family.weights(config)}
-        self._running = {name: self._rule(rule, family.layers in name) for name, rule in self._stored.items()}
+        layers = family.architecture(config).layers
+        self._running = {name: self._rule(rule, layers in name) for name, rule in self._stored.items()}
 
     def _rule(self, rule: Split | None, in_layer: bool) -> Split | None:
         sizes = self.sizes

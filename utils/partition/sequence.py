@@ -71,7 +71,7 @@ class Sequence:
         linears = {
             weight.parameter.removesuffix(".weight"): weight.split
             for weight in family.weights(config)
-            if weight.is_linear and family.layers in weight.parameter
+            if weight.is_linear and model.architecture.layers in weight.parameter
         }
         inside = set()
         for name, layer in model.named_sublayers():

@@ -60,7 +60,8 @@ def names_elsewhere(family: FamilySpec, config: Mapping[str, Any], parts: Sequen
 def _elsewhere(family: FamilySpec, config: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
     own = {number for part in parts for number in part.layers}
     first, last = any(part.first for part in parts), any(part.last for part in parts)
-    of_layer, tied = re.compile(rf"{re.escape(family.layers)}\.(\d+)\."), tied_name(family, config)
+    layers, tied = family.architecture(config).layers, tied_name(family, config)
+    of_layer = re.compile(rf"{re.escape(layers)}\.(\d+)\.")
     before = True
     for weight in family.weights(config):
         name = weight.parameter

@@ -189,7 +189,6 @@ def build(
         else:
             adapted = add_lora(
                 base,
-                family,
                 rank=args.lora_rank,
                 alpha=args.lora_alpha,
                 dropout=args.lora_dropout,
