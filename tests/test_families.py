@@ -202,6 +202,14 @@ def test_a_prefix_is_the_same_in_training_and_in_generation(any_engine: tuple[Ca
     assert np.abs(trained[0] - bare)[-1].max() > 0.05  # the prefix does something
 
 
+def test_weights_are_in_the_order_of_the_parameters(any_case: Case) -> None:
+    family, config = any_case.checkpoint.family, any_case.checkpoint.config
+    found = [weight.parameter for weight in family.weights(config)]
+    wanted = [name for name, _ in any_case.model.named_parameters()]
+    projection = f"{family.architecture(config).output_projection}.weight"  # computed behind the layers, made before
+    assert [name for name in found if name != projection] == [name for name in wanted if name != projection]
+
+
 # --- files ------------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,7 @@ def _of_layer(architecture: Architecture, *, heads_together: bool) -> list[_Oper
         *norms(parts.attention_out_norm),
     ]
     mlp = [
-        *linears("mlp_in", parts.mlp_in, *[inner] * len(parts.mlp_in)),
+        *linears("mlp_in", tuple(sorted(parts.mlp_in)), *[inner] * len(parts.mlp_in)),
         *linears("mlp_out", (parts.mlp_out,), "row"),
         *norms(parts.mlp_out_norm),
     ]
