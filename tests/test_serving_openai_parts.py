@@ -56,7 +56,7 @@ def faults(model: type[Request], body: dict[str, Any]) -> dict[str, str]:
     ("fields", "place", "text"),
     [
         ({"messages": 5}, "messages", "expected a valid list, found 5"),
-        ({"messages": []}, "messages", "expected at least 1 item, found a list of 0"),
+        ({"messages": []}, "messages", "expected at least 1 item, found an empty list"),
         ({"messages": ["a"]}, "messages.0", 'expected an object, found "a"'),
         ({"messages": [{"content": "a"}]}, "messages.0.role", "is missing"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content", "valid string or a valid list"),

@@ -111,7 +111,8 @@ def typed(table: Table, values: Mapping[str, Any], file: str, prefix: str = "") 
 def shown(value: Any) -> str:
     """A value as it stands in JSON, cut where it is long."""
     if isinstance(value, list | dict):
-        return f"a{' list' if isinstance(value, list) else 'n object'} of {len(value)}"
+        kind = "list" if isinstance(value, list) else "object"
+        return f"{'a' if kind == 'list' else 'an'} {kind} of {len(value)}" if value else f"an empty {kind}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

@@ -13,7 +13,7 @@ from utils.families.tokenizers import Tokenizer
 from utils.inference.constraint import check
 from utils.inference.grammar import Grammar
 from utils.serving.errors import ApiError
-from utils.serving.openai.schema import ChatRequest, NamedTool, tools_of
+from utils.serving.openai.schema import NO_TOOLS, ChatRequest, NamedTool, tools_of
 from utils.serving.tools import CallForm, arguments_schema, form_of
 from utils.settings import shown
 
@@ -53,7 +53,7 @@ def calling_of(request: ChatRequest, template: ChatTemplate, tokenizer: Tokenize
         raise ApiError(400, "tools: two functions have the same name", param="tools")
     form = form_of_calls(template, tokenizer)
     if form is None:
-        raise ApiError(400, "tools: the chat template of this model does not know tools", param="tools")
+        raise ApiError(400, NO_TOOLS, param="tools")
     if request.response_format is not None and request.response_format.type != "text":
         text = 'response_format: not together with tools, unless tool_choice is "none"'
         raise ApiError(400, text, param="response_format")

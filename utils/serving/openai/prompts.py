@@ -13,7 +13,7 @@ from utils.inference.loading import Prepared
 from utils.serving import limits
 from utils.serving.context import reading
 from utils.serving.errors import ApiError
-from utils.serving.openai.schema import ChatMessage, Generation, Part, Templated
+from utils.serving.openai.schema import NO_TOOLS, ChatMessage, Generation, Part, Templated
 
 OWN_VALUES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token"}
 OWN_ROLES = {"developer": "system"}
@@ -105,7 +105,7 @@ class Asked:
             raise ApiError(400, f"messages: at most {limits.MESSAGES} are taken", param="messages")
         known = self.template.known_keys(self.tokenizer)
         if tools and "tools" not in known:
-            raise ApiError(400, "tools: the chat template of this model does not know tools", param="tools")
+            raise ApiError(400, NO_TOOLS, param="tools")
         self.messages = [_message(one, f"messages.{place}", known) for place, one in enumerate(messages)]
         self._check_order()
 

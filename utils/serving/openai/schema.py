@@ -10,6 +10,9 @@ from utils.serving import bodies, limits
 from utils.serving.errors import ApiError
 
 MOST_STOP_WORDS = 16
+NO_TOOLS = (
+    "tools: the chat template of this model does not know tools; the server's --chat_template can name one that does"
+)
 
 # Of requests for answers: fields that are known and cannot be served, with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
