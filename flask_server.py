@@ -7,6 +7,7 @@ several processes (`python -m paddle.distributed.launch`) that share the model, 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     signals.take()  # before the slow imports
 
 from utils.arguments import ServeArguments, parse
+from utils.arguments.serve_checks import KEY_VARIABLE
 from utils.errors import run_script
 from utils.inference.loading import check_model_type, fitting_src_length
 from utils.parallel.peers import Alone
@@ -144,11 +146,18 @@ class Server:
         api = sockets.url(run.host, run.flask_port)
         page = [] if run.no_ui else [f"page: {sockets.url(run.host, run.port)}"]
         print("  ".join([*page, f"API: {api}/v1", f"documentation: {api}/docs"]))
-        key = ' -H "Authorization: Bearer $LLM_API_KEY"' if run.api_key else ""
-        print(
-            f"""try it: curl {api}/api/chat -H "Content-Type: application/json"{key} -d '{{"context": "Hello"}}'""",
-            flush=True,
-        )
+        print(to_try(run), flush=True)
+
+
+def to_try(run: ServeArguments) -> str:
+    """A line that works in a shell. The key is taken from where the shell finds it: it never stands in the log."""
+    said, header = "try it", ""
+    if run.api_key_file is not None:
+        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(os.path.abspath(run.api_key_file))})"'
+    elif run.api_key is not None:
+        said, header = f"try it, with the key in {KEY_VARIABLE}", f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    address = f"{sockets.url(run.host, run.flask_port)}/api/chat"
+    return f"""{said}: curl {address} -H "Content-Type: application/json"{header} -d '{{"context": "Hello"}}'"""
 
 
 if __name__ == "__main__":

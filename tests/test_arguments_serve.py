@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flask_server import to_try
 from utils.arguments import ServeArguments, parse
 from utils.errors import UserError
 from utils.serving import sockets
@@ -126,6 +128,23 @@ def test_the_key_comes_from_a_file(tmp_path: Path, two_ports: list[str], monkeyp
     file.write_text("two words\n")
     [fault] = faults("--api_key_file", str(file), *two_ports)
     assert "expected letters, digits and signs of ASCII" in fault and "two words" not in fault
+
+
+def test_the_line_to_try_has_the_key_from_where_it_stands(
+    tmp_path: Path, two_ports: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    """The line goes through a shell, with a curl that shows its words."""
+    file = tmp_path / "a key's"
+    file.write_text("from-file\n")
+    monkeypatch.setenv("LLM_API_KEY", "from-outside")
+    for options, key in ((["--api_key_file", str(file)], "from-file"), ([], "from-outside")):
+        line = to_try(read(*options, *two_ports))
+        assert key not in line and line.startswith("try it")
+        shown = ["sh", "-c", 'curl() { printf "%s\\n" "$@"; }; ' + line.partition(": ")[2]]
+        words = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert words[0] == f"http://127.0.0.1:{two_ports[1]}/api/chat" and f"Authorization: Bearer {key}" in words
+    monkeypatch.delenv("LLM_API_KEY")
+    assert "Authorization" not in to_try(read(*two_ports))
 
 
 def test_a_key_that_the_launcher_writes_down_is_told(two_ports: list[str], monkeypatch: Any, capsys: Any) -> None:

@@ -263,6 +263,13 @@ def test_no_file_is_needed(plain: Running, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(plain.ask("GET", "/large")[2]) == LARGE
 
 
+def test_few_open_files_are_enough(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+    with running(prepared) as server:
+        assert server.health() == "ok"
+
+
 def test_a_body_that_is_refused_need_not_be_sent(plain: Running) -> None:
     head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     for length, status in ((2, b"HTTP/1.1 100"), (99_999_999, b"HTTP/1.1 413")):

@@ -248,4 +248,4 @@ def _connections(wanted: int) -> int:
     if soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(wanted, soft - 128)
+    return min(wanted, soft - min(128, soft // 2))
