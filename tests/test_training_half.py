@@ -10,12 +10,13 @@ from interrupted import interrupt
 from tiny_runs import Result, Tiny, tiny  # noqa: F401
 
 from utils.checkpoints.locate import stored_tensors
+from utils.kernels import ways
 
 OPTIONS = ["--do_train", "--do_eval", "--max_steps", 6, "--save_steps", 3, "--gradient_accumulation_steps", 2]
 METHODS = {
     "sft": ["--learning_rate", 3e-3],
-    "lora": ["--lora", "--lora_rank", 4],
-    "prefix": ["--prefix_tuning", "--num_prefix_tokens", 4],
+    "lora": ["--lora", "--lora_rank", 4, "--recompute"],
+    "prefix": ["--prefix_tuning", "--num_prefix_tokens", 4, "--prefix_projection"],
 }
 ROUNDED = {"fp16": 2e-3, "bf16": 2e-2}  # of a loss, after some steps
 CASES = [("sft", "fp16", "O1"), ("sft", "fp16", "O2"), ("sft", "bf16", "O2"), ("lora", "fp16", "O2"),
@@ -52,3 +53,17 @@ def test_half_precision_learns_as_float32_does(
     assert ("master" in kept) == (level == "O2") and any("moment1" in name for name in kept)
     interrupt(tiny, tmp_path / "cut", 3, options)
     np.testing.assert_allclose(tiny.run(tmp_path / "cut", *options).losses, run.losses, atol=1e-6)
+
+
+def test_a_dry_run_tells_which_way_computes_what(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CPU_HALF_PRECISION", "round")
+    out = tiny.run(tmp_path, "--do_train", "--fp16", "--use_flash_attention", "--dry_run").out
+    assert "operators: matrix products in float32, rounded to float16; attention plain; norms" in out
+    assert ways.flash_attention("gpu:0", wanted=True, plain_scores=True)
+    told = {dropout: ways.described("gpu:0", "float16", flash=True, dropout=dropout) for dropout in (0.0, 0.1)}
+    assert "products plain; attention flash;" in told[0.0] and "attention plain" in told[0.1]
+    assert not ways.flash_attention("gpu", wanted=True, plain_scores=False)

@@ -66,7 +66,9 @@ def test_adapters_over_a_base_in_half_precision_are_trained_in_float32(method: s
     assert frozen == {paddle.bfloat16}
     assert {parameter.dtype for parameter in mine} == {paddle.float32 if level == "O1" else paddle.bfloat16}
     if level == "O1":
-        assert model.prefix is None or model.prefix.cache(2)[0][0].dtype == paddle.bfloat16
+        if model.prefix is not None:  # on a CPU in float32, with values of the base's type
+            key = model.prefix.cache(2)[0][0]
+            assert key.dtype == paddle.float32 and bool((key.astype("bfloat16").astype("float32") == key).all())
         save_trained(tmp_path / "saved", trained)
         kept = {n: tensor.dtype for n, tensor in stored_tensors(tmp_path / "saved", trained.piece().stem).items()}
         assert kept == dict.fromkeys(trained.parameters(), "float32")

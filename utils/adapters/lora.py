@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paddle import nn
 
 from utils.adapters.check import LORA_CONFIG
 from utils.adapters.fill import fill_parameters
@@ -82,7 +81,7 @@ def add_lora(
         held: what this rank holds of `model`, if not all.
     """
     if linears is None:
-        found = [name for name, layer in model.named_sublayers() if isinstance(layer, (nn.Linear, Linear))]
+        found = [name for name, layer in model.named_sublayers() if isinstance(layer, Linear)]
         linears = [name for name in found if name != model.architecture.head_layer]
     patterns = target_patterns(linears, targets or default_targets(linears, model.architecture))
     settings = LoraSettings(rank, 2 * rank if alpha is None else alpha, rslora, dropout, tuple(patterns))

@@ -20,6 +20,8 @@ from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import open_tensors
 from utils.families import FamilySpec
+from utils.kernels import precision
+from utils.kernels.linear import Embedding, linear
 from utils.model.architecture import ModelShape
 from utils.model.decoder import Layers
 from utils.partition.tensor import Held
@@ -67,13 +69,13 @@ class PrefixTuning(nn.Layer):
         if projection:
             width = shape.kv_heads * shape.head_dim
             parts = [
-                nn.Embedding(length, width),
-                nn.Linear(width, self.projection_hidden),
+                Embedding(length, width),
+                linear(width, self.projection_hidden),
                 nn.Tanh(),
-                nn.Linear(self.projection_hidden, size),
+                linear(self.projection_hidden, size),
             ]
         else:
-            parts = [nn.Embedding(length, size)]
+            parts = [Embedding(length, size)]
         self.encoder = nn.Sequential(*parts)
         self.encoder.to(dtype=dtype)
         if held is not None:
@@ -82,8 +84,7 @@ class PrefixTuning(nn.Layer):
     def flat(self) -> Tensor:
         """Keys and values [1, length, 2 * layers, kv_heads, head_dim]: keys of all layers, then values."""
         encoded = self.encoder(paddle.arange(self.length, dtype="int64"))
-        if encoded.dtype != getattr(paddle, self.computed):
-            encoded = encoded.astype(self.computed)
+        encoded = precision.cast(encoded, getattr(paddle, self.computed))
         return encoded.reshape([1, self.length, 2 * self.shape.layers, self.shape.kv_heads, self.shape.head_dim])
 
     def cache(self, batch: int, layers: Iterable[int] | None = None) -> Layers:

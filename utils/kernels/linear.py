@@ -204,7 +204,7 @@ class LoraLinear(Linear):
 
     def __init__(
         self,
-        base: Linear | nn.Linear,
+        base: Linear,
         rank: int,
         scale: float,
         *,
@@ -220,7 +220,7 @@ class LoraLinear(Linear):
             rate_of_b: learning rate of B, in that of A.
         """
         known = {name: parameter for name, parameter in base._parameters.items() if parameter is not None}
-        super().__init__(known, getattr(base, "format", FORMATS["dense"]), getattr(base, "shard", None))
+        super().__init__(known, base.format, base.shard)
         for parameter in known.values():
             parameter.stop_gradient = True
         self.training = base.training

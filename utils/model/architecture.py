@@ -254,6 +254,11 @@ class Architecture:
         return self.local is not None and number in self.local.layers
 
     @property
+    def plain_scores(self) -> bool:
+        """Whether attention scores have no biases, and the type of queries and keys."""
+        return self.slopes is None and not self.wide_scores
+
+    @property
     def position_parts(self) -> int:
         """Number of positions of each token."""
         learned = max((table.part + 1 for table in self.tables), default=1)

@@ -13,7 +13,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 
-from utils.kernels import precision
+from utils.kernels import precision, ways
 from utils.kernels.linear import Embedding, linear
 from utils.model import inputs
 from utils.model.architecture import Architecture
@@ -48,9 +48,8 @@ class Decoder(nn.Layer):
         """What the parameters hold is decided elsewhere: see `unallocated`, `utils.model.initial`."""
         super().__init__()
         self.architecture, self.settings = architecture, settings
-        on_gpu = paddle.get_device().startswith("gpu")
-        plain_scores = architecture.slopes is None and not architecture.wide_scores
-        self.flash = settings.use_flash_attention and on_gpu and plain_scores
+        wanted, plain_scores = settings.use_flash_attention, architecture.plain_scores
+        self.flash = ways.flash_attention(paddle.get_device(), wanted=wanted, plain_scores=plain_scores)
         rotaries = architecture.rotary, None if architecture.local is None else architecture.local.rotary
         self.rotaries = tuple(RotaryPositions(rotary) for rotary in rotaries if rotary is not None)
         self.enable_recompute = False

@@ -66,10 +66,10 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
 def _shared(old: nn.Layer, rule: Any, group: Any) -> nn.Layer | None:
     """The shared layer in the place of another one; None if there is none, as for heads. Nothing is allocated."""
     with paddle.LazyGuard():
-        if isinstance(old, (nn.Embedding, Embedding)):
+        if isinstance(old, Embedding):
             vocabulary, width = old.weight.shape
             return Embedding(vocabulary, width, group)
-        if not isinstance(old, (nn.Linear, Linear)):
+        if not isinstance(old, Linear):
             return None
         shard = Shard("row" if rule == "row" else "column", group)
         ins, outs = old.weight.shape

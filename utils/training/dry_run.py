@@ -8,12 +8,13 @@ from utils.checkpoints.locate import Checkpoint
 from utils.data.encode import IGNORED
 from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
+from utils.kernels import ways
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
 from utils.training.batches import epoch_steps
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import Plan, method
-from utils.training.start import trained_parameters
+from utils.training.start import model_settings, trained_parameters
 
 if TYPE_CHECKING:
     from utils.arguments import FinetuneArguments, RunArguments
@@ -72,6 +73,13 @@ def dropout_line(args: RunArguments, checkpoint: Checkpoint) -> str:
     return f"dropout: {found}, by the model's config.json; --dropout replaces it"
 
 
+def operators_line(args: Any, checkpoint: Checkpoint, dtype: str, device: str) -> str:
+    """Which way computes what."""
+    settings, facts = model_settings(args, checkpoint), checkpoint.family.architecture(checkpoint.config)
+    flash = ways.flash_attention(device, wanted=settings.use_flash_attention, plain_scores=facts.plain_scores)
+    return ways.described(device, dtype, flash=flash, dropout=settings.dropouts.get("attention", 0.0))
+
+
 def report(
     args: FinetuneArguments,
     layout: Layout,
@@ -90,6 +98,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
+        operators_line(args, checkpoint, dtype, device),
         *picture(layout, args, shape.layers),
         f"model: {whole:,} parameters, {trained:,} of them trained ({method(args)})"
         if method(args) == "sft"

@@ -19,7 +19,7 @@ from utils.parallel.groups import seed_everything
 from utils.parallel.peers import Alone
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
-from utils.training.dry_run import argument_lines, dropout_line
+from utils.training.dry_run import argument_lines, dropout_line, operators_line
 from utils.training.memory import memory_bytes, memory_line
 from utils.training.plan import GLOBAL_BATCH, Plan
 from utils.training.start import model_settings
@@ -186,6 +186,7 @@ def report(
         "arguments:",
         *argument_lines(args),
         f"device: {device}, computing in {dtype}",
+        operators_line(args, checkpoint, dtype, device),
         *picture(layout, args, checkpoint.family.shape(checkpoint.config).layers),
         f"model: {checkpoint.family.title}, {whole:,} parameters, all of them trained, from {start}",
     ]
