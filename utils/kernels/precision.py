@@ -23,7 +23,8 @@ _autocast: tuple[Any, str] | None = None  # (type, level) of the block that is r
 
 def on_cpu() -> bool:
     """Whether operators run on a CPU."""
-    return bool(paddle.framework._current_expected_place().is_cpu_place())
+    # while a program is traced there is no place
+    return not paddle.is_compiled_with_cuda() or bool(paddle.framework._current_expected_place().is_cpu_place())
 
 
 def autocast(dtype: str, level: str = "O1") -> AbstractContextManager[Any]:
