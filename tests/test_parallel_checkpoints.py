@@ -88,11 +88,12 @@ def check_same_tensors(bench: Bench, work: Work, layout: str) -> None:
 
 
 def test_tensor_parallel_and_one_process(bench: Bench) -> None:
-    """Shards and adapters that two ranks save, and what one process has saved; with one key and value head too."""
+    """Shards and adapters that two ranks save, and what one process has saved; also with one key and value head, and
+    with norms of which a rank sees some heads only."""
     saved = [Work("llama", "shards"), Work("llama", "sft"), Work("kv1", "shards"), Work("llama", "lora")]
     saved.append(Work("llama", "sft", ANSWERS))
     saved.append(Work("llama", "shards", ("--async_save", "true")))
-    saved += LAZY
+    saved += [*LAZY, Work("qwen3", "sft")]
     for work in (Work("llama", "sft"), Work("llama", "lora")):
         bench.alone(work)
     bench.run("TP2", [*saved, Work("llama", "sft", start="one"), Work("llama", "lora", start="one")])

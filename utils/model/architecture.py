@@ -142,6 +142,11 @@ class LayerNames:
     mlp_out_norm: str | None = None
     score_scale: float | None = None
 
+    @property
+    def head_norms(self) -> tuple[str, ...]:
+        """Norms that see the heads of a process only."""
+        return tuple(name for name in (self.query_norm, self.key_norm) if name is not None)
+
     def within(self, place: str) -> LayerNames:
         """The same parts by their whole names."""
 

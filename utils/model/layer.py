@@ -166,11 +166,10 @@ def _parts(architecture: Architecture, sizes: Mapping[str, tuple[int, int]]) -> 
     def norms(*parts: str | None) -> dict[str, nn.Layer]:
         return {name: norm(architecture) for name in parts if name is not None}
 
-    of_heads = [name for name in (names.query_norm, names.key_norm) if name is not None]
     attention = {
         **linears("query_key_value", *names.query_key_value),
         **linears("attention_out", names.attention_out),
-        **{name: RMSNorm(shape.head_dim, architecture.epsilon, offset) for name in of_heads},
+        **{name: RMSNorm(shape.head_dim, architecture.epsilon, offset) for name in names.head_norms},
         **norms(names.attention_out_norm),
     }
     mlp_parts = {

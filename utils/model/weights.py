@@ -169,7 +169,7 @@ def _of_layer(architecture: Architecture, *, heads_together: bool) -> list[_Oper
     attention = [
         *linears("query_key_value", parts.query_key_value, *_heads(architecture, heads_together=heads_together)),
         *linears("attention_out", (parts.attention_out,), "row"),
-        *(_Operator(name) for name in (parts.query_norm, parts.key_norm) if name is not None),
+        *map(_Operator, parts.head_norms),
         *norms(parts.attention_out_norm),
     ]
     mlp = [

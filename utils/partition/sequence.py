@@ -83,8 +83,9 @@ class Sequence:
             else:
                 layer.register_forward_pre_hook(lambda layer, inputs: (self.whole(inputs[0], layer), *inputs[1:]))
         for parameter in (parameter for layer in model.layers for parameter in layer.parameters()):
-            if id(parameter) not in inside:  # norms: each rank works out the part of their gradient from its piece
-                parameter.summed_over = (*getattr(parameter, "summed_over", ()), "tensor")
+            over = getattr(parameter, "summed_over", ())
+            if id(parameter) not in inside and "tensor" not in over:
+                parameter.summed_over = (*over, "tensor")  # norms: a rank's part of their gradient is from its piece
 
     def piece(self, x: Tensor, model: nn.Layer) -> Tensor:
         """[batch, length, hidden] -> [batch, length / ranks, hidden] in training."""

@@ -59,6 +59,10 @@ def share_layers(model: nn.Layer, parts: Parts, group: Any) -> None:
         new = replaced.get(id(parameter))
         if new is not None and parameter._is_initialized():
             fill(new, parts.cut(name, parameter.numpy()))
+    of_heads = tuple(f".{name}.weight" for name in model.architecture.parts.head_norms)
+    for name, parameter in model.named_parameters():
+        if name.endswith(of_heads):  # each rank works out the part of their gradient from the heads that it has
+            parameter.summed_over = ("tensor",)
     model.tensor_part = (parts.rank, parts.degree)
     model.key_value_group = group if parts.shares_key_value else None
 
