@@ -109,7 +109,7 @@ def test_an_adapter_is_a_model_beside_its_base(client: Client, tuned: Client) ->
         first, second = (getattr(one, ask)("one two", extra_body={"ignore_eos": True}) for one in (client, tuned))
         assert said(first) != said(second) and (first.model, second.model) == ("tools", "tuned")
     assert client.fault(Client(client.server, "tune", KEY).chat, "a").code == "model_not_found"
-    asked = {"context": "one two", "top_k": 1}
+    asked = {"context": "one two", "top_k": 1, "max_length": 128}
     key = {"Authorization": f"Bearer {KEY}"}
     own = [client.server.json("POST", "/api/chat", {**asked, **more}, **key) for more in ({}, {"model": "tuned"})]
     assert [status for status, _ in own] == [200, 200] and own[0] != own[1]
