@@ -176,7 +176,7 @@ builtins.__import__ = sending
 @pytest.mark.parametrize(
     ("module", "number", "said"),
     [
-        ("paddlenlp", signal.SIGINT, "Ctrl-C"),
+        ("paddle", signal.SIGINT, "Ctrl-C"),
         ("paddle.vision", signal.SIGTERM, "SIGTERM"),  # within Paddle's own import
         ("utils.training.loop", signal.SIGTERM, "SIGTERM"),  # the model is loaded
     ],

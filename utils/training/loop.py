@@ -119,7 +119,6 @@ class Trainer:
         """
         try:
             self._prepare(plan)
-            before = self.totals.tokens
             self._run()
             self.saver.wait()
         except Exception as error:  # Ctrl-C stops at once
@@ -132,14 +131,12 @@ class Trainer:
             self._tell("on_train_end")  # bars, files
         if self.streams and self.train_dataset.report.counts:
             notice(f"train data, as far as it was read: {self.train_dataset.summary()}")
-        if plan.progress and "train_seconds" in plan.progress:  # earlier versions did not keep them
-            before = 0
         seconds = time.monotonic() - self.totals.started
         return {
             "train_loss": self.totals.mean_loss,
             "train_runtime": seconds,
             "train_tokens": float(self.totals.tokens),
-            "train_tokens_per_second": (self.totals.tokens - before) / max(seconds, 1e-9),
+            "train_tokens_per_second": self.totals.tokens / max(seconds, 1e-9),
             "global_step": float(self.state.global_step),
         }
 
