@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SLOWEST = 10  # files told at the end
 pytest_plugins = ["fake_sides"]
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Processes of pytest that run side by side have a thread each, one alone has two.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 runtime.prepare()
 
 

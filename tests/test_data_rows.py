@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +207,7 @@ def test_lazy_checks_the_first_rows_only(tmp_path: Path) -> None:
         check_dataset(tmp_path, ["train"], lazy=True)
 
 
-def test_a_broken_row_is_reported_within_a_second_and_without_paddle(root: Path, tmp_path: Path) -> None:
+def test_a_broken_row_is_reported_before_paddle_is_loaded(root: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.json", PAIR, PAIR, '{"src": "a" "tgt": "b"}', *[PAIR] * 2000)
     program = (
         "import sys\n"
@@ -218,22 +217,15 @@ def test_a_broken_row_is_reported_within_a_second_and_without_paddle(root: Path,
         "try:\n    run_script(main)\n"
         "finally:\n    assert not {'paddle', 'paddlenlp', 'numpy', 'tokenizers'} & set(sys.modules)\n"
     )
-    for _ in range(2):  # a busy machine may have one bad moment
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
-        seconds = time.perf_counter() - start
-        if seconds < 1:
-            break
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'train.json'} line 3: not valid JSON")
     assert len(done.stderr.splitlines()) == 1
-    assert seconds < 1
 
 
 def test_data_modules_load_no_paddle(root: Path) -> None:
     names = [f"utils.data.{file.stem}" for file in (root / "utils/data").glob("*.py") if file.stem != "__init__"]
-    program = (
-        f"import sys, utils.families.tokenizers, {', '.join(names)}; print([n for n in sys.modules if 'paddle' in n])"
-    )
+    loaded = "[name for name in sys.modules if name.startswith('paddle')]"
+    program = f"import sys, utils.families.tokenizers, {', '.join(names)}; print({loaded})"
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert len(names) > 8 and done.stdout.strip() == "[]"

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,7 @@ FORBIDDEN = {
 }
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Names of the modules that a file imports anywhere, also inside functions; not for types only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -163,6 +165,7 @@ def reached(root: Path, script: str) -> set[Path]:
     return found
 
 
+@cache
 def texts_of(path: Path) -> list[str]:
     """Texts in the code of a module, docstrings aside; those with values in them as they are written."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ def train(root: Path, method: str, home: Path) -> Values:
     output = home / "out"
     words = (
         *("--model_name_or_path", MODEL, "--dataset_name_or_path", root / "data", "--output_dir", output),
-        *("--do_eval", "false", "--max_steps", STEPS, "--logging_steps", 1, "--device", "cpu", "--max_length", 256),
+        *("--do_train", "true", "--max_steps", STEPS, "--logging_steps", 1, "--device", "cpu", "--max_length", 256),
         *("--src_length", 128, "--save_strategy", "no", "--disable_tqdm", "true", "--report_to", "none"),
         *("--per_device_train_batch_size", 4, "--overwrite_output_dir", "true", *TRAININGS[method]),
     )
