@@ -1,6 +1,6 @@
 """How tensor parallelism shares a parameter among processes, and back: each rule once, for both directions.
 
-NumPy only. A rule (`utils.families.base.Split`) says along which axis a parameter, in the Paddle layout, is cut and
+NumPy only. A rule (`utils.model.weights.Split`) says along which axis a parameter, in the Paddle layout, is cut and
 which runs of that axis a process holds; `split` copies the runs out, `join` copies them back.
 """
 

@@ -54,13 +54,14 @@ class Dense:
         return {"weight": fixed(weight)}
 
     def product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        half = precision.rounded_to(x, layer.weight)
+        weight = layer.weight
+        half = precision.rounded_to(x, weight)
         if half is not None:
-            y = precision.matmul(x, layer.weight)
+            y = precision.matmul(x, weight)
             return y if bias is None else y + precision.cast(bias, half)
         if paddle.in_dynamic_mode():
-            return F.linear(x, layer.weight, bias)
-        y = paddle.matmul(x, layer.weight)
+            return _product(x, weight, bias)
+        y = paddle.matmul(x, weight)
         return y if bias is None else in_place.add(y, bias)
 
     def added(self, layer: Any, x: Tensor, base: Tensor) -> Tensor:
@@ -71,6 +72,9 @@ class Dense:
     def values(self, layer: Any) -> Tensor:
         return layer.weight
 
+
+# of operators that run at once; the public function asks for a flag each time, which costs as much as a small product
+_product: Any = F.linear if paddle.is_compiled_with_cuda() else paddle._C_ops.linear
 
 FORMATS: Mapping[str, Format] = {"dense": Dense()}
 
@@ -116,21 +120,16 @@ class Linear(nn.Layer):
         for name, parameter in parameters.items():
             self.add_parameter(name, parameter)
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         if self._forward_pre_hooks or self._forward_post_hooks:
-            return super().__call__(*inputs, **named)
-        return self.forward(*inputs, **named)  # the library's way costs as much as a small operator
+            return super().__call__(x)
+        return self.forward(x)  # the library's way costs as much as a small operator
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._given(self._taken(x))
-
-    def _taken(self, x: Tensor) -> Tensor:
-        return x if self.shard is None or self.shard.kind == "row" else split.for_parts(x, self.shard.group)
-
-    def _given(self, x: Tensor) -> Tensor:
-        """The product with what `_taken` gives."""
-        if self.shard is None or self.shard.kind == "column":
+        if self.shard is None:
             return self.product(x, self.bias)
+        if self.shard.kind == "column":
+            return self.product(split.for_parts(x, self.shard.group), self.bias)
         y = (split if paddle.in_dynamic_mode() else rings).summed(self.product(x, None), self.shard.group)
         return y if self.bias is None else y + self.bias
 

@@ -93,25 +93,30 @@ def product_dtype(own: Any) -> Any:
     return own if _autocast is None else _autocast[0]
 
 
+def is_half(dtype: Any) -> bool:
+    """Whether a type of Paddle's is half precision. There is one object of each, and comparing two takes long."""
+    return dtype is paddle.float16 or dtype is paddle.bfloat16
+
+
 def cast(x: Tensor, dtype: Any) -> Tensor:
     """`x` as an operand of a product in a type, with a gradient. On a CPU values of a half type come as float32."""
-    if dtype in HALF and on_cpu():
-        return (x if x.dtype == dtype else x.astype(dtype)).astype("float32")
-    return x if x.dtype == dtype else x.astype(dtype)
+    if is_half(dtype) and on_cpu():
+        return (x if x.dtype is dtype else x.astype(dtype)).astype("float32")
+    return x if x.dtype is dtype else x.astype(dtype)
 
 
-def rounded_to(*operands: Tensor) -> Any:
-    """The half type that a product of operands must be rounded to; None where Paddle computes it as it is to be."""
-    if _autocast is None and all(x.dtype not in HALF for x in operands):
+def rounded_to(x: Tensor, y: Tensor) -> Any:
+    """The half type that a product of two must be rounded to; None where Paddle computes it as it is to be."""
+    if _autocast is None and not is_half(x.dtype) and not is_half(y.dtype):
         return None
     if not on_cpu():
         return None
-    return _autocast[0] if _autocast is not None else next(x.dtype for x in operands if x.dtype in HALF)
+    return _autocast[0] if _autocast is not None else next(one.dtype for one in (x, y) if is_half(one.dtype))
 
 
 def matmul(x: Tensor, y: Tensor, transpose_y: bool = False) -> Tensor:
     """x @ y, or x @ yᵀ over the last two axes, in half precision where autocast or an operand says so."""
     half = rounded_to(x, y)
     if half is None:
-        return paddle.matmul(x, y, transpose_y=transpose_y)
+        return paddle._C_ops.matmul(x, y, False, transpose_y)  # the public function costs more than a small product
     return cast(paddle.matmul(cast(x, half), cast(y, half), transpose_y=transpose_y), half)
