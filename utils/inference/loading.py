@@ -44,7 +44,7 @@ class Prepared:
         dtype: the type to compute in.
         lora: an adapter of this model, or None.
         prefix: the folder of a prefix of this model, or None.
-        inference_model: whether the generic decoder computes instead of the library's model.
+        inference_model: whether the fused decoder computes instead of the plain one.
         manifest: of an exported model, which runs as a static program; None for weights.
         peers: the processes that share the model, each with a part of every layer.
     """
@@ -104,7 +104,7 @@ def prepare(
         chat_template: a template file of the user's.
         special_tokens_in_text: see `ChatTemplate`.
         mode: "static" expects the folder of an exported model as `name`.
-        inference_model: whether the generic decoder computes instead of the library's model.
+        inference_model: whether the fused decoder computes instead of the plain one.
         peers: the processes that share the model, if there are several.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: each stage holds some layers of the library's model and hands hidden states on.
+"""Pipeline parallelism: each stage holds some layers of the model and hands hidden states on.
 
 One way for all families and methods: fleet's pipeline is given functions that compute parts of the model, not
 layers of its own, so parameters keep their names and files their layout. Only hidden states travel. Every

@@ -17,7 +17,7 @@ class ExportingArguments(Arguments):
 
     model_name_or_path: str | None = arg(None, MODEL_HELP, path=True)
     output_path: str = arg("./inference", "folder for the exported model, which then needs nothing else", path=True)
-    inference_model: bool = arg(False, "export the fused inference model instead of the library's model")
+    inference_model: bool = arg(False, "export the fused inference model instead of the plain one")
     lora_path: str | None = arg(None, "folder of a LoRA adapter, merged into the exported weights", path=True)
     prefix_path: str | None = arg(None, "folder of a trained prefix, exported as a cache", path=True)
     model_type: str | None = arg(None, "family that the checkpoint must be of, such as gpt-3; it says so itself")
