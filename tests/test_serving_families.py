@@ -1,5 +1,5 @@
 """Every family through the server: each engine, with an adapter and with a prefix, whole and streamed, as one process
-and as two that share the model. The texts are those that the library's model gives in this process.
+and as two that share the model. The texts are those that the plain model gives in this process.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Model:
 
     @cache  # noqa: B019 - as long as the module
     def wanted(self, adapter: str) -> Wanted:
-        """What the library's model answers in this process.
+        """What the plain model answers in this process.
 
         Args:
             adapter: "", "lora" or "prefix".

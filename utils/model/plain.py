@@ -137,11 +137,12 @@ class _CacheAttention:
     cache: tuple[Tensor, Tensor]
 
     def __init__(self, decoder: PlainDecoder) -> None:
-        self._read_heads = decoder.read_heads
+        self._read_heads, self._wide = decoder.read_heads, decoder.architecture.wide_scores
         self._scale = decoder.architecture.shape.head_dim**-0.5
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, length, heads or kv_heads, head_dim] -> [batch, length, heads * head_dim]."""
         if self._read_heads is not None:
             key, value = (paddle.index_select(x, self._read_heads, axis=2) for x in (key, value))
+        query = query.astype("float32") if self._wide else query
         return self.step.attend_apart(query * self._scale, key, value, self.cache)
