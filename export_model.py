@@ -21,7 +21,7 @@ from utils.inference.export import check_target, export
 from utils.inference.loading import check_model_type, prepare
 from utils.inference.manifest import run_command
 from utils.inference.verify import verify_export
-from utils.parallel.peers import start
+from utils.parallel.process_group import start
 from utils.parallel.topology import Layout
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     check_target(output)
     layout = Layout.of_prediction()
     layout.check_device(run)
-    peers = start(layout, run.device)
+    processes = start(layout, run.device)
     prepared = prepare(
         str(run.model_name_or_path),
         device=run.device,
@@ -42,11 +42,11 @@ def main() -> None:
         lora_path=run.lora_path,
         prefix_path=run.prefix_path,
         inference_model=run.inference_model,
-        peers=peers,
+        processes=processes,
     )
     check_model_type(run, prepared.checkpoint)
     export(prepared, output, device=run.device, verify=verify_export)
-    if not peers.first:
+    if not processes.first:
         return
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file()) / 1e6
     print(f"exported to {output} ({size:,.1f} MB)")

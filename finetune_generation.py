@@ -37,7 +37,7 @@ def main() -> None:
     # ----- checks that need files, not weights ---------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.data.rows import check_dataset
-    from utils.parallel.peers import start as connect
+    from utils.parallel.process_group import start as connect
     from utils.parallel.topology import Layout
     from utils.training.batches import run_steps
     from utils.training.plan import (
@@ -64,13 +64,13 @@ def main() -> None:
     start = checkpoint_to_resume(args) if args.do_train else None
 
     # ----- other processes of the run ------------------------------------------------------------------
-    peers = connect(layout, device)
+    processes = connect(layout, device)
 
     # ----- model folder, tokenizer, template -----------------------------------------------------------
     from utils.data.template import ChatTemplate
     from utils.families.tokenizers import load_tokenizer
 
-    with peers.one_after_first():
+    with processes.one_after_first():
         checkpoint = locate(args.model_name_or_path)
         source = locate(args.tokenizer_name_or_path) if args.tokenizer_name_or_path else checkpoint
     layout.check_model(checkpoint.family.shape(checkpoint.config))
@@ -89,8 +89,8 @@ def main() -> None:
     from utils.data.collate import Collator
     from utils.data.dataset import load_dataset, load_rows
 
-    with peers.one_after_first():
-        data = {split: load_dataset(args, tokenizer, template, split, peers) for split in splits}
+    with processes.one_after_first():
+        data = {split: load_dataset(args, tokenizer, template, split, processes) for split in splits}
     for split, dataset in data.items():
         if dataset.report.counts and not args.dry_run:  # which reports it by itself
             notice(f"{split} data: {dataset.summary()}")
@@ -119,7 +119,7 @@ def main() -> None:
     runtime.use_device(device)
     from utils.training.start import build
 
-    model, trained = build(args, checkpoint, dtype, data.get("train"), peers)
+    model, trained = build(args, checkpoint, dtype, data.get("train"), processes)
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.inference.sampling import SamplingOptions
@@ -148,7 +148,7 @@ def main() -> None:
             src_length=args.src_length,
             batch_size=args.per_device_eval_batch_size,
             output_dir=output if kept else None,
-            peers=peers,
+            processes=processes,
             show_progress=not args.disable_tqdm,
         )
 
@@ -167,7 +167,7 @@ def main() -> None:
         name_rows=RowNames(args, tokenizer, template),
         extra_files=companions,
         callbacks=console_callbacks(args, output),
-        peers=peers,
+        processes=processes,
     )
 
     # ----- train ---------------------------------------------------------------------------------------
@@ -176,12 +176,12 @@ def main() -> None:
     # ----- evaluate and predict ------------------------------------------------------------------------
     if args.do_eval:
         made_of = describe_evaluation(args, data["dev"]) if plan else None
-        write_results(output, "dev", trainer.evaluate(), peers, made_of)
+        write_results(output, "dev", trainer.evaluate(), processes, made_of)
     if test_answers is not None:
         with trainer.whole_weights():
             found = test_answers(trainer.weights_step, "test_generated_output.json")
         made_of = describe_evaluation(args, data["test"]) if plan else None
-        write_results(output, "test", {f"predict_{name}": value for name, value in found.items()}, peers, made_of)
+        write_results(output, "test", {f"predict_{name}": value for name, value in found.items()}, processes, made_of)
     print(f"done: {output}")
 
 

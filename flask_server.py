@@ -24,7 +24,7 @@ from utils.arguments import ServeArguments, parse
 from utils.arguments.serve_checks import KEY_VARIABLE
 from utils.errors import run_script
 from utils.inference.loading import check_model_type, fitting_src_length
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 from utils.serving import sockets, worker
 from utils.serving.client import ModelClient
@@ -50,7 +50,7 @@ def main() -> None:
     if layout.rank > 0:
         return worker.follow(settings, layout)
     listening = sockets.listen(run.host, run.flask_port)
-    models = settings.prepare(Alone(layout))
+    models = settings.prepare(ProcessGroup(layout))
     base = next(iter(models.values()))
     check_model_type(run, base.checkpoint)
     run.src_length = fitting_src_length(run, base)

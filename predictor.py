@@ -23,9 +23,9 @@ from utils.inference.benchmark import QUESTIONS_FILE, answer_examples, table
 from utils.inference.chat import Chat, chat_in_terminal
 from utils.inference.loading import check_model_type, fitting_src_length, load, prepare
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import start
+from utils.parallel.process_group import start
 from utils.parallel.topology import Layout
-from utils.places import is_stream
+from utils.paths import is_stream
 
 if TYPE_CHECKING:
     from utils.inference.generator import Speed
@@ -37,7 +37,7 @@ def main() -> None:
     run = parse(PredictArguments, script="predictor.py")
     layout = Layout.of_prediction()
     layout.check_device(run)
-    peers = start(layout, run.device)
+    processes = start(layout, run.device)
     prepared = prepare(
         str(run.model_name_or_path),
         device=run.device,
@@ -48,7 +48,7 @@ def main() -> None:
         prefix_path=run.prefix_path,
         mode=run.mode,
         inference_model=run.inference_model,
-        peers=peers,
+        processes=processes,
     )
     check_model_type(run, prepared.checkpoint)
     src_length = fitting_src_length(run, prepared)
@@ -56,7 +56,7 @@ def main() -> None:
     load_now = partial(load, prepared, run.device, warm_up=run.benchmark)
     if run.interactive:
         generator = load_now()
-        chat_in_terminal(Chat(prepared, generator, options, src_length), peers)
+        chat_in_terminal(Chat(prepared, generator, options, src_length), processes)
         speed: Speed | None = generator.speed
     elif run.data_file is None and run.benchmark:
         speed = answer_examples(prepared, load_now(), options, run.batch_size)

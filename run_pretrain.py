@@ -33,7 +33,7 @@ def main() -> None:
     output = args.output
 
     # ----- checks that need files, not weights ---------------------------------------------------------
-    from utils.parallel.peers import start as connect
+    from utils.parallel.process_group import start as connect
     from utils.parallel.topology import Layout
     from utils.training.plan import check_output, checkpoint_to_resume, describe_evaluation, make_plan
     from utils.training.record import claim
@@ -48,14 +48,14 @@ def main() -> None:
     start = checkpoint_to_resume(args) if args.do_train else None
 
     # ----- other processes of the run ------------------------------------------------------------------
-    peers = connect(layout, device)
+    processes = connect(layout, device)
 
     # ----- model folder, tokenizer ---------------------------------------------------------------------
     from utils.checkpoints.locate import locate
     from utils.families.tokenizers import load_tokenizer
     from utils.training import pretraining
 
-    with peers.one_after_first():
+    with processes.one_after_first():
         checkpoint = locate(args.model_name_or_path, weights=args.continue_training)
         source = locate(args.tokenizer_name_or_path, weights=False) if args.tokenizer_name_or_path else checkpoint
     layout.check_model(checkpoint.family.shape(checkpoint.config))
@@ -67,7 +67,7 @@ def main() -> None:
     # ----- data ----------------------------------------------------------------------------------------
     wanted = {"train": args.do_train, "dev": args.do_eval, "test": args.do_predict}
     splits = [split for split, asked in wanted.items() if asked]
-    with peers.one_after_first():
+    with processes.one_after_first():
         data = pretraining.load_text(args, layout, checkpoint, tokenizer, splits)
     plan = None
     if args.do_train:
@@ -89,7 +89,7 @@ def main() -> None:
 
     # ----- model ---------------------------------------------------------------------------------------
     runtime.use_device(device)
-    model, trained = pretraining.build(args, checkpoint, dtype, peers)
+    model, trained = pretraining.build(args, checkpoint, dtype, processes)
 
     # ----- trainer -------------------------------------------------------------------------------------
     from utils.data.collate import Collator
@@ -110,17 +110,17 @@ def main() -> None:
         extra_files=companions,
         callbacks=console_callbacks(args, output),
         last_rate=args.min_learning_rate,
-        peers=peers,
+        processes=processes,
     )
 
     # ----- train, evaluate -----------------------------------------------------------------------------
     train(trainer, args, plan, companions)
     if args.do_eval:
         made_of = describe_evaluation(args, data["dev"]) if plan else None
-        write_results(output, "dev", trainer.evaluate(), peers, made_of)
+        write_results(output, "dev", trainer.evaluate(), processes, made_of)
     if args.do_predict:
         made_of = describe_evaluation(args, data["test"]) if plan else None
-        write_results(output, "test", trainer.evaluate(data["test"], "predict"), peers, made_of)
+        write_results(output, "test", trainer.evaluate(data["test"], "predict"), processes, made_of)
     print(f"done: {output}")
 
 

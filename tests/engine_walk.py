@@ -59,7 +59,7 @@ class Walk:
             found.append((lambda: self.advance(self.some(self.growing())), 8))
         if self.shrinking():
             found.append((self.rewind, 3))
-        if self.texts and self.engine.shares_heads:
+        if self.texts and self.engine.shares_prefixes:
             found.append((self.keep, 2))
         if self.texts:
             found.append((lambda: self.free(self.some(list(self.texts))), 1.5))
@@ -133,7 +133,7 @@ class Walk:
 
     def hold(self, slot: int, text: Sequence[int], least: int) -> None:
         self.texts[slot] = list(text)
-        self.least[slot] = 1 if self.engine.shares_heads else least
+        self.least[slot] = 1 if self.engine.shares_prefixes else least
         self.most_open = max(self.most_open, len(self.texts))
         assert slot < self.most_open, self.history  # numbers of freed slots are used again
 

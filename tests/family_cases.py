@@ -20,7 +20,7 @@ from utils.inference.export import save_program
 from utils.inference.loading import Prepared, load_program
 from utils.inference.manifest import FORMAT, Manifest, paddle_version
 from utils.inference.static import StaticProgram
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.answers import engine_over
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -104,7 +104,7 @@ def hidden_logits(
 
 def plain_engine(checkpoint: Checkpoint, model: Any, prefix: PrefixTuning | None = None) -> CachedEngine:
     """Over a model that is there already."""
-    return engine_over(checkpoint.family, model, checkpoint.config, Alone(), prefix=prefix)
+    return engine_over(checkpoint.family, model, checkpoint.config, ProcessGroup(), prefix=prefix)
 
 
 def plain(case: Case, prefix: PrefixTuning | None = None) -> CachedEngine:

@@ -78,11 +78,11 @@ def work(listed: Path) -> None:
     import finetune_generation
     import run_pretrain
     from utils.errors import run_script
-    from utils.parallel import peers
+    from utils.parallel import process_group
 
     mains = {"finetune_generation": finetune_generation.main, "run_pretrain": run_pretrain.main}
     runtime.prepare = lambda **_: None  # once is enough
-    connect, known = peers.start, []
+    connect, known = process_group.start, []
 
     def start_once(layout: Any, device: str) -> Any:
         if not known:
@@ -92,7 +92,7 @@ def work(listed: Path) -> None:
         found.layout = layout
         return found
 
-    peers.start = start_once
+    process_group.start = start_once
 
     def main() -> None:
         for script, mark, words in json.loads(listed.read_text("utf-8")):

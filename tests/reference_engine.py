@@ -19,10 +19,10 @@ class TextEngine(Engine):
     It checks how it is called, and counts: `read` tokens, `calls` as (method, tokens of each text).
     """
 
-    def __init__(self, vocabulary: int, max_positions: int | None = None, shares_heads: bool = True) -> None:
+    def __init__(self, vocabulary: int, max_positions: int | None = None, shares_prefixes: bool = True) -> None:
         self.vocabulary = vocabulary
         self.max_positions = max_positions
-        self.shares_heads = shares_heads
+        self.shares_prefixes = shares_prefixes
         self.texts: dict[int, list[int]] = {}
         self.read = 0
         self.most = 0
@@ -63,7 +63,7 @@ class TextEngine(Engine):
 
     def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
         text = self.texts[slot]
-        assert self.shares_heads and borders[0] >= 0 and borders[-1] <= len(text) and len(borders) > 1
+        assert self.shares_prefixes and borders[0] >= 0 and borders[-1] <= len(text) and len(borders) > 1
         pieces = [text[start:end] for start, end in pairwise(borders)]
         assert all(pieces)
         return [Kept(piece, self.kept_bytes(slot, len(piece))) for piece in pieces]
@@ -71,13 +71,17 @@ class TextEngine(Engine):
     def kept_bytes(self, slot: int, count: int) -> int:
         return 10 * count
 
-    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
-        assert heads
-        self.calls.append(("restore", [len(head) for head in heads]))
-        for head, pieces in zip(heads, kept, strict=True):
+    def restore(self, prefixes: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        assert prefixes
+        self.calls.append(("restore", [len(prefix) for prefix in prefixes]))
+        for prefix, pieces in zip(prefixes, kept, strict=True):
             tokens = [token for piece in pieces for token in piece.values]
-            assert len(head) and tokens[: len(head)] == list(head) and len(head) > len(tokens) - len(pieces[-1].values)
-        return [self._new(head) for head in heads]
+            assert (
+                len(prefix)
+                and tokens[: len(prefix)] == list(prefix)
+                and len(prefix) > len(tokens) - len(pieces[-1].values)
+            )
+        return [self._new(prefix) for prefix in prefixes]
 
     def _new(self, text: Sequence[int]) -> int:
         slot = next(number for number in range(len(self.texts) + 1) if number not in self.texts)
@@ -117,9 +121,9 @@ def random_logits(vocabulary: int, seed: int, spread: float = 2.0) -> Callable[[
 class ReferenceEngine(TextEngine):
     """A causal family's model as training computes it, one whole text at a time: no cache, no padding."""
 
-    def __init__(self, family: Any, model: Any, max_positions: int | None = None, shares_heads: bool = True) -> None:
+    def __init__(self, family: Any, model: Any, max_positions: int | None = None, shares_prefixes: bool = True) -> None:
         shape = model.architecture.shape
-        super().__init__(shape.vocabulary, max_positions or shape.positions, shares_heads)
+        super().__init__(shape.vocabulary, max_positions or shape.positions, shares_prefixes)
         self._family, self._model = family, model
         self._known: dict[tuple[int, ...], np.ndarray] = {}
 

@@ -12,9 +12,9 @@ from utils.adapters.targets import matrix_shapes
 from utils.checkpoints.fingerprint import fingerprint
 from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.tensors import safetensors_header, write_safetensors
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.partition.parts import Parts
-from utils.partition.tensor import Held
+from utils.partition.tensor import ShardPlan
 from utils.training.saving import Saver
 from utils.training.trained import Lora, Prefix, Trained
 
@@ -24,22 +24,22 @@ def save_trained(folder: Path, trained: Trained) -> None:
     from contextlib import nullcontext
 
     folder.mkdir(parents=True, exist_ok=True)
-    Saver(Alone()).save(lambda: nullcontext(folder), [trained.piece()], trained.describe)
+    Saver(ProcessGroup()).save(lambda: nullcontext(folder), [trained.checkpoint_shard()], trained.describe)
 
 
-def held(base: Checkpoint) -> Held:
+def shard_plan(base: Checkpoint) -> ShardPlan:
     """All of a model."""
-    return Held(Parts(base.family, base.config), Alone())
+    return ShardPlan(Parts(base.family, base.config), ProcessGroup())
 
 
 def save_lora(folder: Path, adapted: Any, base: Checkpoint) -> None:
     """Writes an adapter's folder."""
-    save_trained(folder, Lora(base, held(base), adapted))
+    save_trained(folder, Lora(base, shard_plan(base), adapted))
 
 
 def save_prefix(folder: Path, prefix: Any, base: Checkpoint) -> None:
     """Writes a prefix's folder."""
-    save_trained(folder, Prefix(base, held(base), prefix))
+    save_trained(folder, Prefix(base, shard_plan(base), prefix))
 
 
 def spoil(file: Path, name: str, value: float) -> None:

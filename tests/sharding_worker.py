@@ -14,12 +14,12 @@ from utils import runtime
 runtime.prepare()
 sys.argv, (folder, degree) = sys.argv[:1], sys.argv[1:]
 
-from utils.parallel import peers  # noqa: E402
+from utils.parallel import process_group  # noqa: E402
 from utils.parallel.topology import Layout, world_size  # noqa: E402
 
 RANK = int(os.environ["PADDLE_TRAINER_ID"])
 LAYOUT = Layout(world=world_size(), rank=RANK, local_size=world_size(), local_rank=RANK, sharding=int(degree))
-PEERS = peers.start(LAYOUT, "cpu")
+PROCESSES = process_group.start(LAYOUT, "cpu")
 runtime.load_paddle()
 
 import numpy as np  # noqa: E402
@@ -35,7 +35,7 @@ from utils.parallel.sharding import Share, wrap  # noqa: E402
 from utils.training.model import TrainingModel  # noqa: E402
 
 STEPS, ROWS, LENGTH, CLIP = 10, 8, 12, 1.0
-GROUPS = PEERS.groups
+GROUPS = PROCESSES.groups
 SHARDING, DATA = GROUPS.sharding, GROUPS.data
 TARGETS = [3, 11, 1, 7, 5, 2, 9, 4]  # of each row
 
@@ -199,7 +199,9 @@ def weights(model: TrainingModel) -> dict[str, np.ndarray]:
 
 
 def states(share: Share) -> dict[str, np.ndarray]:
-    return {f"{slot.parameter}|{slot.name}": share.read(slot) for slot in share.slots()}
+    return {
+        f"{accumulator.parameter}|{accumulator.name}": share.read(accumulator) for accumulator in share.accumulators()
+    }
 
 
 def close(found: Any, wanted: Any, what: str, tolerance: float) -> None:
@@ -214,9 +216,9 @@ def single(method: str, **options: Any) -> tuple[list[float], dict[str, np.ndarr
     names, state = {parameter.name: name for name, parameter in model.named_parameters()}, {}
     for key, value in optimizer.state_dict().items():
         entries = {f"{k}|master": v for k, v in value.items()} if key == "master_weights" else {key: value}
-        for slot, tensor in entries.items():
-            internal = max((n for n in names if slot.startswith((f"{n}_", f"{n}|"))), key=len)
-            state[f"{names[internal]}|{slot[len(internal) + 1 :]}"] = np.array(tensor.numpy())
+        for accumulator, tensor in entries.items():
+            internal = max((n for n in names if accumulator.startswith((f"{n}_", f"{n}|"))), key=len)
+            state[f"{names[internal]}|{accumulator[len(internal) + 1 :]}"] = np.array(tensor.numpy())
     return found, weights(model), state
 
 
@@ -239,8 +241,8 @@ def compare(stage: int, method: str, wanted: Any, tolerance: float = 1e-5, **opt
         for name, parameter in model.named_parameters():
             parameter.set_value(paddle.to_tensor(between[name]).astype(parameter.dtype))
     share.take_weights()
-    for slot in share.slots():
-        share.write(slot, kept[f"{slot.parameter}|{slot.name}"])
+    for accumulator in share.accumulators():
+        share.write(accumulator, kept[f"{accumulator.parameter}|{accumulator.name}"])
     found += train(model, optimizer, share, range(half, STEPS), reader, readers, overlapping=True)
     close(found, losses, what, tolerance)
 
@@ -268,7 +270,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 if __name__ == "__main__":
-    assert isinstance(PEERS, peers.Peers)
+    assert isinstance(PROCESSES, process_group.ConnectedGroup)
     for method, options in CASES:
         tolerance = 3e-2 if method == "half" else 1e-5
         try:
@@ -277,6 +279,6 @@ if __name__ == "__main__":
                 compare(stage, method, wanted, tolerance, **options)
                 print(f"ok {stage} {method}", flush=True)
         except BaseException as error:
-            PEERS.crashed(error)
-    PEERS.gate("the last case")
-    PEERS.leave(0)
+            PROCESSES.crashed(error)
+    PROCESSES.barrier("the last case")
+    PROCESSES.leave(0)

@@ -39,7 +39,7 @@ def test_logits_agree_with_transformers(model: Any) -> None:
 def test_greedy_answer_through_the_template(model: Any) -> None:
     from utils.data.template import ChatTemplate
     from utils.families.tokenizers import load_tokenizer
-    from utils.parallel.peers import Alone
+    from utils.parallel.process_group import ProcessGroup
     from utils.training.answers import engine_over
 
     checkpoint = locate(embedded.NAME)
@@ -47,7 +47,7 @@ def test_greedy_answer_through_the_template(model: Any) -> None:
     template = ChatTemplate.load(checkpoint.folder, default=None)
     ids = template.encode_prompt(tokenizer, QUESTION)
     assert ids == np.load(FIXTURES / "smollm2.npz")["ids"].tolist()
-    engine = engine_over(checkpoint.family, model, checkpoint.config, Alone())
+    engine = engine_over(checkpoint.family, model, checkpoint.config, ProcessGroup())
     slots, logits = engine.open([ids])
     answer: list[int] = []
     while not answer or (answer[-1] not in tokenizer.eos_ids and len(answer) < 20):

@@ -26,7 +26,7 @@ from utils.data.stream import StreamDataset
 from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer, load_tokenizer
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 
 Kit = tuple[Tokenizer, ChatTemplate]
@@ -222,7 +222,7 @@ def test_files_that_change_or_go_while_they_are_read_are_an_error(tmp_path: Path
             list(islice(items, 5000))
 
 
-class Neighbour(Alone):
+class Neighbour(ProcessGroup):
     """One of several processes, here a thread, that exchanges values with the others."""
 
     def __init__(self, rank: int, world: int, shared: list[Any], barrier: threading.Barrier) -> None:
@@ -231,9 +231,9 @@ class Neighbour(Alone):
 
     def gather(self, value: Any) -> list[Any]:
         self.shared[self.layout.rank] = json.loads(json.dumps(value))
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         found = list(self.shared)
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         return found
 
 
@@ -253,7 +253,7 @@ def test_processes_make_each_row_into_tokens_once_and_have_the_same_stream(
     world = 3
     shared, barrier = [None] * world, threading.Barrier(world)
     datasets = [
-        stream(files, kit, packed=packed, peers=Neighbour(rank, world, shared, barrier)) for rank in range(world)
+        stream(files, kit, packed=packed, processes=Neighbour(rank, world, shared, barrier)) for rank in range(world)
     ]
     with ThreadPoolExecutor(world) as threads:
         found = list(threads.map(lambda dataset: plain(islice(dataset, 12)), datasets))

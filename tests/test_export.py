@@ -1,4 +1,4 @@
-"""export_model.py and predictor.py --mode static, their mains as users run them: four corners, and everything wrong."""
+"""export_model.py and predictor.py --mode static, their mains as users run them: four engines, and everything wrong."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_all_four_corners_write_the_same_file(tiny: Tiny, method: str | None, tm
             found["static", *kind, batch] = answers(base, tmp_path / f"moved{len(kind)}", *options)
     wanted = found["dynamic", 1]
     assert len(set(wanted.splitlines())) == len(QUESTIONS)
-    assert {corner for corner, text in found.items() if text != wanted} == set()
+    assert {engine for engine, text in found.items() if text != wanted} == set()
     if method is not None:
         assert wanted != answers(tiny, tiny.model)
 
@@ -403,7 +403,8 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
 
 
 def test_an_export_of_the_version_before_answers_as_its_model(tmp_path: Path) -> None:
-    """A plain program of format 2, whose cache is [batch, room, kv_heads, head_dim], written by an earlier commit."""
+    """A plain program of format 2, whose cache is [batch, capacity, kv_heads, head_dim], written by an earlier
+    commit."""
     stored, one = FIXTURES / "export_format_2", case("llama_tiny")
     shutil.copytree(one.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.npz"))
     shutil.copy(stored / manifest.WEIGHTS, tmp_path)

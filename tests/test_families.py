@@ -128,7 +128,7 @@ def test_copies_of_a_beginning_go_on_alone(any_engine: tuple[Case, Maker]) -> No
     """A prompt read in pieces is the prompt; where the whole prompt decides, only answers branch off."""
     one, make = any_engine
     engine, row, other = make(one), one.rows[0].tolist(), [7, 50, 11]
-    split = len(row) // 2 if engine.shares_heads else len(row)
+    split = len(row) // 2 if engine.shares_prefixes else len(row)
     row += [30, 31, 32]
     (kept,), _ = engine.open([row[:split]])
     left, right = engine.fork(kept, 2)
@@ -168,13 +168,13 @@ def test_a_chat_goes_on_from_what_was_kept(any_engine: tuple[Case, Maker], with_
     with closing(generator.scheduler(2, 7, 1 << 20)) as scheduler:
         (answer,) = finish(scheduler, [first], options)
         prompts, lengths = [first], [0]
-        if engine.shares_heads:
+        if engine.shares_prefixes:
             known = [*first, *answer.tokens]
             prompts += [[*known[:-cut], *random.integers(3, 60, 4).tolist()] for cut in (1, 9)]
             lengths = [len(first) - 1, len(known) - 1, len(known) - 9]
         found = finish(scheduler, prompts, options)
         assert [completion.cached_tokens for completion in found] == lengths
-        assert (scheduler.cache_bytes > 0) == engine.shares_heads
+        assert (scheduler.cache_bytes > 0) == engine.shares_prefixes
     wanted = generator.generate(prompts, options, 1)
     assert [completion.tokens for completion in found] == [completion.tokens for completion in wanted]
 

@@ -222,8 +222,8 @@ def test_exported_models_give_the_answers_of_the_model(shop: Workshop, adapter: 
                 answers[inference_model, prepared is program, batch] = [(one.tokens, one.text) for one in found]
     wanted = answers.pop((False, False, 1))
     assert all(tokens for tokens, _ in wanted)
-    for corner, found in answers.items():
-        assert found == wanted, corner
+    for engine, found in answers.items():
+        assert found == wanted, engine
 
 
 def test_predictor_answers_a_file(shop: Workshop) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.families.text import NOWHERE, Text, places, visibility
+from utils.families.text import NOWHERE, Text, attention_inputs, visibility
 
 PREFIX = [-2, -1]
 
@@ -68,7 +68,7 @@ def test_sight_by_definition_of_any_cache(window: int | None) -> None:
 
 def test_tensors_of_a_batch() -> None:
     positions, keys = np.array([[[3, 4]], [[0, 1]]]), np.array([[-1, NOWHERE, 3, 4]])
-    found = places(positions, np.array([[3, 4]]), keys, np.array([0]), np.array([3.0], np.float32), None)
+    found = attention_inputs(positions, np.array([[3, 4]]), keys, np.array([0]), np.array([3.0], np.float32), None)
     assert found.positions.numpy().tolist() == positions.tolist()
     assert found.keys.numpy().tolist() == [[-1, 0, 3, 4]]  # 0 where no token is
     assert found.visible.numpy()[0, 0].astype(int).tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]

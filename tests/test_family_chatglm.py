@@ -140,7 +140,7 @@ def test_positions_of_a_text_while_it_is_written(checkpoints: dict[str, Checkpoi
 def test_beginnings_are_shared_only_where_prompts_are_read_from_left_to_right(
     checkpoints: dict[str, Checkpoint],
 ) -> None:
-    shared = {name: one.family.shares_heads(one.config) for name, one in checkpoints.items()}
+    shared = {name: one.family.shares_prefixes(one.config) for name, one in checkpoints.items()}
     assert shared == {"chatglm_tiny": False, "chatglm2_tiny": True, "chatglm2_wide": True}
 
 

@@ -132,7 +132,7 @@ def test_positions_of_a_text_while_it_is_written() -> None:
     assert np.concatenate(parts, axis=1).tolist() == [wanted.position[0].tolist(), wanted.block[0].tolist()]
     assert text.context == 5
     assert SpansText([CLS, 5, 6], SOP, (MASK, GMASK)).context == 0  # read from left to right
-    assert not GLM.shares_heads({})
+    assert not GLM.shares_prefixes({})
 
 
 def packed_pair(checkpoint: Checkpoint) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

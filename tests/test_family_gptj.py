@@ -19,7 +19,7 @@ from utils.checkpoints.tensors import in_memory, read_tensors, write_lazy
 from utils.errors import UserError
 from utils.families import FAMILIES, family_of
 from utils.kernels import inference as kernels
-from utils.model.architecture import turned_neighbours
+from utils.model.architecture import rotated_neighbours
 
 FAMILY = FAMILIES["gptj"]
 IDS = np.array([[5, 6, 7, 90, 91, 5, 6]])
@@ -111,17 +111,17 @@ def test_new_weights_are_as_wide_as_the_configuration_says(dtype: str) -> None:
     assert not model.lm_head.bias.astype("float32").any()
 
 
-@pytest.mark.parametrize(("head_dim", "turned"), [(16, 4), (16, 16), (12, 8), (10, 4)])
-def test_neighbours_as_halves(head_dim: int, turned: int) -> None:
+@pytest.mark.parametrize(("head_dim", "rotated"), [(16, 4), (16, 16), (12, 8), (10, 4)])
+def test_neighbours_as_halves(head_dim: int, rotated: int) -> None:
     """Products of queries and keys are the same in the order of the generic decoder."""
     random = np.random.default_rng(1)
-    rotary = turned_neighbours(head_dim, turned)
+    rotary = rotated_neighbours(head_dim, rotated)
     assert rotary.order is not None and sorted(rotary.order) == list(range(head_dim))
 
     def neighbours(x: np.ndarray, position: int) -> np.ndarray:
         x = x.copy()
-        for pair in range(0, turned, 2):
-            angle = position * 10000.0 ** (-pair / turned)
+        for pair in range(0, rotated, 2):
+            angle = position * 10000.0 ** (-pair / rotated)
             whole = (x[pair] + 1j * x[pair + 1]) * np.exp(1j * angle)
             x[pair], x[pair + 1] = whole.real, whole.imag
         return x

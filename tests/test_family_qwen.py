@@ -102,8 +102,8 @@ def test_factors_by_definition() -> None:
 
 
 def test_beginnings_are_shared_only_where_no_prompt_decides_a_factor(checkpoint: Checkpoint) -> None:
-    assert not QWEN.shares_heads({**checkpoint.config, "use_dynamic_ntk": True})
-    assert QWEN.shares_heads({**checkpoint.config, "use_dynamic_ntk": False})
+    assert not QWEN.shares_prefixes({**checkpoint.config, "use_dynamic_ntk": True})
+    assert QWEN.shares_prefixes({**checkpoint.config, "use_dynamic_ntk": False})
 
 
 def test_names_of_the_first_release(checkpoint: Checkpoint, tmp_path: Path) -> None:

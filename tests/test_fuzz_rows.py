@@ -39,7 +39,7 @@ from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.batch import answer_file
 from utils.inference.request import Completion
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 QUICK = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 SLOW = settings(deadline=None, max_examples=2500, print_blob=True, suppress_health_check=list(HealthCheck))
@@ -286,7 +286,7 @@ def check_prediction(kind: str, content: bytes, src_length: int) -> None:
         lora=None,
         prefix=None,
         dtype="float32",
-        peers=Alone(),
+        processes=ProcessGroup(),
         tokenizer=own.tokenizer,
         template=own.template,
         encode=lambda messages, limit: encode_source(messages, own.tokenizer, own.template, limit),

@@ -29,7 +29,7 @@ from utils.inference.generator import Completion, Generator
 from utils.inference.journal import Journal
 from utils.inference.loading import Prepared, load, prepare
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 OPTIONS = SamplingOptions(max_new_tokens=10)
 ROWS = [{"src": f"Question {'very ' * (n % 4)}number {n}?", "tgt": f"answer {n}"} for n in range(9)]
@@ -454,7 +454,7 @@ def test_chat_asks_again_for_what_is_no_text(
     lines = [b"Hello", b"caf\xe9", "\ud83d".encode("utf-8", "surrogatepass"), b"\xff" * 9000, "né".encode(), b"/exit"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
     chat = Chat(prepared, generator, replace(OPTIONS, max_new_tokens=6, min_new_tokens=6), src_length=200)
-    chat_in_terminal(chat, Alone())
+    chat_in_terminal(chat, ProcessGroup())
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["Hello", "né"]
     assert capsys.readouterr().err.count("this message is no utf-8 text; type it again") == 3
 
@@ -472,6 +472,6 @@ def test_chat_goes_on_after_a_message_that_cannot_be_read(
     monkeypatch.setattr(prepared.tokenizer, "encode", fails)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nboom\nAgain\n"))
     chat = Chat(prepared, generator, replace(OPTIONS, max_new_tokens=6, min_new_tokens=6), src_length=200)
-    chat_in_terminal(chat, Alone())
+    chat_in_terminal(chat, ProcessGroup())
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["Hello", "Again"]
     assert "too strange" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def write(cache: Cache, new: np.ndarray, starts: list[int], first: int = 0) -> N
 
 
 def contents(cache: Cache, rows: int) -> np.ndarray:
-    """[2 * layers, rows, heads, room, width]."""
+    """[2 * layers, rows, heads, capacity, width]."""
     held = np.stack([tensor.numpy() for tensor in cache.tensors(rows)])
     return held if cache.heads_first else held.swapaxes(2, 3)
 
@@ -73,9 +73,9 @@ def test_what_is_written_stays_whatever_grows_around_it(kind: type[Cache], heads
         for number, values in held.items():
             found = contents(cache, number + 1)[:, number, :, : values.shape[2]]
             assert np.array_equal(found, values)
-    assert cache.rows == 6 and cache.room % 32 == 0
+    assert cache.rows == 6 and cache.capacity % 32 == 0
     cache.clear()
-    assert (cache.rows, cache.room) == (0, 0)
+    assert (cache.rows, cache.capacity) == (0, 0)
     cache.reserve(2, 3)
     assert contents(cache, 1).shape == (2 * LAYERS, 1, HEADS, 32, WIDTH) and not contents(cache, 2).any()
     begin = random.normal(size=(2 * LAYERS, HEADS, 3, WIDTH)).astype(np.float32)
@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_grow_keeps_its_size(kind: type[Cache]) -> None:
 
     with mock.patch(name, zeros), pytest.raises(MemoryError):  # the first layer has grown by then
         cache.reserve(3, 500)
-    assert (cache.rows, cache.room) == (2, 32)
+    assert (cache.rows, cache.capacity) == (2, 32)
     assert np.array_equal(contents(cache, 2)[:, :, :, :10], new)
 
 
@@ -110,9 +110,9 @@ def test_rows_that_are_free_go_when_asked(kind: type[Cache]) -> None:
     new = np.random.default_rng(1).normal(size=(2 * LAYERS, 3, HEADS, 10, WIDTH)).astype(np.float32)
     write(cache, new, [0] * 3)
     cache.reserve(2, 40)
-    assert (cache.rows, cache.room) == (3, 64)
+    assert (cache.rows, cache.capacity) == (3, 64)
     cache.reserve(2, 70, only=True)
-    assert (cache.rows, cache.room) == (2, 96)
+    assert (cache.rows, cache.capacity) == (2, 96)
     assert np.array_equal(contents(cache, 2)[:, :, :, :10], new[:, :2])
 
 
@@ -125,7 +125,7 @@ def test_an_answer_that_outgrows_the_cache_leaves_only_rows_in_use() -> None:
     with mock.patch("utils.runtime.give_back_freed_memory") as tidied:
         for _ in range(31):
             engine.advance(slots[1:], [[5], [6]])
-        assert (engine.cache.rows, engine.cache.room) == (2, 64)
+        assert (engine.cache.rows, engine.cache.capacity) == (2, 64)
     assert tidied.call_count == 1
 
 

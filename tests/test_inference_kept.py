@@ -1,4 +1,4 @@
-"""Heads that outlive their requests: what is found again, what goes first, and that memory has a bound."""
+"""Prefixes that outlive their requests: what is found again, what goes first, and that memory has a bound."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from letters import VOCABULARY, Letters, engine_of
 
 from utils import runtime
 from utils.inference.generator import Generator
-from utils.inference.heads import MOST, SHORTEST, common_length
-from utils.inference.kept import BLOCK, KeptHeads
+from utils.inference.kept import BLOCK, KeptPrefixes
 from utils.inference.request import Completion, Request
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Scheduler
+from utils.inference.shared_prefixes import MOST, SHORTEST, common_length
 from utils.inference.slots import Slots
 
 GREEDY = SamplingOptions(max_new_tokens=6)
@@ -33,22 +33,22 @@ def tokens_of(seed: int, count: int) -> list[int]:
 
 
 class Keeping:
-    """Kept heads over an engine that checks what is restored."""
+    """Kept prefixes over an engine that checks what is restored."""
 
     def __init__(self, limit: int) -> None:
         self.engine = engine_of()
         self.slots = Slots(self.engine)
-        self.heads = KeptHeads(self.slots, limit * TOKEN)
+        self.prefixes = KeptPrefixes(self.slots, limit * TOKEN)
 
     def store(self, text: list[int]) -> None:
         (slot,), _ = self.slots.open([text])
-        self.heads.store(slot, text)
+        self.prefixes.store(slot, text)
         self.slots.free([slot])
         self.check()
 
     def find(self, prompt: list[int]) -> int:
-        """Length of the known head, which is restored."""
-        known = self.heads.find(prompt)
+        """Length of the known prefix, which is restored."""
+        known = self.prefixes.find(prompt)
         self.check()
         if known is None:
             return 0
@@ -58,27 +58,27 @@ class Keeping:
         return known.length
 
     def check(self) -> None:
-        check(self.heads)
+        check(self.prefixes)
 
 
-def check(heads: KeptHeads) -> None:
+def check(prefixes: KeptPrefixes) -> None:
     """The bytes are those of the blocks, which hang together."""
-    blocks = list(heads._blocks)
-    assert heads.nbytes == sum(block.state.nbytes for block in blocks if block.state) <= heads.limit
+    blocks = list(prefixes._blocks)
+    assert prefixes.nbytes == sum(block.state.nbytes for block in blocks if block.state) <= prefixes.limit
     assert all(len(block.tokens) == BLOCK or not block.children for block in blocks)
     assert all(block.parent and block.parent.children[block.tokens] is block for block in blocks)
-    assert all(child in heads._blocks for block in [heads._root, *blocks] for child in block.children.values())
+    assert all(child in prefixes._blocks for block in [prefixes._root, *blocks] for child in block.children.values())
 
 
 def test_a_text_that_goes_on_is_known_to_its_last_token() -> None:
     keeping, chat = Keeping(10_000), tokens_of(0, 500)
     for length in (40, 41, 75, 96, 97, 300, 301):
         keeping.store(chat[:length])
-        assert keeping.heads.nbytes == TOKEN * length  # nothing is there twice
+        assert keeping.prefixes.nbytes == TOKEN * length  # nothing is there twice
         assert keeping.find(chat) == length
         assert keeping.find(chat[:length]) == length - 1  # one token is read for its logits
     keeping.store(chat[:120])
-    assert keeping.heads.nbytes == TOKEN * 301
+    assert keeping.prefixes.nbytes == TOKEN * 301
     assert keeping.find(chat[:SHORTEST]) == 0 and keeping.find(chat[: SHORTEST + 1]) == SHORTEST
 
 
@@ -86,7 +86,7 @@ def test_texts_that_part_share_what_is_before() -> None:
     keeping, system = Keeping(10_000), tokens_of(0, 100)
     for seed in (1, 2):
         keeping.store([*system, *tokens_of(seed, 50)])
-    assert keeping.heads.nbytes == TOKEN * (150 + 50 + 100 % BLOCK)
+    assert keeping.prefixes.nbytes == TOKEN * (150 + 50 + 100 % BLOCK)
     assert keeping.find([*system, *tokens_of(1, 90)]) == 150
     assert keeping.find([*system, *tokens_of(3, 90)]) in range(100, 103)
     assert keeping.find([tokens_of(9, 1)[0] + 1, *system]) == 0
@@ -111,15 +111,15 @@ def test_a_text_longer_than_the_bound_does_not_displace_itself() -> None:
         assert keeping.find(text) == 96
     nothing = Keeping(BLOCK - 1)
     nothing.store(text)
-    assert nothing.heads.nbytes == 0 and nothing.find(text) == 0
+    assert nothing.prefixes.nbytes == 0 and nothing.find(text) == 0
 
 
 def test_everything_can_be_forgotten() -> None:
     keeping, text = Keeping(1000), tokens_of(1, 100)
     keeping.store(text)
-    keeping.heads.clear()
+    keeping.prefixes.clear()
     keeping.check()
-    assert keeping.heads.nbytes == 0 and keeping.find(text) == 0
+    assert keeping.prefixes.nbytes == 0 and keeping.find(text) == 0
 
 
 @given(
@@ -264,7 +264,7 @@ def test_hundreds_of_requests_and_cancels_at_random(chunk: int | None, limit: in
 
 @pytest.mark.slow
 def test_memory_is_flat_over_a_thousand_requests() -> None:
-    """Of a real engine, whose kept heads have gone and come again many times."""
+    """Of a real engine, whose kept prefixes have gone and come again many times."""
     scheduler = Scheduler(
         ENGINES["inference"](case("llama_tiny")), Letters(), (), 4, prefill_chunk=16, prompt_cache_bytes=2**20
     )

@@ -192,7 +192,7 @@ def test_log_probabilities_of_a_prompt_that_fills_the_model() -> None:
     assert len(answer(options, [1, 2, 3, 4, 5], engine).prompt_logprobs or ()) == 4
     error = answer(replace(options, max_new_tokens=1), [1, 2, 3, 4, 5], engine).error
     assert error and "leaves no room" in error
-    whole = answer(options, [1, 2], engine_of(shares_heads=False))
+    whole = answer(options, [1, 2], engine_of(shares_prefixes=False))
     assert whole.error and "reads a prompt as a whole" in whole.error
 
 

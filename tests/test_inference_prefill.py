@@ -108,7 +108,7 @@ def test_log_probabilities_of_a_prompt_come_in_chunks_too() -> None:
 
 
 def test_a_model_that_needs_the_whole_prompt_reads_it_whole() -> None:
-    engine = engine_of(shares_heads=False)
+    engine = engine_of(shares_prefixes=False)
     scheduler = Scheduler(engine, Letters(), (), 9, prefill_chunk=30)
     for length in (50, 12, 10, 14):
         scheduler.submit(prompt_of(length, length), GREEDY)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from letters import VOCABULARY, Letters, engine_of
 from reference_engine import FunctionEngine, random_logits
 
-from utils.inference import heads
+from utils.inference import shared_prefixes
 from utils.inference.engine import Logits
 from utils.inference.generator import Completion, Generator
 from utils.inference.lookup import Lookup
@@ -55,7 +55,7 @@ def answer(engine: FunctionEngine, prompts: Sequence[list[int]], options: Sampli
 
 
 def test_the_next_prompt_takes_a_free_place_at_once() -> None:
-    engine, lengths = engine_of(shares_heads=False), (2, 9, 3, 4, 5)
+    engine, lengths = engine_of(shares_prefixes=False), (2, 9, 3, 4, 5)
     scheduler = Scheduler(engine, Letters(), (), 2)
     requests = [scheduler.submit([7], replace(GREEDY, max_new_tokens=length)) for length in lengths]
     finished: list[tuple[int, int]] = []
@@ -150,7 +150,7 @@ def test_a_batch_needs_a_place() -> None:
 def test_common_heads_are_read_once(size: int) -> None:
     head = np.random.default_rng(0).integers(1, VOCABULARY, 40).tolist()
     prompts = [*prompts_of([3, 9, 5, 7, 4], head), *prompts_of([6, 8]), [*head, 5], [*head, 5]]
-    plain, shared = engine_of(shares_heads=False), engine_of()
+    plain, shared = engine_of(shares_prefixes=False), engine_of()
     speed = Speed()
     generator = Generator(shared, Letters())
     generator.speed = speed
@@ -166,7 +166,7 @@ def test_heads_within_heads() -> None:
     system, shots = random.integers(1, VOCABULARY, 20).tolist(), random.integers(1, VOCABULARY, 30).tolist()
     prompts = [*prompts_of([9, 8, 7], system + shots), *prompts_of([35, 12, 3], system)]
     engine = engine_of()
-    assert answer(engine, prompts, GREEDY, 8) == answer(engine_of(shares_heads=False), prompts, GREEDY, 8)
+    assert answer(engine, prompts, GREEDY, 8) == answer(engine_of(shares_prefixes=False), prompts, GREEDY, 8)
     opened = [tokens for name, tokens in engine.calls if name == "open"]
     assert opened == [[20]]
     prefill = 20 + 30 + sum((9, 8, 7, 35, 12, 3))
@@ -184,8 +184,8 @@ def test_many_heads_do_not_pile_up() -> None:
     pairs = [prompts_of([2, 2], np.random.default_rng(n).integers(1, VOCABULARY, 20).tolist()) for n in range(9)]
     prompts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     engine = engine_of()
-    assert answer(engine, prompts, GREEDY, 1) == answer(engine_of(shares_heads=False), prompts, GREEDY)
-    assert engine.most <= heads.MOST + 2
+    assert answer(engine, prompts, GREEDY, 1) == answer(engine_of(shares_prefixes=False), prompts, GREEDY)
+    assert engine.most <= shared_prefixes.MOST + 2
 
 
 def test_cancelling_the_last_that_waits_frees_the_head() -> None:
@@ -298,7 +298,7 @@ def test_any_mixture_gives_each_request_its_own_answer(plans: list[tuple], size:
             assert number not in found
             if event.completion:
                 found[number] = event.completion
-        assert len(engine.texts) <= max(size, 3) + heads.MOST
+        assert len(engine.texts) <= max(size, 3) + shared_prefixes.MOST
     assert not engine.texts
     for number, plan in enumerate(plans):
         if plan[-1] is None:

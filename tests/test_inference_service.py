@@ -19,7 +19,7 @@ from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scheduler import Scheduler
 from utils.inference.service import MOST_FAILURES, News, Service
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 
 GREEDY = SamplingOptions(max_new_tokens=6)
@@ -240,7 +240,7 @@ def test_what_a_scheduler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- several processes ---------------------------------------------------------------------------------
 
 
-class Both(Alone):
+class Both(ProcessGroup):
     """Two ranks in one process; what the first makes is what the second gets."""
 
     def __init__(self, rank: int, made: list[Any]) -> None:
@@ -255,7 +255,7 @@ class Both(Alone):
 
 def test_ranks_take_the_same_steps() -> None:
     made: list[Any] = []
-    first, second = (Service({"one": maker(Engine())}, peers=Both(rank, made), recovers=True) for rank in (0, 1))
+    first, second = (Service({"one": maker(Engine())}, processes=Both(rank, made), recovers=True) for rank in (0, 1))
     commands: list[Command] = [ask(1, options=SAMPLED), ask(2, options=SAMPLED), Cancel(2), ask(3, options=SAMPLED)]
     for command in commands:
         first.post(command)

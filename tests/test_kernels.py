@@ -57,9 +57,9 @@ def test_rms_norm_matches_its_definition() -> None:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("single_token", [True, False])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norms_of_a_sum_match_their_definitions(kind: str, few: bool, has_bias: bool) -> None:
+def test_norms_of_a_sum_match_their_definitions(kind: str, single_token: bool, has_bias: bool) -> None:
     random = np.random.default_rng(1)
     x, hidden = (random.normal(size=(7, size)).astype("float32") for size in (16, 24))
     matrix, own = (random.normal(size=size).astype("float32") for size in ((16, 24), 24))
@@ -68,8 +68,8 @@ def test_norms_of_a_sum_match_their_definitions(kind: str, few: bool, has_bias: 
     product = fixed_linear(paddle.to_tensor(matrix), paddle.to_tensor(own) if has_bias else None)
     norm = inference.RMSNorm(scale, 1e-5) if kind == "rms" else inference.LayerNorm(scale, shift, 1e-5)
     with paddle.no_grad():
-        update = inference.Update(product, paddle.to_tensor(x))
-        normal, total = norm.of_sum(paddle.to_tensor(hidden), update, few=few)
+        residual = inference.Residual(product, paddle.to_tensor(x))
+        normal, total = norm.of_sum(paddle.to_tensor(hidden), residual, single_token=single_token)
     wanted = x.astype("float64") @ matrix + hidden + (own if has_bias else 0)
     np.testing.assert_allclose(total.numpy(), wanted, atol=1e-5)
     if kind == "layer":
@@ -109,7 +109,7 @@ def test_rotary_matches_complex_multiplication(positions: list[list[int]] | None
     cos, sin = paddle.to_tensor(np.cos(table)), paddle.to_tensor(np.sin(table))
     ids = None if positions is None else paddle.to_tensor(positions, dtype="int64")
 
-    def turned(x: np.ndarray) -> np.ndarray:
+    def rotated(x: np.ndarray) -> np.ndarray:
         places = np.array(positions if positions is not None else [range(5)] * 2)
         turn = np.exp(1j * angles[places])[:, :, None]
         value = (x[..., :4] + 1j * x[..., 4:]) * turn
@@ -120,8 +120,8 @@ def test_rotary_matches_complex_multiplication(positions: list[list[int]] | None
         return apply_rotary_pos_emb(q, k, *(F.embedding(places, wave[0, :, 0]).unsqueeze(2) for wave in (cos, sin)))
 
     found = gradients(ours, query, key)
-    np.testing.assert_allclose(found[0], turned(query), atol=1e-5)
-    np.testing.assert_allclose(found[1], turned(key), atol=1e-5)
+    np.testing.assert_allclose(found[0], rotated(query), atol=1e-5)
+    np.testing.assert_allclose(found[1], rotated(key), atol=1e-5)
 
     def plain(q: Any, k: Any) -> Any:  # the same through autograd
         places = paddle.to_tensor([list(range(5))] * 2) if ids is None else ids

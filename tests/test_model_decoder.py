@@ -84,7 +84,7 @@ def queries_and_keys(head_dim: int, seed: int = 1) -> tuple[Any, Any]:
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("in_order", [False, True])
 def test_dimensions_may_pair_in_any_order(parts: int, in_order: bool) -> None:
-    """As if they were brought into the order in which halves pair, turned, and brought back."""
+    """As if they were brought into the order in which halves pair, rotated, and brought back."""
     random = np.random.default_rng(parts)
     inverse = random.uniform(0.01, 1, (parts, 8)).astype(np.float32)
     order = np.arange(16) if in_order else random.permutation(16)
@@ -96,8 +96,8 @@ def test_dimensions_may_pair_in_any_order(parts: int, in_order: bool) -> None:
     angles = np.concatenate([angles, angles], axis=-1)[:, :, None]
     for ours, x in zip(found, (query, key), strict=True):
         halves = x.numpy()[..., order]
-        turned = np.concatenate([-halves[..., 8:], halves[..., :8]], axis=-1)
-        wanted = 1.5 * (halves * np.cos(angles) + turned * np.sin(angles))
+        rotated = np.concatenate([-halves[..., 8:], halves[..., :8]], axis=-1)
+        wanted = 1.5 * (halves * np.cos(angles) + rotated * np.sin(angles))
         np.testing.assert_allclose(ours.numpy()[..., order], wanted, atol=2e-5)
 
 
@@ -108,9 +108,9 @@ def test_pairs_of_halves_are_the_same_with_and_without_an_order() -> None:
     for order in (None, np.arange(8)):
         query, key = queries_and_keys(8)
         query.stop_gradient = key.stop_gradient = False
-        turned = RotaryPositions(Rotary(inverse, order)).at(positions, 12)(query, key)
-        (turned[0].square().sum() + (turned[1] ** 3).sum()).backward()
-        found.append([x.numpy() for x in (*turned, query.grad, key.grad)])
+        rotated = RotaryPositions(Rotary(inverse, order)).at(positions, 12)(query, key)
+        (rotated[0].square().sum() + (rotated[1] ** 3).sum()).backward()
+        found.append([x.numpy() for x in (*rotated, query.grad, key.grad)])
     for plain, ordered in zip(*found, strict=True):
         np.testing.assert_allclose(plain, ordered, rtol=1e-6, atol=1e-6)
 

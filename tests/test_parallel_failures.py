@@ -30,11 +30,11 @@ runtime.prepare()
 runtime.prepare = lambda **_: None
 runtime.load_paddle()
 from utils.errors import UserError
-from utils.parallel import peers
+from utils.parallel import process_group
 from utils.parallel.cpu import pairs
 from utils.training.loop import Trainer
 from utils.training.saving import Saver
-peers.STEP_SECONDS = pairs.WAIT_SECONDS = 20.0
+process_group.STEP_SECONDS = pairs.WAIT_SECONDS = 20.0
 RANK = int(os.environ.get("PADDLE_TRAINER_ID") or 0)
 """
 
@@ -101,7 +101,7 @@ def test_a_signal_to_the_launcher(layout: str, tiny: Tiny, tmp_path: Path) -> No
 
 
 FAILING = """
-peers.READ_SECONDS = 2.0  # rank 0 is still there when the launcher ends the others
+process_group.READ_SECONDS = 2.0  # rank 0 is still there when the launcher ends the others
 step = Trainer.forward_backward
 def failing(self, *args, **kwargs):
     if self.state.global_step == 2 and RANK == {rank}:
@@ -124,7 +124,7 @@ def test_a_failing_rank(layout: str, rank: int, tiny: Tiny, tmp_path: Path) -> N
 
 
 SLOW_TO_END = """
-peers.SEEN_SECONDS = peers.READ_SECONDS = 0.1  # rank 1 does not wait for rank 0
+process_group.SEEN_SECONDS = process_group.READ_SECONDS = 0.1  # rank 1 does not wait for rank 0
 import time
 from utils.training.callbacks import StopOnSignal
 ended = StopOnSignal.release

@@ -18,11 +18,11 @@ from tiny_text import pretrain, tokenize_text
 from utils.checkpoints.load import load_model
 from utils.errors import UserError
 from utils.families import FAMILIES
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 from utils.partition.pipeline import Stages
 from utils.partition.stages import all_parts, names_elsewhere, own_parts, tied_name
-from utils.partition.tensor import Held
+from utils.partition.tensor import ShardPlan
 from utils.training.model import TrainingModel
 
 TWO = ["--pipeline_parallel_degree", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4]
@@ -195,7 +195,9 @@ def test_stages_in_turn_compute_what_the_whole_model_does(name: str) -> None:
     with paddle.no_grad():
         for rank in range(2):
             layout = Layout(world=2, rank=rank, pipeline=2)
-            base = load_model(checkpoint, "float32", held=Held.of(family, checkpoint.config, Alone(layout)))
+            base = load_model(
+                checkpoint, "float32", shard_plan=ShardPlan.of(family, checkpoint.config, ProcessGroup(layout))
+            )
             stages = Stages(layout, family.shape(checkpoint.config).layers)
             model = TrainingModel(family, base, stages=stages)
             model.eval()

@@ -216,3 +216,44 @@ def test_every_option_is_read(root: Path) -> None:
     assert len(classes) > 8
     for name in {name for cls in classes for name in options_of(cls)} - known:
         assert re.search(rf"""\.{name}\b|["']{name}["']|\b{name}: """, text), name
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+NAMED = ("id", "attr", "name", "arg", "asname")  # fields of the syntax tree that hold names
+# a private word, the field's term, and where the private one must not stand; some mean something else in other places
+GLOSSARY = (
+    ("Held", "ShardPlan", "utils"),
+    ("held", "shard_plan", "utils/adapters utils/training utils/partition utils/checkpoints/load.py"),
+    ("Alone", "ProcessGroup", "utils"),
+    ("Peers", "ConnectedGroup", "utils"),
+    ("peers", "processes", "utils"),
+    ("gate", "barrier", "utils/inference utils/parallel utils/partition utils/training"),
+    ("rings", "traced_collectives", "utils"),
+    ("WeightShare", "Zero3", "utils"),
+    ("Slot", "Accumulator", "utils/parallel utils/training"),
+    ("Head", "SharedPrefix", "utils/inference"),
+    ("Heads", "SharedPrefixes", "utils/inference"),
+    ("Places", "AttentionInputs", "utils"),
+    ("turns", "rotaries", "utils/model"),
+    ("turned", "rotated or transposed", "utils/model utils/checkpoints utils/adapters utils/families"),
+    ("few", "single_token", "utils/kernels utils/model"),
+    ("ways", "branches", "utils/model/steps.py utils/model/fused.py utils/model/plain.py"),
+    ("Update", "Residual", "utils/kernels utils/model"),
+    ("room", "capacity", "utils/model utils/kernels"),
+    ("Piece", "CheckpointShard", "utils/training"),
+    ("corner", "engine", "utils"),
+)
+
+
+@pytest.mark.parametrize(("private", "term", "places"), GLOSSARY)
+def test_names_are_the_terms_of_the_field(root: Path, private: str, term: str, places: str) -> None:
+    """Names in code, of modules too."""
+    faults = []
+    for place in places.split():
+        for path in [root / place] if place.endswith(".py") else sorted((root / place).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {path.stem, *(getattr(node, field, None) for node in ast.walk(tree) for field in NAMED)}
+            if private in names:
+                faults.append(f"{path.relative_to(root)}: {private}, say {term}")
+    assert not faults

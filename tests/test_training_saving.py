@@ -20,34 +20,34 @@ from utils.checkpoints.files import atomic_directory, is_complete
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import LazyTensor, write_lazy
 from utils.errors import UserError
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 from utils.training import saving
-from utils.training.saving import Piece, Saver
+from utils.training.saving import CheckpointShard, Saver
 
 
-class Together(Alone):
+class Together(ProcessGroup):
     """One of several ranks in threads of this process."""
 
     def __init__(self, layout: Layout, barrier: threading.Barrier, shared: dict[int, Any]) -> None:
         super().__init__(layout)
-        self.barrier, self.shared = barrier, shared
+        self.meeting, self.shared = barrier, shared
 
-    def gate(self, what: str, seconds: float = 10) -> None:
-        self.barrier.wait(10)
+    def barrier(self, what: str, seconds: float = 10) -> None:
+        self.meeting.wait(10)
 
     def gather(self, value: Any) -> list[Any]:
         self.shared[self.layout.rank] = value
-        self.gate("")
+        self.barrier("")
         found = [self.shared[rank] for rank in range(self.layout.world)]
-        self.gate("")
+        self.barrier("")
         return found
 
 
-def ranks(count: int, work: Callable[[Alone], Any]) -> list[Any]:
+def ranks(count: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
     """What `work` returns on every rank."""
     if count == 1:
-        return [work(Alone())]
+        return [work(ProcessGroup())]
     barrier, shared = threading.Barrier(count), {}
     layouts = [Layout(world=count, rank=rank, pipeline=count) for rank in range(count)]
     with ThreadPoolExecutor(count) as pool:
@@ -58,9 +58,12 @@ def tensor(name: str, values: np.ndarray) -> LazyTensor:
     return LazyTensor(name, "float32", values.shape, lambda: values)
 
 
-def pieces_of(peers: Alone, weights: np.ndarray) -> list[Piece]:
-    rank = peers.layout.rank
-    return [Piece("model", [tensor(f"w{rank}", weights)]), Piece("one", [tensor(f"v{rank}", weights)], single=True)]
+def shards_of(processes: ProcessGroup, weights: np.ndarray) -> list[CheckpointShard]:
+    rank = processes.layout.rank
+    return [
+        CheckpointShard("model", [tensor(f"w{rank}", weights)]),
+        CheckpointShard("one", [tensor(f"v{rank}", weights)], single=True),
+    ]
 
 
 def beside(folder: Path) -> None:
@@ -84,16 +87,16 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(count: int, tmp_path: Pat
     """What is written are the values of the moment of saving; the folder appears once all of it is there."""
     target, slow = tmp_path / "checkpoint-1", Slow()
 
-    def train(peers: Alone) -> None:
-        weights = np.full([3, 2], 1.0 + peers.layout.rank, dtype=np.float32)
-        saver = Saver(peers, background=True)
-        saver.save(partial(atomic_directory, target), pieces_of(peers, weights), beside, target=target)
+    def train(processes: ProcessGroup) -> None:
+        weights = np.full([3, 2], 1.0 + processes.layout.rank, dtype=np.float32)
+        saver = Saver(processes, background=True)
+        saver.save(partial(atomic_directory, target), shards_of(processes, weights), beside, target=target)
         for _ in range(5):  # steps of training
             weights += 10
             saver.check()
-            peers.sums([1.0])
+            processes.sums([1.0])
         assert slow.begun.wait(10) and not target.exists()
-        peers.gate("all have trained")
+        processes.barrier("all have trained")
         slow.may.set()
         saver.wait()
         assert is_complete(target)
@@ -101,10 +104,10 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(count: int, tmp_path: Pat
     with mock.patch.object(saving, "write_lazy", slow):
         ranks(count, train)
 
-    def save(peers: Alone) -> None:
-        weights = np.full([3, 2], 1.0 + peers.layout.rank, dtype=np.float32)
+    def save(processes: ProcessGroup) -> None:
+        weights = np.full([3, 2], 1.0 + processes.layout.rank, dtype=np.float32)
         place = partial(atomic_directory, tmp_path / "at once")
-        Saver(peers).save(place, pieces_of(peers, weights), beside)
+        Saver(processes).save(place, shards_of(processes, weights), beside)
 
     ranks(count, save)
     ours, wanted = ({path.name: path.read_bytes() for path in f.iterdir()} for f in (target, tmp_path / "at once"))
@@ -115,13 +118,13 @@ def test_the_run_goes_on_while_a_checkpoint_is_written(count: int, tmp_path: Pat
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
-    slow, saver, order = Slow(), Saver(Alone(), background=True), []
+    slow, saver, order = Slow(), Saver(ProcessGroup(), background=True), []
     with mock.patch.object(saving, "write_lazy", slow):
         for number in range(2):
             threading.Timer(0.2, slow.may.set).start()
             target, weights = tmp_path / f"checkpoint-{number}", np.zeros([2], dtype=np.float32)
             done = partial(order.append, number)
-            saver.save(partial(atomic_directory, target), pieces_of(saver.peers, weights), beside, after=done)
+            saver.save(partial(atomic_directory, target), shards_of(saver.processes, weights), beside, after=done)
             assert order == list(range(number))
         saver.wait()
     assert order == [0, 1]
@@ -140,17 +143,17 @@ def test_a_full_disk(count: int, at: int, background: bool, tmp_path: Path) -> N
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_lazy(path, tensors, *arguments)
 
-    def train(peers: Alone) -> str:
-        saver = Saver(peers, background=background)
+    def train(processes: ProcessGroup) -> str:
+        saver = Saver(processes, background=background)
         weights = np.zeros([2], dtype=np.float32)
         try:
-            saver.save(partial(atomic_directory, target), pieces_of(peers, weights), beside, target=target)
-            if peers.layout.rank == at:
+            saver.save(partial(atomic_directory, target), shards_of(processes, weights), beside, target=target)
+            if processes.layout.rank == at:
                 saver.settle()
             saver.check()
         except UserError as error:
-            if isinstance(peers, Together):
-                peers.barrier.abort()
+            if isinstance(processes, Together):
+                processes.meeting.abort()
             return str(error)
         except threading.BrokenBarrierError:
             pass

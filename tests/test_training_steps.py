@@ -13,14 +13,14 @@ import pytest
 from family_cases import NAMES, case
 from interrupted import interrupt
 from paddle.base import core
-from saved import held, save_trained
+from saved import save_trained, shard_plan
 from tiny_runs import Tiny, tiny  # noqa: F401
 
 from utils.arguments import FinetuneArguments
 from utils.checkpoints.load import load_model
 from utils.checkpoints.locate import stored_tensors
 from utils.checkpoints.tensors import in_memory, write_lazy
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.states import OptimizerStates
 from utils.training import resume
 from utils.training.amp import LossScaler
@@ -60,7 +60,7 @@ def test_adapters_over_a_base_in_half_precision_are_trained_in_float32(method: s
     """With O2 they are half precision too, and the optimizer keeps float32 copies."""
     args = arguments(tmp_path, fp16_opt_level=level, prefix_projection=True, lora_alpha=16.0, **{method: True})
     checkpoint = case("llama_tiny").checkpoint
-    model, trained = build(args, checkpoint, "bfloat16", [], Alone())
+    model, trained = build(args, checkpoint, "bfloat16", [], ProcessGroup())
     mine = list(trained.parameters().values())
     frozen = {parameter.dtype for parameter in model.parameters() if parameter.stop_gradient}
     assert frozen == {paddle.bfloat16}
@@ -70,7 +70,9 @@ def test_adapters_over_a_base_in_half_precision_are_trained_in_float32(method: s
             key = model.prefix.cache(2)[0][0]
             assert key.dtype == paddle.float32 and bool((key.astype("bfloat16").astype("float32") == key).all())
         save_trained(tmp_path / "saved", trained)
-        kept = {n: tensor.dtype for n, tensor in stored_tensors(tmp_path / "saved", trained.piece().stem).items()}
+        kept = {
+            n: tensor.dtype for n, tensor in stored_tensors(tmp_path / "saved", trained.checkpoint_shard().stem).items()
+        }
         assert kept == dict.fromkeys(trained.parameters(), "float32")
         trained.restore(tmp_path / "saved")
 
@@ -122,7 +124,7 @@ def test_the_norm_takes_the_memory_of_one_gradient(dtype: str) -> None:
         parameter.grad = paddle.to_tensor(random.normal(size=size).astype("float32")).astype(dtype)
         parameters.append(parameter)
     wanted = np.sqrt(sum((p.grad.astype("float32").numpy().astype("float64") ** 2).sum() for p in parameters))
-    gradients = Gradients(parameters, Alone())
+    gradients = Gradients(parameters, ProcessGroup())
     before = core.host_memory_stat_current_value("Allocated", 0)
     core.host_memory_stat_reset_peak_value("Allocated", 0)
     norm = gradients.finish(1.0)
@@ -144,7 +146,7 @@ def test_a_run_goes_on_in_another_precision(tmp_path: Path) -> None:
         optimizer.step()
         return parameter.numpy()
 
-    whole = held(case("llama_tiny").checkpoint)
+    whole = shard_plan(case("llama_tiny").checkpoint)
     parameter, optimizer = run("float32", np.random.default_rng(0).normal(size=[3, 4]).astype("float32"))
     exact = step(parameter, optimizer)
     plain = resume.optimizer_tensors(optimizer, {"w": parameter}, whole)
@@ -190,7 +192,7 @@ def test_the_loss_scale_leaves_no_trace(limit: float) -> None:
     def finished(scale: float, values: np.ndarray) -> tuple[float, np.ndarray]:
         parameter = paddle.create_parameter([4], "float32")
         parameter.grad = paddle.to_tensor(values * np.float32(scale))
-        norm = Gradients([parameter], Alone(), limit=limit).finish(0.5, scale)
+        norm = Gradients([parameter], ProcessGroup(), limit=limit).finish(0.5, scale)
         return norm, parameter.grad.numpy()
 
     values = np.array([1e-3, -2e-5, 3e-2, 0], dtype="float32")

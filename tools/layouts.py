@@ -157,17 +157,17 @@ def work(listed: Path) -> None:
     runtime.prepare()
     import finetune_generation
     from utils.errors import run_script
-    from utils.parallel import peers
+    from utils.parallel import process_group
 
     runtime.prepare = lambda **_: None
-    connect, known = peers.start, []
+    connect, known = process_group.start, []
 
     def start_once(*arguments: Any) -> Any:
         if not known:
             known.append(connect(*arguments))
         return known[0]
 
-    peers.start = start_once
+    process_group.start = start_once
 
     def main() -> None:
         for output, words in json.loads(listed.read_text("utf-8")):

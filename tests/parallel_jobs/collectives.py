@@ -19,7 +19,7 @@ runtime.prepare()
 from training import check_pipeline, check_sharded  # noqa: E402
 from values import ROWS, WIDTH, WORDS, close, leaf, numbers  # noqa: E402
 
-from utils.parallel import groups, peers  # noqa: E402
+from utils.parallel import groups, process_group  # noqa: E402
 from utils.parallel.groups import Groups, seed_everything  # noqa: E402
 from utils.parallel.topology import Layout  # noqa: E402
 
@@ -101,7 +101,7 @@ def check_exchanges(group: Any, rank: int, ranks: int) -> None:
     close(x, np.full([2], ranks), "all_reduce after a chain")
 
 
-def check_signals(ours: peers.Alone) -> None:
+def check_signals(ours: process_group.ProcessGroup) -> None:
     """Requests to the store that a signal interrupts are answered all the same."""
     from utils.training.callbacks import StopOnSignal
 
@@ -321,7 +321,7 @@ class Report:
 def four() -> None:
     """Tensor 2 x pipeline 2, then pipeline 4 and tensor 2 x sharding 2 in the same processes."""
     report, layout = Report(), layout_of(tensor=2, pipeline=2)
-    ours = peers.start(layout, "cpu")
+    ours = process_group.start(layout, "cpu")
     tensor = ours.groups.tensor
     from paddle.distributed.collective import _get_default_group
     from paddle.distributed.fleet.base import topology
@@ -346,7 +346,7 @@ def four() -> None:
     report("groups with sharding", check_groups, layout, second)
     for stage in (1, 2, 3):
         report(f"sharded, stage {stage}", check_sharded, layout, second, stage)
-    ours.gate("the end of the checks")
+    ours.barrier("the end of the checks")
     print(f"rank {layout.rank}: all right", file=sys.stderr)
     ours.leave(0)
 
@@ -357,16 +357,16 @@ def two() -> None:
     import paddle.distributed as dist
 
     report, layout = Report(), layout_of(tensor=2)
-    ours = peers.start(layout, "cpu")
+    ours = process_group.start(layout, "cpu")
     report("signals", check_signals, ours)
     if layout.rank == 1:
         time.sleep(0.5)
-        peers.end(3)
+        process_group.end(3)
     try:
         dist.all_reduce(paddle.ones([4, 8]), group=ours.groups.tensor)
     except RuntimeError as error:
         print(f"rank 0: {error}", file=sys.stderr, flush=True)
-        peers.end(4)
+        process_group.end(4)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from utils import runtime
 runtime.prepare()
 
 from utils.errors import UserError, run_script  # noqa: E402
-from utils.parallel import peers  # noqa: E402
+from utils.parallel import process_group  # noqa: E402
 
 runtime.prepare = lambda **_: None
-connect = peers.start
+connect = process_group.start
 known: list[Any] = []
 
 
@@ -31,7 +31,7 @@ def start_once(*arguments: Any) -> Any:
     return known[0]
 
 
-peers.start = start_once
+process_group.start = start_once
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from utils.checkpoints.locate import Checkpoint
 from utils.checkpoints.match import some
 from utils.errors import UserError
 from utils.kernels.linear import Linear, LoraLinear, replace_layer
-from utils.partition.tensor import Held
+from utils.partition.tensor import ShardPlan
 
 # What other toolchains know of an adapter and ours does not have; their readers ask for these keys.
 _OTHER_SETTINGS: dict[str, Any] = {
@@ -66,7 +66,7 @@ def add_lora(
     linears: Sequence[str] | None = None,
     seed: int = 0,
     dtype: str | None = None,
-    held: Held | None = None,
+    shard_plan: ShardPlan | None = None,
 ) -> Adapted:
     """Puts LoRA layers into `model` (in place) and freezes everything else.
 
@@ -78,15 +78,15 @@ def add_lora(
         linears: names of the Linear layers of the whole model, where `model` has some of them only.
         seed: of the values that A starts with.
         dtype: of the trained weights; that of `model` by default, in which layers compute in any case.
-        held: what this rank holds of `model`, if not all.
+        shard_plan: what this rank holds of `model`, if not all.
     """
     if linears is None:
         found = [name for name, layer in model.named_sublayers() if isinstance(layer, Linear)]
         linears = [name for name in found if name != model.architecture.head_layer]
     patterns = target_patterns(linears, targets or default_targets(linears, model.architecture))
     settings = LoraSettings(rank, 2 * rank if alpha is None else alpha, rslora, dropout, tuple(patterns))
-    adapted = _adapted(model, settings, matched(linears, patterns), lora_plus_scale, dtype, held)
-    _draw(adapted, seed, held)
+    adapted = _adapted(model, settings, matched(linears, patterns), lora_plus_scale, dtype, shard_plan)
+    _draw(adapted, seed, shard_plan)
     return adapted
 
 
@@ -96,7 +96,7 @@ def _adapted(
     layers: Collection[str],
     lora_plus_scale: float,
     dtype: str | None,
-    held: Held | None,
+    shard_plan: ShardPlan | None,
 ) -> Adapted:
     """`model` with a LoRA layer in the place of those of `layers` that it has; everything else is frozen."""
     dtype = dtype or model.settings.dtype
@@ -117,7 +117,7 @@ def _adapted(
     return Adapted(model, settings, lora_plus_scale, dtype)
 
 
-def _draw(adapted: Adapted, seed: int, held: Held | None) -> None:
+def _draw(adapted: Adapted, seed: int, shard_plan: ShardPlan | None) -> None:
     """Draws A of every layer anew, by the layer's name: it starts alike however processes share the layers.
 
     The distribution is the library's, Kaiming's uniform one with a = sqrt(5). B starts with zeros.
@@ -125,11 +125,11 @@ def _draw(adapted: Adapted, seed: int, held: Held | None) -> None:
     for name, parameter in lora_parameters(adapted).items():
         if not name.endswith("lora_A"):
             continue
-        shape = tuple(parameter.shape) if held is None else held.parts.whole_shape(name, parameter.shape)
+        shape = tuple(parameter.shape) if shard_plan is None else shard_plan.parts.whole_shape(name, parameter.shape)
         bound = shape[0] ** -0.5
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = generator.uniform(-bound, bound, shape).astype(np.float32)
-        fill(parameter, values if held is None else held.parts.cut(name, values))
+        fill(parameter, values if shard_plan is None else shard_plan.parts.cut(name, values))
 
 
 def describe_lora(folder: Path, adapted: Adapted, base: Checkpoint) -> None:
@@ -152,11 +152,11 @@ def lora_parameters(adapted: Adapted) -> dict[str, Any]:
     return {n: p for n, p in adapted.model.named_parameters() if "lora_" in n.rsplit(".", 1)[-1]}
 
 
-def restore_lora(adapted: Adapted, adapter: LoraAdapter, held: Held | None = None) -> None:
+def restore_lora(adapted: Adapted, adapter: LoraAdapter, shard_plan: ShardPlan | None = None) -> None:
     """Fills the LoRA weights of `adapted` from an adapter with the same settings.
 
     Args:
-        held: what this rank holds of them, if not all.
+        shard_plan: what this rank holds of them, if not all.
 
     Raises:
         UserError: weights that are missing, left over or of another shape, or layers with another scale.
@@ -165,7 +165,7 @@ def restore_lora(adapted: Adapted, adapter: LoraAdapter, held: Held | None = Non
     others = [layer for layer in adapter.pairs if theirs.scale_of(layer) != ours.scale_of(layer)]
     if others:
         raise UserError(f"{adapter.folder}: was trained with another scale (alpha and rank) of {some(others)}")
-    fill_parameters(lora_parameters(adapted), adapter.tensors(), adapter.folder, held)
+    fill_parameters(lora_parameters(adapted), adapter.tensors(), adapter.folder, shard_plan)
 
 
 def load_lora(
@@ -175,7 +175,7 @@ def load_lora(
     dropout: float = 0.0,
     lora_plus_scale: float = 1.0,
     dtype: str | None = None,
-    held: Held | None = None,
+    shard_plan: ShardPlan | None = None,
 ) -> Adapted:
     """`model` with the LoRA layers of an adapter in it, weights filled, ready to run or train.
 
@@ -183,9 +183,9 @@ def load_lora(
         adapter: without one of the head, which no Linear of the model computes.
         dropout, lora_plus_scale: for further training; what the adapter was trained with is history.
         dtype: see `add_lora`.
-        held: what this rank holds of `model`, if not all.
+        shard_plan: what this rank holds of `model`, if not all.
     """
     settings = replace(adapter.settings, dropout=dropout)
-    adapted = _adapted(model, settings, adapter.pairs, lora_plus_scale, dtype, held)
-    restore_lora(adapted, adapter, held)
+    adapted = _adapted(model, settings, adapter.pairs, lora_plus_scale, dtype, shard_plan)
+    restore_lora(adapted, adapter, shard_plan)
     return adapted

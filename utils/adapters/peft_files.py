@@ -136,10 +136,10 @@ def _named(
     for name, tensor in open_tensors(weights).items():
         found = _NAME.fullmatch(name)
         place = (found[1], found[2]) if found and (found[1] in layers or found[1] == head) else None
-        yield name, place, turned(name, tensor)
+        yield name, place, transposed(name, tensor)
 
 
-def turned(name: str, tensor: LazyTensor) -> LazyTensor:
+def transposed(name: str, tensor: LazyTensor) -> LazyTensor:
     """A tensor under another name and with its axes exchanged."""
     return LazyTensor(name, tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
 

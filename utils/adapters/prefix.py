@@ -24,7 +24,7 @@ from utils.kernels import precision
 from utils.kernels.linear import Embedding, linear
 from utils.model.architecture import ModelShape
 from utils.model.decoder import Layers
-from utils.partition.tensor import Held
+from utils.partition.tensor import ShardPlan
 
 if TYPE_CHECKING:
     from utils.inference.engine import Engine
@@ -50,17 +50,17 @@ class PrefixTuning(nn.Layer):
         projection_hidden: int | None = None,
         dtype: str = "float32",
         computed: str | None = None,
-        held: Held | None = None,
+        shard_plan: ShardPlan | None = None,
     ) -> None:
         """
         Args:
             dtype: of the encoder's weights.
             computed: type of the keys and values, that of the model; `dtype` by default.
-            held: what this rank holds of the model, if not all. Every rank has the whole encoder, and uses the
+            shard_plan: what this rank holds of the model, if not all. Every rank has the whole encoder, and uses the
                 heads and layers that it holds.
         """
         super().__init__(dtype=dtype)
-        self.family, self.shape, self.length, self.held = family, shape, length, held
+        self.family, self.shape, self.length, self.shard_plan = family, shape, length, shard_plan
         self.computed = computed or dtype
         self.projection = projection
         self.projection_hidden = projection_hidden or shape.hidden
@@ -78,8 +78,8 @@ class PrefixTuning(nn.Layer):
             parts = [Embedding(length, size)]
         self.encoder = nn.Sequential(*parts)
         self.encoder.to(dtype=dtype)
-        if held is not None:
-            held.mark_whole(self.encoder.parameters())
+        if shard_plan is not None:
+            shard_plan.mark_whole(self.encoder.parameters())
 
     def flat(self) -> Tensor:
         """Keys and values [1, length, 2 * layers, kv_heads, head_dim]: keys of all layers, then values."""
@@ -95,8 +95,8 @@ class PrefixTuning(nn.Layer):
             layers: the numbers of those that are wanted, if not all.
         """
         flat = self.flat()
-        if self.held is not None and self.held.parts.degree > 1:
-            flat = flat[:, :, :, self.held.parts.key_value_heads]
+        if self.shard_plan is not None and self.shard_plan.parts.degree > 1:
+            flat = flat[:, :, :, self.shard_plan.parts.key_value_heads]
         parts = flat.expand([batch, -1, -1, -1, -1]).transpose([2, 0, 1, 3, 4])
         count = self.shape.layers
         return [(parts[number], parts[count + number]) for number in (range(count) if layers is None else layers)]
@@ -132,8 +132,8 @@ class PrefixTuning(nn.Layer):
         (kept,) = engine.keep(slot, [0, self.length])
         engine.free([slot])
         found = complete(paddle.to_tensor(kept.values))
-        if self.held is not None:
-            found = self.held.all_heads(found, axis=1)
+        if self.shard_plan is not None:
+            found = self.shard_plan.all_heads(found, axis=1)
         by_layer = found.reshape([self.shape.layers, 2, *found.shape[1:]])
         weight = self.encoder[0].weight
         weight.set_value(by_layer.transpose([3, 1, 0, 2, 4]).reshape(weight.shape).astype(weight.dtype))
@@ -170,13 +170,13 @@ def load_prefix(
     family: FamilySpec,
     path: str | Path,
     base: Checkpoint,
-    held: Held | None = None,
+    shard_plan: ShardPlan | None = None,
     *,
     dtype: str | None = None,
 ) -> PrefixTuning:
     """As `read_prefix`, for `model`; its weights are in the type of `model` unless another one is named."""
     computed = model.settings.dtype
-    return read_prefix(family, path, base, dtype or computed, held, computed=computed)
+    return read_prefix(family, path, base, dtype or computed, shard_plan, computed=computed)
 
 
 def read_prefix(
@@ -184,7 +184,7 @@ def read_prefix(
     path: str | Path,
     base: Checkpoint,
     dtype: str,
-    held: Held | None = None,
+    shard_plan: ShardPlan | None = None,
     *,
     computed: str | None = None,
 ) -> PrefixTuning:
@@ -192,7 +192,7 @@ def read_prefix(
 
     Args:
         dtype, computed: see `PrefixTuning`.
-        held: what this rank holds of the model, if not all.
+        shard_plan: what this rank holds of the model, if not all.
 
     Raises:
         UserError: an adapter of another base, or one whose weights do not fit.
@@ -206,7 +206,7 @@ def read_prefix(
         projection_hidden=settings.projection_hidden,
         dtype=dtype,
         computed=computed,
-        held=held,
+        shard_plan=shard_plan,
     )
     restore_prefix(prefix, Path(path))
     return prefix

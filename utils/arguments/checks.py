@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.parallel.topology import world_size
-from utils.places import NO_FILE, PARTIAL, READ_ONLY, is_read_only, is_stream
+from utils.paths import NO_FILE, PARTIAL, READ_ONLY, is_read_only, is_stream
 from utils.runtime import gpu_present
 from utils.splits import looks_like_path, split_files
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from utils.arguments.checks import unwritable
-from utils.places import NO_FILE, READ_ONLY, is_read_only
+from utils.paths import NO_FILE, READ_ONLY, is_read_only
 from utils.splits import looks_like_path
 
 TASKS = ("do_train", "do_eval", "do_predict")

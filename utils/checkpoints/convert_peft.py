@@ -24,7 +24,7 @@ import numpy as np
 
 from utils.adapters.check import LORA_CONFIG, WEIGHTS
 from utils.adapters.lora_files import PEFT_CONFIG, LoraAdapter, Pair, plain, read_lora
-from utils.adapters.peft_files import PEFT_WEIGHTS, by_published, read_peft, short_names, turned
+from utils.adapters.peft_files import PEFT_WEIGHTS, by_published, read_peft, short_names, transposed
 from utils.adapters.targets import matrices
 from utils.checkpoints.companions import has_tokenizer, write_companions
 from utils.checkpoints.files import atomic_directory, write_json
@@ -121,7 +121,7 @@ def to_peft(adapter: Path, target: Path, base: Checkpoint | None = None) -> None
         "inference_mode": True,
     }
     tensors = [
-        turned(f"base_model.model.{name}.lora_{letter}.weight", half)
+        transposed(f"base_model.model.{name}.lora_{letter}.weight", half)
         for name, (pair, _, _) in adapted.items()
         for letter, half in zip("AB", pair, strict=True)
     ]

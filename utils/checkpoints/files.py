@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import raise_if
-from utils.places import READ_ONLY, descriptor, is_read_only, is_stream, read_only_in
+from utils.paths import READ_ONLY, descriptor, is_read_only, is_stream, read_only_in
 from utils.signals import unfinished
 
 COMPLETE = ".complete.json"  # lists the files and sizes of a folder that `atomic_directory` has written

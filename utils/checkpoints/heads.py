@@ -69,11 +69,11 @@ def _same(table: LazyTensor, head: LazyTensor) -> bool:
     """Whether a head, [vocabulary, width] or [width, vocabulary], has the values of a table [vocabulary, width]."""
     if head.shape not in (table.shape, table.shape[::-1]):
         return False
-    turned = head.shape != table.shape
+    transposed = head.shape != table.shape
     rows = max(1, _BLOCK // max(1, table.shape[1]))
     for start in range(0, table.shape[0], rows):
         place = slice(start, start + rows)
-        one, other = table.read()[place], (head.read().T if turned else head.read())[place]
+        one, other = table.read()[place], (head.read().T if transposed else head.read())[place]
         if table.dtype != head.dtype:  # the one that was written again in another type has been rounded to it
             one, other = cast(one, head.dtype), cast(other, head.dtype)
         if not np.array_equal(one, other):

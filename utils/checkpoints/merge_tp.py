@@ -365,12 +365,12 @@ def _untied(checkpoint: Checkpoint, heads: list[LazyTensor], stored: list[dict[s
         )
     notice(f"{said} values than the embedding, so it is a head of its own, although tie_word_embeddings ties them")
     for found, head in zip(stored, heads, strict=True):
-        turned = not architecture.head_is_table and head.shape[-1] == architecture.shape.hidden
-        found[architecture.head] = _turned(head) if turned else head
+        transposed = not architecture.head_is_table and head.shape[-1] == architecture.shape.hidden
+        found[architecture.head] = _transposed(head) if transposed else head
     return replace(checkpoint, config=untied)
 
 
-def _turned(tensor: LazyTensor) -> LazyTensor:
+def _transposed(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.name, tensor.dtype, tensor.shape[::-1], lambda: tensor.read().T)
 
 

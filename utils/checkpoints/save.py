@@ -58,12 +58,12 @@ def in_layout(tensors: Sequence[tuple[Weight, LazyTensor]], export_format: str) 
         return [tensor for _, tensor in tensors]
     parts: dict[str, list[tuple[Weight, LazyTensor]]] = {}
     for weight, tensor in tensors:
-        turned = _turned(tensor) if weight.transpose else tensor
-        parts.setdefault(weight.published, []).append((weight, turned))
+        transposed = _transposed(tensor) if weight.transpose else tensor
+        parts.setdefault(weight.published, []).append((weight, transposed))
     return [_joined(name, found) for name, found in parts.items()]
 
 
-def _turned(tensor: LazyTensor) -> LazyTensor:
+def _transposed(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.name, tensor.dtype, tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
 
 

@@ -25,7 +25,7 @@ from utils.errors import UserError, notice, raise_if, reason
 if TYPE_CHECKING:
     from utils.data.stream import StreamDataset
     from utils.families.tokenizers import Tokenizer
-    from utils.parallel.peers import Alone
+    from utils.parallel.process_group import ProcessGroup
 
 FORMAT_VERSION = 2  # of the cached arrays and of how rows become ids; a change makes old entries unused
 BAR_DELAY = 2.0  # seconds before a progress bar appears
@@ -261,7 +261,7 @@ def _source(args: DataOptions, split: str) -> Source:
 
 
 def load_dataset(
-    args: DataOptions, tokenizer: Tokenizer, template: ChatTemplate, split: str, peers: Alone | None = None
+    args: DataOptions, tokenizer: Tokenizer, template: ChatTemplate, split: str, processes: ProcessGroup | None = None
 ) -> SupervisedDataset | StreamDataset:
     """The dataset of one split.
 
@@ -269,7 +269,7 @@ def load_dataset(
         args: the arguments of the run.
         tokenizer, template: of the checkpoint.
         split: "train", "dev", "test" or "quant".
-        peers: the processes of the run.
+        processes: the processes of the run.
 
     Returns:
         With `lazy`, the training set is a `StreamDataset` without end; all else has a length. With
@@ -292,7 +292,7 @@ def load_dataset(
             max_length=args.max_length,
             packed=args.intokens,
             seed=args.seed,
-            peers=peers,
+            processes=processes,
         )
     packed = args.intokens and not (split in ("dev", "test") and args.eval_with_do_generation)
     tokenized = _cached(source, tokenizer, template, args)

@@ -24,7 +24,7 @@ from utils.data.rows import to_row
 from utils.data.sources import FileSource
 from utils.data.template import ChatTemplate
 from utils.errors import UserError, notice
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from utils.families.tokenizers import Tokenizer
@@ -83,7 +83,7 @@ class StreamDataset:
         shuffle: bool = True,
         seed: int = 42,
         block_packs: int = BLOCK_PACKS,
-        peers: Alone | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Opens nothing yet.
 
@@ -95,7 +95,7 @@ class StreamDataset:
             shuffle: shuffle the items within each block.
             seed: of the shuffle.
             block_packs: size of a block in units of `max_length` tokens.
-            peers: the processes that share the work.
+            processes: the processes that share the work.
 
         Raises:
             UserError: a file that is not JSON Lines.
@@ -117,7 +117,7 @@ class StreamDataset:
         self._skip = 0
         self._following: tuple[Position, Iterator[tuple[Position, dict[str, Any]]]] | None = None
         self._broken = 0
-        self._peers = peers or Alone()
+        self._processes = processes or ProcessGroup()
         self._counting = DataReport()
         self._counted: DataReport | None = None
 
@@ -245,7 +245,7 @@ class StreamDataset:
     def _rows(self, start: Position) -> Iterator[tuple[Position, dict[str, Any]]]:
         """(place behind it, what became of it) of every row from `start` to the end of its epoch."""
         for places, own in ahead(self._chunks(start), CHUNKS_AHEAD):
-            parts = self._peers.gather(own)
+            parts = self._processes.gather(own)
             for number, place in enumerate(places):
                 yield place, parts[number % len(parts)][number // len(parts)]
 
@@ -255,7 +255,7 @@ class StreamDataset:
         All ranks need all rows: how blocks are packed depends on every length. Each makes tokens of one row in
         `world` and gets the others'.
         """
-        layout = self._peers.layout
+        layout = self._processes.layout
         places: list[Position] = []
         own: list[dict[str, Any]] = []
         for place, number, content in self._lines(start):

@@ -150,6 +150,6 @@ class FamilySpec(ABC):
         """How many tokens one sees, itself among them; None sees all before it."""
         return None
 
-    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+    def shares_prefixes(self, config: Mapping[str, Any]) -> bool:
         """Whether what a model keeps of a text's beginning is the same whatever follows."""
         return True

@@ -166,7 +166,7 @@ class ChatGLM(FamilySpec):
     def text(self, config: Mapping[str, Any], prompt: Sequence[int]) -> Text:
         return PromptAndAnswer(prompt, _known(config))
 
-    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+    def shares_prefixes(self, config: Mapping[str, Any]) -> bool:
         return False
 
 

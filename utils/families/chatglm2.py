@@ -10,7 +10,7 @@ from utils.errors import UserError, notice
 from utils.families import config as kinds
 from utils.families.base import Dropout, FamilySpec
 from utils.families.chatglm import LATER_KEYS, layers
-from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, turned_neighbours
+from utils.model.architecture import ATTENTION, MLP, Architecture, LayerNames, ModelShape, Role, rotated_neighbours
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table
 
@@ -171,7 +171,7 @@ class ChatGLM2(FamilySpec):
             gated=True,
             final_norm="chatglm_v2.encoder.final_layernorm",
             head="chatglm_v2.output_layer.weight",
-            rotary=turned_neighbours(shape.head_dim, shape.head_dim // 2, known["rope_ratio"]),
+            rotary=rotated_neighbours(shape.head_dim, shape.head_dim // 2, known["rope_ratio"]),
             residual="normed" if known["apply_residual_connection_post_layernorm"] else "hidden",
         )
 

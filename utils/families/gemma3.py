@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from utils.errors import raise_if
 from utils.families import config as kinds
 from utils.families.llama import Llama
-from utils.model.architecture import Architecture, Initial, Local, ModelShape, turned_halves
+from utils.model.architecture import Architecture, Initial, Local, ModelShape, rotated_halves
 from utils.model.weights import Stored
 from utils.settings import FLAG, TEXT, TEXTS, Table, whole
 
@@ -87,7 +87,7 @@ class Gemma3(Llama):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, plain = self.paddle_config(config), super().architecture(config)
-        near = turned_halves(plain.shape.head_dim, plain.shape.head_dim, known["rope_local_base_freq"])
+        near = rotated_halves(plain.shape.head_dim, plain.shape.head_dim, known["rope_local_base_freq"])
         local = frozenset(number for number, kind in enumerate(self._kinds(known)) if kind == _LOCAL)
         return replace(
             plain,

@@ -197,7 +197,7 @@ class Glm(FamilySpec):
         known = self.paddle_config(config)
         return SpansText(prompt, known["sop_token_id"], [known[name] for name in MASK_NAMES])
 
-    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+    def shares_prefixes(self, config: Mapping[str, Any]) -> bool:
         return False
 
 

@@ -1,4 +1,4 @@
-"""GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side behind one norm; parts of each head turn."""
+"""GPT-J (Wang & Komatsuzaki 2021): attention and MLP side by side behind one norm; parts of each head rotate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.families import config as kinds
 from utils.families.base import Dropout, FamilySpec
 from utils.families.tokenizers import VOCABULARY_FILES, Tokenizer
 from utils.families.tokenizers_bpe import bpe_tokenizer
-from utils.model.architecture import MLP, Architecture, Initial, LayerNames, ModelShape, turned_neighbours
+from utils.model.architecture import MLP, Architecture, Initial, LayerNames, ModelShape, rotated_neighbours
 from utils.settings import TEXT, Table, whole
 
 PARTS = LayerNames(
@@ -72,10 +72,10 @@ class GptJ(FamilySpec):
             **{name: config.get(name, default) for name, default in _DEFAULTS.items()},
             "tie_word_embeddings": False,
         }
-        turned, head_dim = known["rotary_dim"], self.shape(config).head_dim
+        rotated, head_dim = known["rotary_dim"], self.shape(config).head_dim
         faults = []
-        if turned is None or turned % 2 or turned > head_dim:
-            faults.append(f"config.json: rotary_dim is {turned!r}; expected an even number up to {head_dim}")
+        if rotated is None or rotated % 2 or rotated > head_dim:
+            faults.append(f"config.json: rotary_dim is {rotated!r}; expected an even number up to {head_dim}")
         if config.get("tie_word_embeddings"):
             faults.append("config.json: tie_word_embeddings is not supported; a GPT-J model has a head of its own")
         raise_if(faults)
@@ -118,7 +118,7 @@ class GptJ(FamilySpec):
             gated=False,
             final_norm="transformer.ln_f",
             head="lm_head.weight",
-            rotary=turned_neighbours(shape.head_dim, known["rotary_dim"]),
+            rotary=rotated_neighbours(shape.head_dim, known["rotary_dim"]),
             parallel=True,
             initial=Initial.spread(known["initializer_range"]),
         )

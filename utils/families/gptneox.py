@@ -10,7 +10,7 @@ from utils.errors import raise_if
 from utils.families import config as kinds
 from utils.families.base import Dropout, FamilySpec
 from utils.families.rope import rope_scaling
-from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, turned_halves
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, rotated_halves
 from utils.settings import FLAG, TEXT, Table, number
 
 PARTS = LayerNames(
@@ -76,10 +76,10 @@ class GptNeoX(FamilySpec):
         rotary = config.get("rope_parameters") or {}  # as transformers 5 writes them
         known["rotary_pct"] = rotary.get("partial_rotary_factor", known["rotary_pct"])
         known["rotary_emb_base"] = rotary.get("rope_theta", known["rotary_emb_base"])
-        turned, head_dim, faults = self.turned(known), self.shape(config).head_dim, []
-        if turned % 2 or not turned:
+        rotated, head_dim, faults = self.rotated(known), self.shape(config).head_dim, []
+        if rotated % 2 or not rotated:
             faults.append(
-                f"config.json: rotary_pct is {known['rotary_pct']:g}: {turned} of the {head_dim} dimensions of a head "
+                f"config.json: rotary_pct is {known['rotary_pct']:g}: {rotated} of the {head_dim} dimensions of a head "
                 "would turn; expected an even number, and not 0"
             )
         if rope_scaling({**config, "rope_scaling": config.get("rope_scaling") or rotary}) is not None:
@@ -95,7 +95,7 @@ class GptNeoX(FamilySpec):
         return (r".*rotary_emb\.inv_freq", r".*\.attention\.(masked_)?bias")
 
     @staticmethod
-    def turned(config: Mapping[str, Any]) -> int:
+    def rotated(config: Mapping[str, Any]) -> int:
         """How many dimensions of each head turn."""
         return int(config["hidden_size"] // config["num_attention_heads"] * config["rotary_pct"])
 
@@ -127,7 +127,7 @@ class GptNeoX(FamilySpec):
             gated=False,
             final_norm="gpt_neox.final_layer_norm",
             head=None if shape.tied else "embed_out.weight",
-            rotary=turned_halves(shape.head_dim, self.turned(known), known["rotary_emb_base"]),
+            rotary=rotated_halves(shape.head_dim, self.rotated(known), known["rotary_emb_base"]),
             parallel=known["use_parallel_residual"],
             initial=Initial.spread(known["initializer_range"]),
         )

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.families import config as kinds
 from utils.families.base import Dropout, FamilySpec
 from utils.families.text import Text
-from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, turned_halves
+from utils.model.architecture import ATTENTION, MLP, Architecture, Initial, LayerNames, ModelShape, rotated_halves
 from utils.model.weights import Stored
 from utils.settings import FLAG, Table, number
 
@@ -163,13 +163,13 @@ class Qwen(FamilySpec):
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         known, shape = self.paddle_config(config), self.shape(config)
-        turned = int(shape.head_dim * known.get("rotary_pct", 1.0))
-        rotary = turned_halves(shape.head_dim, turned, float(known.get("rotary_emb_base", 10000)))
+        rotated = int(shape.head_dim * known.get("rotary_pct", 1.0))
+        rotary = rotated_halves(shape.head_dim, rotated, float(known.get("rotary_emb_base", 10000)))
         if known["use_logn_attn"]:
             rotary = replace(rotary, logn_length=known["seq_length"])
         if known["use_dynamic_ntk"]:
             power = np.zeros(shape.head_dim // 2)
-            power[: turned // 2] = -np.arange(0, turned, 2) / (turned - 2)
+            power[: rotated // 2] = -np.arange(0, rotated, 2) / (rotated - 2)
             rotary = replace(rotary, stretch_power=power.astype(np.float32))
         return Architecture(
             shape,
@@ -202,7 +202,7 @@ class Qwen(FamilySpec):
             text.stretch = ntk_factor(len(prompt), known["seq_length"])
         return text
 
-    def shares_heads(self, config: Mapping[str, Any]) -> bool:
+    def shares_prefixes(self, config: Mapping[str, Any]) -> bool:
         return not self.paddle_config(config)["use_dynamic_ntk"]
 
 

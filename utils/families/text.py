@@ -59,7 +59,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Places:
+class AttentionInputs:
     """Where a batch of tokens stands and what it sees, as tensors for the model.
 
     Attributes:
@@ -76,9 +76,9 @@ class Places:
     stretch: Any
 
 
-def places(
+def attention_inputs(
     positions: Ints, order: Ints, keys: Ints, context: Ints, stretch: NDArray[np.float32], window: int | None
-) -> Places:
+) -> AttentionInputs:
     """The tensors of a batch, from arrays.
 
     Args:
@@ -92,7 +92,7 @@ def places(
     from utils.kernels.arrays import copied
 
     arrays = (positions, np.where(keys == NOWHERE, 0, keys), visibility(order, keys, context, window), stretch)
-    return Places(*(copied(array) for array in arrays))
+    return AttentionInputs(*(copied(array) for array in arrays))
 
 
 def visibility(order: Ints, keys: Ints, context: Ints, window: int | None) -> NDArray[np.bool_]:

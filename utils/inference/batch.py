@@ -17,8 +17,8 @@ from utils.errors import UserError, notice
 from utils.inference.journal import Answers, Journal
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
-from utils.places import is_stream
+from utils.parallel.process_group import ProcessGroup
+from utils.paths import is_stream
 
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator, Speed
@@ -137,7 +137,7 @@ def answer_file(
             f"first {cut[0]}; their rows have a note in {output_file}"
         )
     drawn = {"seed": secrets.randbits(32) if options.seed is None else options.seed}
-    journal = _journal(output_file, run_key(prepared, questions, options), drawn, resume, prepared.peers)
+    journal = _journal(output_file, run_key(prepared, questions, options), drawn, resume, prepared.processes)
     finished = False
     try:
         if journal.other_run:
@@ -145,7 +145,7 @@ def answer_file(
         if journal.answers:
             notice(f"continuing after {len(journal.answers)} of {len(questions)} rows ({journal.path})")
         speed = _answer_missing(questions, journal, load, options, batch_size)
-        if prepared.peers.first:
+        if prepared.processes.first:
             _write(output_file, questions, journal.answers)
         finished = True
     finally:
@@ -154,7 +154,7 @@ def answer_file(
     return speed
 
 
-def _journal(output_file: Path, key: str, facts: dict[str, Any], resume: bool, peers: Alone) -> Answers:
+def _journal(output_file: Path, key: str, facts: dict[str, Any], resume: bool, processes: ProcessGroup) -> Answers:
     """The journal of a run. Of several processes the first has it; the others have the same answers in memory.
 
     So have all of them where the output goes into a device or a pipe, beside which nothing can be kept.
@@ -167,7 +167,7 @@ def _journal(output_file: Path, key: str, facts: dict[str, Any], resume: bool, p
         kept.append(Journal(output_file, key, facts, resume=resume))
         return list(kept[0].answers.items()), kept[0].facts
 
-    answers, known = peers.from_first(opened, "waiting for the answers of an earlier run")
+    answers, known = processes.from_first(opened, "waiting for the answers of an earlier run")
     return kept[0] if kept else Answers(output_file, dict(answers), known)
 
 

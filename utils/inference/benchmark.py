@@ -31,7 +31,7 @@ def answer_examples(prepared: Prepared, generator: Generator, options: SamplingO
         for number in range(2 * batch_size)
     ]
     fixed = replace(options, min_new_tokens=ANSWER_TOKENS, max_new_tokens=ANSWER_TOKENS, stop=())
-    generator.share_heads = False  # the questions come several times; each is to be read as a new one
+    generator.share_prefixes = False  # the questions come several times; each is to be read as a new one
     generator.generate(prompts, fixed, batch_size)
     return generator.speed
 

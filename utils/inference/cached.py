@@ -13,7 +13,7 @@ from paddle import Tensor
 
 from utils import runtime
 from utils.families import FamilySpec
-from utils.families.text import NOWHERE, Ints, Text, places
+from utils.families.text import NOWHERE, Ints, Text, attention_inputs
 from utils.inference.engine import Engine, Kept, Logits, Vectors, alike, unused_slots
 from utils.kernels.arrays import copied
 from utils.kernels.precision import activation_dtype
@@ -97,7 +97,7 @@ class CachedEngine(Engine):
         """
         shape = family.shape(config)
         self.vocabulary, self.max_positions = shape.vocabulary, shape.positions
-        self.shares_heads, self.embeds = family.shares_heads(config), program.embeds
+        self.shares_prefixes, self.embeds = family.shares_prefixes(config), program.embeds
         self._family, self._config, self._program = family, config, program
         self._window = family.window(config)
         self._prefix = prefix
@@ -246,18 +246,18 @@ class CachedEngine(Engine):
         return count * self.cache.place_bytes
 
     @paddle.no_grad()
-    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
-        new, before = self._unused(len(heads)), len(self._rows)
-        self.cache.reserve(before + len(heads), self._before + max(map(len, heads)))
-        for number, (head, pieces) in enumerate(zip(heads, kept, strict=True), before):
+    def restore(self, prefixes: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        new, before = self._unused(len(prefixes)), len(self._rows)
+        self.cache.reserve(before + len(prefixes), self._before + max(map(len, prefixes)))
+        for number, (prefix, pieces) in enumerate(zip(prefixes, kept, strict=True), before):
             if self._prefix is not None:
                 self.cache.put(number, 0, [self._prefix])
             values = [piece.values for piece in pieces]
-            over = sum(piece.shape[2] for piece in values) - len(head)
+            over = sum(piece.shape[2] for piece in values) - len(prefix)
             if over:
                 values[-1] = values[-1][:, :, :-over]
             self.cache.put(number, self._before, values)
-        texts = [self._family.text(self._config, head) for head in heads]
+        texts = [self._family.text(self._config, prefix) for prefix in prefixes]
         self._rows += [_Row(slot, text, len(text.ids)) for slot, text in zip(new, texts, strict=True)]
         return new
 
@@ -330,8 +330,8 @@ class CachedEngine(Engine):
         starts = self._before + np.array([row.length for row in rows], dtype=np.int64)
         self._make_room(int(starts.max()) + length, length)
         # of one token the program looks at all places
-        seen = self.cache.room if length == 1 else int(starts.max()) + length
-        where = places(
+        seen = self.cache.capacity if length == 1 else int(starts.max()) + length
+        where = attention_inputs(
             positions,
             np.where(order == NOWHERE, 0, order),
             self._places(starts + counts, seen),
@@ -361,13 +361,13 @@ class CachedEngine(Engine):
         leave, into which nothing fits that comes. Not between the parts of a long prompt, each of which takes the
         same again.
         """
-        outgrown = 0 < self.cache.room < places and new <= _FEW
+        outgrown = 0 < self.cache.capacity < places and new <= _FEW
         self.cache.reserve(len(self._rows), places, only=outgrown)
         if outgrown:
             runtime.give_back_freed_memory()
 
     def _places(self, ends: Ints, seen: int) -> Ints:
-        """[rows, seen]: the place in its text of each of the first places of the cache, see `Places.keys`.
+        """[rows, seen]: the place in its text of each of the first places of the cache, see `AttentionInputs.keys`.
 
         Args:
             ends: of each row, the place behind its last token.

@@ -15,7 +15,7 @@ from utils.data.template import Message
 from utils.errors import UserError, notice
 from utils.inference.loading import Prepared
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from utils.inference.generator import Completion, Generator
@@ -108,18 +108,18 @@ def _read() -> str | None:
     return text.strip()
 
 
-def chat_in_terminal(chat: Chat, peers: Alone) -> None:
+def chat_in_terminal(chat: Chat, processes: ProcessGroup) -> None:
     """Reads messages from standard input and writes answers to standard output until the end of input.
 
     Args:
-        peers: all of these processes take part; the first speaks with the user.
+        processes: all of these processes take part; the first speaks with the user.
     """
     notice(HELP)
     signals.handle(signal.SIGINT, signal.default_int_handler)  # it stops an answer, not the process
     if isinstance(sys.stdin, io.TextIOWrapper):  # a broken byte must not take with it what has been read ahead
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
-        text = peers.from_first(_read, "waiting for a message")
+        text = processes.from_first(_read, "waiting for a message")
         if text is None:
             print()
             return

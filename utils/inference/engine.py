@@ -84,14 +84,14 @@ class Engine(ABC):
     Attributes:
         vocabulary: number of logits; token ids are below it.
         max_positions: most tokens (prompt and answer) of one text; None has no limit.
-        shares_heads: whether texts that begin alike may be opened as copies of one slot. Not so where
+        shares_prefixes: whether texts that begin alike may be opened as copies of one slot. Not so where
             the whole prompt decides what its beginning means (prefix language models).
         embeds: whether `embed` works.
     """
 
     vocabulary: int
     max_positions: int | None
-    shares_heads: bool
+    shares_prefixes: bool
     embeds = False
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Vectors:
@@ -139,7 +139,7 @@ class Engine(ABC):
 
     @abstractmethod
     def rewind(self, slot: int, count: int) -> None:
-        """Forgets the last `count` tokens of a slot; at least one stays, and where heads are not shared the
+        """Forgets the last `count` tokens of a slot; at least one stays, and where prefixes are not shared the
         whole prompt."""
 
     @abstractmethod
@@ -148,7 +148,7 @@ class Engine(ABC):
 
     @abstractmethod
     def keep(self, slot: int, borders: Sequence[int]) -> list[Kept]:
-        """Copies what a slot holds of some of its tokens. Only where heads are shared.
+        """Copies what a slot holds of some of its tokens. Only where prefixes are shared.
 
         Args:
             borders: rising numbers of tokens. A piece has the tokens from one border up to the next.
@@ -159,13 +159,13 @@ class Engine(ABC):
         """Memory that pieces of so many tokens of this slot take together."""
 
     @abstractmethod
-    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
-        """Opens a slot for each head without reading it.
+    def restore(self, prefixes: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+        """Opens a slot for each prefix without reading it.
 
         Args:
-            heads: the first tokens of texts.
+            prefixes: the first tokens of texts.
             kept: for each of them the pieces of a text that begins with it, the first one from token 0 on. The last
-                piece may go further than the head.
+                piece may go further than the prefix.
         """
 
     @abstractmethod

@@ -31,7 +31,7 @@ from utils.inference.manifest import (
     paddle_version,
     sha256,
 )
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.settings import read_json
 
 if TYPE_CHECKING:
@@ -56,34 +56,34 @@ def export(
         UserError: weights that do not fit, an `output` that holds anything else, or what `verify` finds.
     """
     check_target(output)
-    peers = prepared.peers
-    with _staged(output, peers) as staging:
+    processes = prepared.processes
+    with _staged(output, processes) as staging:
         layer, prefix = load_program(prepared, device, merged=True)
-        own = own_folder(staging, peers.layout)
+        own = own_folder(staging, processes.layout)
         own.mkdir(exist_ok=True)
         save_program(layer, own, prepared.dtype)
         if prefix is not None:
             write_safetensors(own / PREFIX_CACHE, [("prefix", prefix)], {"format": "np"})
-        peers.gate("waiting for the programs of all processes")
-        if peers.first:
+        processes.barrier("waiting for the programs of all processes")
+        if processes.first:
             _describe(staging, prepared, layer, prefix)
-        peers.gate("waiting for the description of the programs")
+        processes.barrier("waiting for the description of the programs")
         verify(staging, engine_of(prepared, layer, prefix), prepared, device)
 
 
 @contextmanager
-def _staged(output: Path, peers: Alone) -> Iterator[Path]:
+def _staged(output: Path, processes: ProcessGroup) -> Iterator[Path]:
     """The folder that all processes fill; it becomes `output` when all have ended the block well."""
-    made = atomic_directory(output) if peers.first else nullcontext(output)
+    made = atomic_directory(output) if processes.first else nullcontext(output)
     with made as staging:
-        yield Path(peers.from_first(lambda: str(staging), "waiting for the folder of the export"))
-        peers.gate("waiting for the programs of other processes")
-    peers.gate("waiting for the end of the export")
+        yield Path(processes.from_first(lambda: str(staging), "waiting for the folder of the export"))
+        processes.barrier("waiting for the programs of other processes")
+    processes.barrier("waiting for the end of the export")
 
 
 def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.float32] | None) -> None:
     """Writes all that lies beside the programs."""
-    checkpoint, peers = prepared.checkpoint, prepared.peers
+    checkpoint, processes = prepared.checkpoint, prepared.processes
     write_json(staging / "config.json", checkpoint.config)
     prepared.tokenizer.save(staging)
     prepared.template.save(staging)
@@ -107,8 +107,8 @@ def _describe(staging: Path, prepared: Prepared, layer: Any, prefix: NDArray[np.
             for path in sorted(staging.rglob("*"))
             if path.is_file() and path.name != COMPLETE
         },
-        peers.layout.tensor,
-        peers.groups.tensor.id if peers.several else 0,
+        processes.layout.tensor,
+        processes.groups.tensor.id if processes.several else 0,
     )
     write_json(staging / MANIFEST, asdict(manifest))
 

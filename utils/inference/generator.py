@@ -24,7 +24,7 @@ class Generator:
 
     Attributes:
         speed: figures over all calls; assign `Speed()` to start anew.
-        share_heads: read what prompts have in common once, if the engine can copy it.
+        share_prefixes: read what prompts have in common once, if the engine can copy it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Generator:
         """
         self.engine = engine
         self.speed = Speed()
-        self.share_heads = True
+        self.share_prefixes = True
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._constrain = constrain
@@ -58,7 +58,7 @@ class Generator:
             self._end_ids,
             batch_size,
             speed=self.speed,
-            share_heads=self.share_heads,
+            share_prefixes=self.share_prefixes,
             prefill_chunk=prefill_chunk,
             prompt_cache_bytes=prompt_cache_bytes,
             constrain=self._constrain,

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.checkpoints.files import json_bytes
 from utils.errors import UserError
-from utils.places import PARTIAL
+from utils.paths import PARTIAL
 
 _START = b'{"key": "'  # of the file; a killed process may have left less
 

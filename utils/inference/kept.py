@@ -1,4 +1,4 @@
-"""Heads of texts that outlive their requests: a system prompt, or a chat so far, is read once and then copied.
+"""Prefixes of texts that outlive their requests: a system prompt, or a chat so far, is read once and then copied.
 
 They are kept outside of the engine's cache: every step looks at all places of its longest row, and computes all rows.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from utils.inference.engine import Kept
-from utils.inference.heads import SHORTEST, common_length
+from utils.inference.shared_prefixes import SHORTEST, common_length
 from utils.inference.slots import Slots
 
 BLOCK = 32  # tokens
@@ -39,8 +39,8 @@ class Known:
     states: list[Kept]
 
 
-class KeptHeads:
-    """States of heads in blocks of tokens. Blocks that texts share are kept once; the least recently used go first.
+class KeptPrefixes:
+    """States of prefixes in blocks of tokens. Blocks that texts share are kept once; the least recently used go first.
 
     Processes that share a model keep as many bytes of a token each, so that all forget the same blocks.
 
@@ -52,7 +52,7 @@ class KeptHeads:
     def __init__(self, slots: Slots, limit: int) -> None:
         """
         Args:
-            slots: of an engine that shares heads.
+            slots: of an engine that shares prefixes.
         """
         self.limit = limit
         self.nbytes = 0
@@ -63,7 +63,7 @@ class KeptHeads:
         self._blocks: OrderedDict[_Block, None] = OrderedDict()
 
     def find(self, prompt: Sequence[int]) -> Known | None:
-        """The longest known head of a prompt; None if it is not worth a copy."""
+        """The longest known prefix of a prompt; None if it is not worth a copy."""
         chain, length = self._chain(prompt)
         rest = tuple(prompt[length : length + BLOCK])
         alike = [block for tokens, block in chain[-1].children.items() if tokens[:1] == rest[:1]]

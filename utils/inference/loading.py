@@ -25,13 +25,13 @@ from utils.errors import UserError, notice, raise_if
 from utils.families.tokenizers import Tokenizer, load_tokenizer
 from utils.inference.manifest import Manifest, check_same_kind, is_export, prefix_cache, read_export
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.partition.parts import Parts
 
 if TYPE_CHECKING:
     from utils.inference.engine import Engine
     from utils.inference.generator import Generator
-    from utils.partition.tensor import Held
+    from utils.partition.tensor import ShardPlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prepared:
         prefix: the folder of a prefix of this model, or None.
         inference_model: whether the fused decoder computes instead of the plain one.
         manifest: of an exported model, which runs as a static program; None for weights.
-        peers: the processes that share the model, each with a part of every layer.
+        processes: the processes that share the model, each with a part of every layer.
     """
 
     checkpoint: Checkpoint
@@ -57,12 +57,12 @@ class Prepared:
     prefix: Path | None = None
     inference_model: bool = False
     manifest: Manifest | None = None
-    peers: Alone = field(default_factory=Alone)
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
 
     @property
     def parts(self) -> Parts | None:
         """What this process has of the model; None for all of it."""
-        layout, checkpoint = self.peers.layout, self.checkpoint
+        layout, checkpoint = self.processes.layout, self.checkpoint
         if layout.tensor == 1:
             return None
         _, _, _, tensor = layout.coordinates(layout.rank)
@@ -91,7 +91,7 @@ def prepare(
     prefix_path: str | None = None,
     mode: str = "dynamic",
     inference_model: bool = False,
-    peers: Alone | None = None,
+    processes: ProcessGroup | None = None,
 ) -> Prepared:
     """Finds and checks a model and its adapter; reads no weights and loads no Paddle.
 
@@ -105,23 +105,23 @@ def prepare(
         special_tokens_in_text: see `ChatTemplate`.
         mode: "static" expects the folder of an exported model as `name`.
         inference_model: whether the fused decoder computes instead of the plain one.
-        peers: the processes that share the model, if there are several.
+        processes: the processes that share the model, if there are several.
 
     Raises:
         UserError: no such model, or one that so many processes cannot share, no tokenizer, an adapter of another
             model, and so on.
     """
-    peers = peers or Alone()
+    processes = processes or ProcessGroup()
     manifest = None
     if mode == "static":
-        checkpoint, manifest = read_export(name, peers.layout)
+        checkpoint, manifest = read_export(name, processes.layout)
         check_same_kind(checkpoint, manifest, inference_model)
     else:
         if is_export(Path(name).expanduser()):
             raise UserError(f"{name}: holds an exported model; only predictor.py runs it, with --mode static")
-        with peers.one_after_first():  # which may download
+        with processes.one_after_first():  # which may download
             checkpoint = locate(name)
-        peers.layout.check_model(checkpoint.family.shape(checkpoint.config))
+        processes.layout.check_model(checkpoint.family.shape(checkpoint.config))
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     lora = None if lora_path is None else read_lora(lora_path, checkpoint)
     if prefix_path is not None:
@@ -151,7 +151,7 @@ def prepare(
         Path(prefix_path) if prefix_path else None,
         inference_model,
         manifest,
-        peers,
+        processes,
     )
     if prepared.parts is not None:
         prepared.parts.check(checkpoint.family.architecture(checkpoint.config).matrices())
@@ -266,7 +266,7 @@ def load_all(models: Mapping[str, Prepared], device: str, *, warm_up: bool = Fal
     found = {}
     constrainer = cache(Constrainer)  # adapters share the tokenizer
     for engine, (name, prepared) in zip(engines, models.items(), strict=True):
-        prepared.peers.gate("waiting for the weights of all processes")
+        prepared.processes.barrier("waiting for the weights of all processes")
         end_ids = prepared.template.stop_ids(prepared.tokenizer)
         forms = constrainer(prepared.tokenizer, engine.vocabulary, end_ids)
         if warm_up:
@@ -312,7 +312,7 @@ def _exported_engine(prepared: Prepared, manifest: Manifest, device: str) -> Eng
     if manifest.degree > 1:
         from utils.parallel.groups import open_ring
 
-        open_ring(prepared.peers.groups.tensor, manifest.ring)
+        open_ring(prepared.processes.groups.tensor, manifest.ring)
     return CachedEngine(
         checkpoint.family,
         checkpoint.config,
@@ -356,7 +356,7 @@ def load_program(
         from utils.model.plain import PlainDecoder
 
         model = _merged_model(prepared) if merged else _model(prepared, None if beside is None else beside.model)
-        group = prepared.peers.groups.tensor
+        group = prepared.processes.groups.tensor
         layer = PlainDecoder(model, parts=parts, group=group)
     prefix = None
     if prepared.prefix is not None:
@@ -380,7 +380,7 @@ def _fused(prepared: Prepared, beside: Any) -> Any:
         lambda name: known[name].read(),
         prepared.dtype,
         parts=prepared.parts,
-        group=prepared.peers.groups.tensor,
+        group=prepared.processes.groups.tensor,
         beside=beside,
         changed=changed_parameters(checkpoint, lora) if lora else (),
     )
@@ -392,7 +392,7 @@ def _merged_model(prepared: Prepared) -> Any:
     from utils.checkpoints.merge import parameters
 
     known = parameters(prepared.checkpoint, prepared.lora, "float32")
-    return load_model(prepared.checkpoint, prepared.dtype, held=_held(prepared), sources=known)
+    return load_model(prepared.checkpoint, prepared.dtype, shard_plan=_shard_plan(prepared), sources=known)
 
 
 def _model(prepared: Prepared, beside: Any) -> Any:
@@ -403,7 +403,7 @@ def _model(prepared: Prepared, beside: Any) -> Any:
     """
     from utils.checkpoints.load import load_beside, load_model
 
-    checkpoint, lora, held = prepared.checkpoint, prepared.lora, _held(prepared)
+    checkpoint, lora, shard_plan = prepared.checkpoint, prepared.lora, _shard_plan(prepared)
     sources, changed = None, set[str]()
     if lora is not None and lora.head is not None:  # which is no layer that LoRA can take the place of
         from utils.checkpoints.merge import changed_parameters, parameters
@@ -412,21 +412,23 @@ def _model(prepared: Prepared, beside: Any) -> Any:
         sources, changed = parameters(checkpoint, head, "float32"), changed_parameters(checkpoint, head)
         lora = lora.of_layers([layer for layer in lora.pairs if layer != lora.head])
     if beside is None:
-        model = load_model(checkpoint, prepared.dtype, held=held, sources=sources)
+        model = load_model(checkpoint, prepared.dtype, shard_plan=shard_plan, sources=sources)
     else:
         own = {name: tensor for name, tensor in (sources or {}).items() if name in changed}
-        model = load_beside(beside, checkpoint, prepared.dtype, own, held=held)
+        model = load_beside(beside, checkpoint, prepared.dtype, own, shard_plan=shard_plan)
     if lora is not None:
         from utils.adapters.lora import load_lora
 
-        load_lora(model, lora, held=held)
+        load_lora(model, lora, shard_plan=shard_plan)
         model.eval()
     return model
 
 
-def _held(prepared: Prepared) -> Held | None:
+def _shard_plan(prepared: Prepared) -> ShardPlan | None:
     """What this process has of the trainable model, if not all."""
-    from utils.partition.tensor import Held
+    from utils.partition.tensor import ShardPlan
 
     checkpoint = prepared.checkpoint
-    return Held.of(checkpoint.family, checkpoint.config, prepared.peers) if prepared.peers.several else None
+    return (
+        ShardPlan.of(checkpoint.family, checkpoint.config, prepared.processes) if prepared.processes.several else None
+    )

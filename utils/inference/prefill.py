@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from utils.inference.engine import Logits, alike
-from utils.inference.heads import WINDOW, Head, Heads
-from utils.inference.kept import KeptHeads
+from utils.inference.kept import KeptPrefixes
 from utils.inference.request import Request, alternatives
+from utils.inference.shared_prefixes import WINDOW, SharedPrefix, SharedPrefixes
 from utils.inference.slots import Slots
 
 # Tokens of a prompt whose logits are on the host at a time: 128 of a vocabulary of 150,000 take 77 MB.
@@ -22,34 +22,34 @@ class _Reading:
 
     Attributes:
         tokens: of the text.
-        owner: whose prompt it is, or the head that it becomes.
-        head: its beginning, which is copied once it is read; None if there is none.
-        known: tokens of its beginning that are kept from earlier texts, where these are more than those of a head.
+        owner: whose prompt it is, or the prefix that it becomes.
+        prefix: its beginning, which is copied once it is read; None if there is none.
+        known: tokens of its beginning that are kept from earlier texts, where these are more than those of a prefix.
         slot: None as long as nothing of it is read.
-        done: tokens that are in the slot, or will come with the head.
+        done: tokens that are in the slot, or will come with the prefix.
     """
 
     tokens: Sequence[int]
-    owner: Request | Head
-    head: Head | None = None
+    owner: Request | SharedPrefix
+    prefix: SharedPrefix | None = None
     known: int = 0
     slot: int | None = None
     done: int = 0
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can go on: its head is read."""
-        return self.slot is not None or self.head is None or self.head.slot is not None
+        """Whether it can go on: its prefix is read."""
+        return self.slot is not None or self.prefix is None or self.prefix.slot is not None
 
     @property
     def wants_logprobs(self) -> bool:
         return isinstance(self.owner, Request) and self.owner.options.prompt_logprobs
 
-    def begin_with(self, head: Head | None, known: int) -> None:
-        if head is not None and len(head.tokens) > known:
-            self.head, self.known, self.done = head, 0, len(head.tokens)
+    def begin_with(self, prefix: SharedPrefix | None, known: int) -> None:
+        if prefix is not None and len(prefix.tokens) > known:
+            self.prefix, self.known, self.done = prefix, 0, len(prefix.tokens)
         else:
-            self.head, self.known, self.done = None, known, known
+            self.prefix, self.known, self.done = None, known, known
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,17 @@ class Prefill:
     language models) read each prompt whole in any case: there the limit holds for the sum of short prompts alone.
     """
 
-    def __init__(self, slots: Slots, heads: Heads | None, chunk: int | None, kept: KeptHeads | None = None) -> None:
+    def __init__(
+        self, slots: Slots, prefixes: SharedPrefixes | None, chunk: int | None, kept: KeptPrefixes | None = None
+    ) -> None:
         """
         Args:
-            heads: that prompts have in common; None reads each prompt from its first token on.
+            prefixes: that prompts have in common; None reads each prompt from its first token on.
             kept: what is known from earlier texts.
             chunk: most tokens of a step; None has no limit.
         """
-        self._slots, self._heads, self._chunk, self._kept = slots, heads, chunk, kept
-        self._whole = chunk is None or not slots.engine.shares_heads
+        self._slots, self._prefixes, self._chunk, self._kept = slots, prefixes, chunk, kept
+        self._whole = chunk is None or not slots.engine.shares_prefixes
         self._readings: list[_Reading] = []
         self._long_is_next = False
 
@@ -117,18 +119,18 @@ class Prefill:
         self.release(waiting)
 
     def release(self, waiting: Collection[Request]) -> None:
-        """Frees the heads that nobody needs any more."""
-        if self._heads is None:
+        """Frees the prefixes that nobody needs any more."""
+        if self._prefixes is None:
             return
-        starting = [reading.head for reading in self._readings if reading.slot is None and reading.head is not None]
-        self._heads.release([request.prompt for request in waiting], starting)
-        self._drop([r for r in self._readings if isinstance(r.owner, Head) and not self._heads.has(r.owner)])
+        starting = [reading.prefix for reading in self._readings if reading.slot is None and reading.prefix is not None]
+        self._prefixes.release([request.prompt for request in waiting], starting)
+        self._drop([r for r in self._readings if isinstance(r.owner, SharedPrefix) and not self._prefixes.has(r.owner)])
 
     def forget(self) -> None:
         """Knows no prompts any more; their slots are freed by who closes all."""
         self._readings = []
-        if self._heads is not None:
-            self._heads.forget()
+        if self._prefixes is not None:
+            self._prefixes.forget()
 
     def _drop(self, readings: Sequence[_Reading]) -> None:
         self._readings = [reading for reading in self._readings if reading not in readings]
@@ -137,8 +139,8 @@ class Prefill:
     # --- what is read next ----------------------------------------------------------------------------
 
     def _pick(self, waiting: Collection[Request]) -> list[_Reading]:
-        if self._heads is not None:
-            self._find_heads(self._heads, waiting)
+        if self._prefixes is not None:
+            self._find_prefixes(self._prefixes, waiting)
         ready = [reading for reading in self._readings if reading.is_ready]
         if self._chunk is None:
             return ready
@@ -166,8 +168,8 @@ class Prefill:
     def _size(self, reading: _Reading) -> int:
         return self._end(reading) - reading.done
 
-    def _find_heads(self, heads: Heads, waiting: Collection[Request]) -> None:
-        """Finds out what the texts of which nothing is read yet begin with; adds heads that are not read either."""
+    def _find_prefixes(self, prefixes: SharedPrefixes, waiting: Collection[Request]) -> None:
+        """Finds out what the texts of which nothing is read yet begin with; adds prefixes that are not read either."""
         starting = [
             reading
             for reading in self._readings
@@ -177,13 +179,13 @@ class Prefill:
         for reading in starting:
             others = [other.tokens for other in starting if other is not reading]
             known = self._known(reading)
-            reading.begin_with(heads.find(reading.tokens, [*others, *later], known), known)
+            reading.begin_with(prefixes.find(reading.tokens, [*others, *later], known), known)
             place = self._readings.index(reading)
-            for head in heads.found_anew():
-                self._readings.insert(place, _Reading(head.tokens, head))
+            for prefix in prefixes.found_anew():
+                self._readings.insert(place, _Reading(prefix.tokens, prefix))
                 place += 1
         for reading in self._readings:
-            if reading.slot is None and isinstance(reading.owner, Head):
+            if reading.slot is None and isinstance(reading.owner, SharedPrefix):
                 reading.begin_with(reading.owner.parent, self._known(reading))
 
     def _known(self, reading: _Reading) -> int:
@@ -195,7 +197,7 @@ class Prefill:
 
     def _forward(self, picked: Sequence[_Reading]) -> Iterator[Read]:
         """Reads a part of each of these texts."""
-        self._copy_heads([reading for reading in picked if reading.slot is None and reading.head is not None])
+        self._copy_prefixes([reading for reading in picked if reading.slot is None and reading.prefix is not None])
         self._restore([reading for reading in picked if reading.slot is None and reading.known])
         plain = [reading for reading in picked if not reading.wants_logprobs]
         new = [reading for reading in plain if reading.slot is None]
@@ -223,17 +225,17 @@ class Prefill:
     def _part(self, reading: _Reading) -> Sequence[int]:
         return reading.tokens[reading.done : self._end(reading)]
 
-    def _copy_heads(self, readings: Sequence[_Reading]) -> None:
-        alike: dict[Head, list[_Reading]] = {}
+    def _copy_prefixes(self, readings: Sequence[_Reading]) -> None:
+        alike: dict[SharedPrefix, list[_Reading]] = {}
         for reading in readings:
-            if reading.head is not None:
-                alike.setdefault(reading.head, []).append(reading)
-        for head, group in alike.items():
-            assert head.slot is not None
-            for reading, slot in zip(group, self._slots.fork(head.slot, len(group)), strict=True):
+            if reading.prefix is not None:
+                alike.setdefault(reading.prefix, []).append(reading)
+        for prefix, group in alike.items():
+            assert prefix.slot is not None
+            for reading, slot in zip(group, self._slots.fork(prefix.slot, len(group)), strict=True):
                 reading.slot = slot
                 if isinstance(reading.owner, Request):
-                    reading.owner.cached_tokens = len(head.tokens) - head.claim()
+                    reading.owner.cached_tokens = len(prefix.tokens) - prefix.claim()
 
     def _restore(self, readings: Sequence[_Reading]) -> None:
         """Gives slots to texts whose beginning is kept from earlier ones."""
@@ -259,7 +261,7 @@ class Prefill:
             owner, slot = readings[row].owner, readings[row].slot
             assert slot is not None
             self._readings.remove(readings[row])
-            if isinstance(owner, Head):
+            if isinstance(owner, SharedPrefix):
                 owner.slot = slot
             else:
                 rows.append(row)

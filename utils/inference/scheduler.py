@@ -15,11 +15,11 @@ from utils.inference.beams import BeamSearch
 from utils.inference.constraint import Constraint
 from utils.inference.engine import Engine, Logits
 from utils.inference.grammar import Grammar
-from utils.inference.heads import Heads
-from utils.inference.kept import KeptHeads
+from utils.inference.kept import KeptPrefixes
 from utils.inference.prefill import Prefill
 from utils.inference.request import Alternatives, Answer, Completion, PlainAnswer, Request, views
 from utils.inference.sampling import SamplingOptions
+from utils.inference.shared_prefixes import SharedPrefixes
 from utils.inference.slots import Slots
 from utils.inference.text import TextStream, whole_text
 
@@ -105,7 +105,7 @@ class Scheduler:
         batch_size: int = 8,
         *,
         speed: Speed | None = None,
-        share_heads: bool = True,
+        share_prefixes: bool = True,
         prefill_chunk: int | None = None,
         prompt_cache_bytes: int = 0,
         constrain: Callable[[Grammar], Constraint] | None = None,
@@ -117,7 +117,7 @@ class Scheduler:
             end_ids: tokens that end an answer; None takes the tokenizer's.
             batch_size: most slots that work at a time. A search with more beams runs alone.
             speed: where to count; None starts anew.
-            share_heads: read what prompts have in common once, if the engine can copy it.
+            share_prefixes: read what prompts have in common once, if the engine can copy it.
             prefill_chunk: most tokens of prompts that are read in one step, so that a long prompt does not hold up
                 other answers; see `Prefill`. None reads prompts whole, all that there are places for.
             prompt_cache_bytes: most memory for what the model keeps of prompts and answers when they are complete, so
@@ -137,9 +137,9 @@ class Scheduler:
         self._slots = Slots(engine)
         self._constrain = constrain
         self._special_ids = lru_cache(maxsize=_REMEMBERED)(partial(_special_ids, tokenizer))
-        shares = share_heads and engine.shares_heads
-        self._kept = KeptHeads(self._slots, prompt_cache_bytes) if shares and prompt_cache_bytes else None
-        self._prefill = Prefill(self._slots, Heads(self._slots) if shares else None, prefill_chunk, self._kept)
+        shares = share_prefixes and engine.shares_prefixes
+        self._kept = KeptPrefixes(self._slots, prompt_cache_bytes) if shares and prompt_cache_bytes else None
+        self._prefill = Prefill(self._slots, SharedPrefixes(self._slots) if shares else None, prefill_chunk, self._kept)
         self._waiting: deque[Request] = deque()
         self._refused: list[Request] = []
         self._live: list[Answer] = []
@@ -272,7 +272,7 @@ class Scheduler:
         for name, tokens in named.items():
             if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
                 return f"{name} has token ids outside the model's vocabulary of {vocabulary}"
-        if options.prompt_logprobs and not self._engine.shares_heads:
+        if options.prompt_logprobs and not self._engine.shares_prefixes:
             return "prompt_logprobs: this model reads a prompt as a whole, so that no token of it follows from others"
         if options.grammar is not None and self._constrain is None:
             return "grammar: answers of a given form are not available here"

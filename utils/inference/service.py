@@ -21,7 +21,7 @@ from utils.inference.commands import Cancel, Command, EmbedJob, Job, Stop, Submi
 from utils.inference.engine import Engine, Vectors
 from utils.inference.request import Request
 from utils.inference.scheduler import Event, Scheduler
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 MOST_FAILURES = 3  # steps that raise while no answer gets complete: the engine is beyond help
 
@@ -78,14 +78,14 @@ class Service:
         self,
         models: Mapping[str, Callable[[], Scheduler]],
         *,
-        peers: Alone | None = None,
+        processes: ProcessGroup | None = None,
         recovers: bool = False,
         inbox: SimpleQueue[Command] | None = None,
     ) -> None:
         """
         Args:
             models: what makes a scheduler, by served name.
-            peers: the processes that share the models; None if each is posted the same commands.
+            processes: the processes that share the models; None if each is posted the same commands.
             recovers: a step that raises an exception answers the requests of its model with an error, and the
                 service goes on; otherwise the exception comes out of `turn`.
             inbox: where commands come in.
@@ -95,7 +95,7 @@ class Service:
         self._makers = dict(models)
         self._schedulers = {name: make() for name, make in self._makers.items()}
         self._turns = deque(self._schedulers)
-        self._peers = peers or Alone()
+        self._processes = processes or ProcessGroup()
         self._recovers = recovers
         self._inbox: SimpleQueue[Command] = SimpleQueue() if inbox is None else inbox
         self._requests: dict[int, tuple[Job, Request]] = {}
@@ -166,9 +166,9 @@ class Service:
     # --- commands ------------------------------------------------------------------------------------
 
     def _commands(self, wait: float) -> list[Command]:
-        if not self._peers.several:
+        if not self._processes.several:
             return self._arrived(wait)
-        made = self._peers.from_first(lambda: self._shared(wait), "waiting for the first process to take a turn")
+        made = self._processes.from_first(lambda: self._shared(wait), "waiting for the first process to take a turn")
         return [from_json(value) for value in made]
 
     def _arrived(self, wait: float) -> list[Command]:
@@ -241,7 +241,7 @@ class Service:
     def _failed(self, name: str, error: Exception) -> list[News]:
         """Answers the requests of a model whose step has raised an exception, and makes it ready for others."""
         self._failures += 1
-        if not self._recovers or self._peers.several or self._failures == MOST_FAILURES:
+        if not self._recovers or self._processes.several or self._failures == MOST_FAILURES:
             raise error
         told = _told(error)
         self._schedulers[name].close()
@@ -266,7 +266,7 @@ class Service:
             self._embeddings.popleft()
             return [News(key, vectors=complete.value, prompt_tokens=sum(map(len, job.prompts)))]
         except Exception as error:
-            if not self._recovers or self._peers.several:
+            if not self._recovers or self._processes.several:
                 raise
             self._embeddings.popleft()
             told = _told(error)

@@ -39,9 +39,9 @@ class Slots:
         self._open.update(copies)
         return copies
 
-    def restore(self, heads: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
+    def restore(self, prefixes: Sequence[Sequence[int]], kept: Sequence[Sequence[Kept]]) -> list[int]:
         """See `Engine.restore`."""
-        slots = self.engine.restore(heads, kept)
+        slots = self.engine.restore(prefixes, kept)
         self._open.update(slots)
         return slots
 

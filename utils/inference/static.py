@@ -61,8 +61,8 @@ class StaticProgram:
                 {
                     "ids": paddle.zeros([1, length], dtype="int64"),
                     "positions": paddle.zeros([manifest.position_parts, 1, length], dtype="int64"),
-                    "keys": paddle.zeros([1, cache.room if length == 1 else length], dtype="int64"),
-                    "visible": paddle.ones([1, 1, length, cache.room if length == 1 else length], dtype="bool"),
+                    "keys": paddle.zeros([1, cache.capacity if length == 1 else length], dtype="int64"),
+                    "visible": paddle.ones([1, 1, length, cache.capacity if length == 1 else length], dtype="bool"),
                     "targets": paddle.arange(length, dtype="int64").unsqueeze(0),
                     "stretch": paddle.ones([1], dtype="float32"),
                     "chosen": paddle.zeros([1], dtype="int64"),

@@ -52,11 +52,15 @@ def verify_export(folder: Path, engine: Engine, prepared: Prepared, device: str)
     wanted = trial(engine, engine.vocabulary)
     if not np.isfinite(wanted["logits"]).all():
         raise UserError(_not_finite(prepared))
-    if prepared.peers.several:
+    if prepared.processes.several:
         from utils.inference.loading import load, prepare
 
         exported = prepare(
-            str(folder), device=device, mode="static", inference_model=prepared.inference_model, peers=prepared.peers
+            str(folder),
+            device=device,
+            mode="static",
+            inference_model=prepared.inference_model,
+            processes=prepared.processes,
         )
         _compare(folder, wanted, trial(load(exported, device).engine, engine.vocabulary))
         return

@@ -16,7 +16,7 @@ _operators: Any = paddle._C_ops  # its description of types lacks some
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y; y has the shape of x, or one that spreads to it."""
+    """x + y; y has the shape of x, or one that broadcasts to it."""
     return _operators.add_(x, y)
 
 

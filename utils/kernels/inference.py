@@ -2,7 +2,7 @@
 
 Sizes that a program must leave open (batch, length, cached positions) are never read here as numbers, so
 that the same code traces into a static program. On CPUs a broadcast over a middle axis costs tens of times
-the operator itself, so what every layer needs is spread once, by `spread`, and then used as it is.
+the operator itself, so what every layer needs is tiled once and then used as it is.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Product(Protocol):
 
 
 @dataclass(frozen=True)
-class Update:
+class Residual:
     """What attention or MLP adds to the hidden states: the last product of either, not yet computed."""
 
     product: Product
@@ -106,26 +106,26 @@ class Update:
     def computed(self) -> Tensor:
         return self.product(self.x)
 
-    def added_to(self, hidden: Tensor, *, few: bool) -> Tensor:
+    def added_to(self, hidden: Tensor, *, single_token: bool) -> Tensor:
         """The sum [n, width], which takes the place of the hidden states: what a group of layers returns stays as long
         as a program runs.
 
         Args:
-            few: whether these are single tokens; of many the product is added as it is computed.
+            single_token: whether there is one of each row; of many the product is added as it is computed.
         """
-        return in_place.add(hidden, self.computed()) if few else self.product.added(self.x, hidden)
+        return in_place.add(hidden, self.computed()) if single_token else self.product.added(self.x, hidden)
 
 
 class Norm(Operator):
     """A normalisation over the last axis."""
 
-    def of_sum(self, hidden: Tensor, update: Update, *, few: bool) -> tuple[Tensor, Tensor]:
-        """That of hidden states with an update, and their sum; all [n, width]. `hidden` may be overwritten.
+    def of_sum(self, hidden: Tensor, residual: Residual, *, single_token: bool) -> tuple[Tensor, Tensor]:
+        """That of hidden states with a residual, and their sum; all [n, width]. `hidden` may be overwritten.
 
         Args:
-            few: whether these are single tokens.
+            single_token: whether there is one of each row.
         """
-        total = update.added_to(hidden, few=few)
+        total = residual.added_to(hidden, single_token=single_token)
         return self(total), total
 
 
@@ -141,10 +141,10 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return fused_rms_norm(x, self.weight, None, self.epsilon, -1)[0]
 
-    def of_sum(self, hidden: Tensor, update: Update, *, few: bool) -> tuple[Tensor, Tensor]:
-        if self.on_cpu and not few:  # the fused sum goes to new memory, slow in some processes
-            return super().of_sum(hidden, update, few=few)
-        normal, total = fused_rms_norm(update.computed(), self.weight, None, self.epsilon, -1, residual=hidden)[:2]
+    def of_sum(self, hidden: Tensor, residual: Residual, *, single_token: bool) -> tuple[Tensor, Tensor]:
+        if self.on_cpu and not single_token:  # the fused sum goes to new memory, slow in some processes
+            return super().of_sum(hidden, residual, single_token=single_token)
+        normal, total = fused_rms_norm(residual.computed(), self.weight, None, self.epsilon, -1, residual=hidden)[:2]
         return normal, total
 
 
@@ -168,7 +168,7 @@ class Block:
         first, end: their places. Numbers, or where a program leaves the length open int64 tensors [2], of a head
             and a token, as each layer cuts queries out with one operator.
         start, seen: the places of the cache that they see, from 0 on; numbers or tensors [1].
-        mask: what is added to their scores, spread over heads, [batch, kv_heads, group * tokens, seen] float32.
+        mask: what is added to their scores, tiled over heads, [batch, kv_heads, group * tokens, seen] float32.
         by_key: the shape of queries with those of one key head behind each other, [batch, kv_heads, group * tokens,
             head_dim]; -1 is what is left, or an int64 tensor [4]: nothing is left in an empty block.
         by_query: [batch, heads, tokens, head_dim], likewise.
@@ -223,8 +223,8 @@ def blocks_of(
         if pieces > 1:
             tokens = end - first
             by_key, by_query = _together(batch, kv_heads, tokens * group, width), _together(batch, heads, tokens, width)
-        corner, opposite = _together(0, first), _together(heads, end)
-        found.append(Block(corner, opposite, _size(0), _together(before), part, by_key, by_query))
+        starts, ends = _together(0, first), _together(heads, end)
+        found.append(Block(starts, ends, _size(0), _together(before), part, by_key, by_query))
     return found
 
 
@@ -268,7 +268,7 @@ class Targets:
         """
         Args:
             places: int64 [batch, length], of the new tokens in the cache.
-            cache: of any layer, [batch, kv_heads, room, head_dim].
+            cache: of any layer, [batch, kv_heads, capacity, head_dim].
         """
         shape: Any = cache.shape if paddle.in_dynamic_mode() else paddle.shape(cache)
         kv_heads = cache.shape[1]
@@ -287,7 +287,7 @@ class Step:
     """What attention needs to know of new tokens, the same for every layer. Sizes are as `_sizes` makes them.
 
     Attributes:
-        one: whether there is one token of each row, which sees all places of the cache: it is not copied.
+        single_token: whether there is one token of each row, which sees all places of the cache: it is not copied.
         blocks: of the tokens.
         targets: where their keys and values go.
         by_head: the shape of queries, keys and values by heads, [batch, length, heads + 2 * kv_heads, head_dim], of
@@ -300,7 +300,7 @@ class Step:
         axes: axis 1 and axis 2.
     """
 
-    one: bool
+    single_token: bool
     blocks: list[Block]
     targets: Targets
     by_head: Any
@@ -319,7 +319,7 @@ class Step:
         heads: int,
         kv_heads: int,
         width: int,
-        one: bool,
+        single_token: bool,
         flat: bool,
     ) -> Step:
         """
@@ -330,20 +330,20 @@ class Step:
         """
         both = heads + 2 * kv_heads
         by_head: Any
-        if one:
+        if single_token:
             by_head = _sizes(0, both, 1, width)
         elif paddle.in_dynamic_mode():
             by_head = [*ids.shape, both, width]
         else:
             by_head = _together(paddle.shape(ids)[0], paddle.shape(ids)[1], both, width)
         return cls(
-            one,
-            blocks[-1:] if one else blocks,
+            single_token,
+            blocks[-1:] if single_token else blocks,
             targets,
             by_head,
             _sizes(heads, kv_heads, kv_heads),
             (_size(heads), _size(heads + kv_heads), _size(both)),
-            _sizes(-1, heads * width) if flat else _sizes(0, 1 if one else 0, heads * width),
+            _sizes(-1, heads * width) if flat else _sizes(0, 1 if single_token else 0, heads * width),
             (_axis(1), _axis(2)),
         )
 
@@ -351,19 +351,19 @@ class Step:
         """Queries, keys and values by heads: [batch * length, all of them] -> [batch, heads + 2 * kv_heads, length,
         head_dim]. `x` may be overwritten."""
         x = in_place.reshape(x, self.by_head)
-        return x if self.one else x.transpose([0, 2, 1, 3])
+        return x if self.single_token else x.transpose([0, 2, 1, 3])
 
     def attend(self, parts: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         """Attention; the keys and values of the new tokens go into the cache first.
 
         Args:
             parts: of `parted`, queries already scaled.
-            cache: keys and values, each [batch, kv_heads, room, head_dim]; they are written over.
+            cache: keys and values, each [batch, kv_heads, capacity, head_dim]; they are written over.
 
         Returns:
             What queries gather, of the shape `joined`.
         """
-        if self.one or len(self.blocks) == 1:
+        if self.single_token or len(self.blocks) == 1:
             query, key, value = paddle._C_ops.split(parts, self.heads, self.axes[0])
         else:  # each block cuts its queries by heads and tokens at once
             key, value = (_cut(parts, 1, *pair) for pair in pairwise(self.borders))
@@ -375,7 +375,7 @@ class Step:
 
         Queries may be of a wider type than the cache; their scores are then computed in it.
         """
-        if not self.one:
+        if not self.single_token:
             query, key, value = (x.transpose([0, 2, 1, 3]) for x in (query, key, value))
         return self._attend(query, key.astype(cache[0].dtype), value.astype(cache[1].dtype), cache)
 
@@ -385,15 +385,17 @@ class Step:
             query: [batch, heads, length, head_dim], of several blocks perhaps with further heads behind them; of one
                 token its first axes may stand in any order, those of keys and values too.
         """
-        many = not self.one and len(self.blocks) > 1
+        many = not self.single_token and len(self.blocks) > 1
         queries = [_queries(query, block, self.borders[0]) for block in self.blocks] if many else [query]
         keys, values = self.targets.write(cache[0], key), self.targets.write(cache[1], value)
         found = []
         for block, part in zip(self.blocks, queries):  # noqa: B905 - it is traced
-            seen = (keys, values) if self.one else [_cut(x, 2, block.start, block.seen) for x in (keys, values)]
+            seen = (
+                (keys, values) if self.single_token else [_cut(x, 2, block.start, block.seen) for x in (keys, values)]
+            )
             scores = paddle.matmul(in_place.reshape(part, block.by_key), seen[0].astype(part.dtype), transpose_y=True)
             found.append(paddle.matmul(_weights(scores, block.mask).astype(values.dtype), seen[1]))
-        if self.one:
+        if self.single_token:
             return in_place.reshape(found[0], self.joined)
         found = [in_place.reshape(x, block.by_query) for x, block in zip(found, self.blocks)]  # noqa: B905
         attended = found[0] if len(found) == 1 else paddle.concat(found, axis=self.axes[1])

@@ -16,7 +16,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from utils.kernels import in_place, precision, rings, split
+from utils.kernels import in_place, precision, split, traced_collectives
 from utils.kernels.arrays import fixed
 
 
@@ -130,7 +130,7 @@ class Linear(nn.Layer):
             return self.product(x, self.bias)
         if self.shard.kind == "column":
             return self.product(split.for_parts(x, self.shard.group), self.bias)
-        y = (split if paddle.in_dynamic_mode() else rings).summed(self.product(x, None), self.shard.group)
+        y = (split if paddle.in_dynamic_mode() else traced_collectives).summed(self.product(x, None), self.shard.group)
         return y if self.bias is None else y + self.bias
 
     def added(self, x: Tensor, base: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class _Rotary(PyLayer):
 
 
 def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns queries and keys by their positions.
+    """Rotates queries and keys by their positions.
 
     Args:
         query, key: [batch, length, heads, head_dim]; each may have another number of heads.
@@ -54,7 +54,7 @@ def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -
 
 
 def pairing(order: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The matrix [head_dim, head_dim] that gives each dimension of x what its pair contributes when it turns.
+    """The matrix [head_dim, head_dim] that gives each dimension of x what its pair contributes when it rotates.
 
     Of a pair (a, b) of dimensions, x @ it has (-b, a). A product has a cheap gradient; slices of single dimensions
     would fill tensors of zeros.
@@ -69,7 +69,7 @@ def pairing(order: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 class Rotation:
-    """Turns queries and keys of a batch by their positions. What all layers share is worked out once."""
+    """Rotates queries and keys of a batch by their positions. What all layers share is worked out once."""
 
     def __init__(
         self,

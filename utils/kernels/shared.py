@@ -8,7 +8,7 @@ import paddle
 from paddle import Tensor
 
 from utils.kernels.inference import Operator, Table
-from utils.kernels.rings import gathered, summed
+from utils.kernels.traced_collectives import gathered, summed
 
 
 class SharedTable(Operator):

@@ -47,11 +47,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Rotary:
-    """How positions turn queries and keys (Su et al. 2021, arXiv:2104.09864).
+    """How positions rotate queries and keys (Su et al. 2021, arXiv:2104.09864).
 
-    The generic decoder turns the pairs (i, i + head_dim / 2). Models that pair otherwise, or turn a part
+    The generic decoder rotates the pairs (i, i + head_dim / 2). Models that pair otherwise, or rotate a part
     of each head only, are brought into this form by `order`: products of queries and keys do not
-    change when both are permuted alike, and what does not turn has the frequency 0.
+    change when both are permuted alike, and what does not rotate has the frequency 0.
 
     Attributes:
         inverse: float32 [parts, head_dim / 2], radians per position, of each part of the positions; the
@@ -123,7 +123,7 @@ class LayerNames:
         by_head: in the one Linear each head's query, key and value stand together.
         norms: where the norms stand among the parameters of a layer: before the matrices that read them, or before or
             behind all matrices.
-        query_norm, key_norm: root mean squares of the queries and keys of each head, before they turn.
+        query_norm, key_norm: root mean squares of the queries and keys of each head, before they rotate.
         attention_out_norm, mlp_out_norm: of what is added to the hidden states.
         score_scale: factor of the attention scores; None is 1 / sqrt(head_dim).
     """
@@ -301,26 +301,26 @@ class Architecture:
         return found
 
 
-def turned_halves(head_dim: int, turned: int, base: float) -> Rotary:
-    """Of heads whose first `turned` dimensions turn in halves (i, i + turned / 2), the others not at all."""
+def rotated_halves(head_dim: int, rotated: int, base: float) -> Rotary:
+    """Of heads whose first `rotated` dimensions rotate in halves (i, i + rotated / 2), the others not at all."""
     inverse = np.zeros(head_dim // 2, dtype=np.float64)
-    inverse[: turned // 2] = base ** (-np.arange(0, turned, 2) / turned)
-    half, rest = turned // 2, (head_dim - turned) // 2
-    still = turned + rest
-    order = np.r_[0:half, turned:still, half:turned, still:head_dim].astype(np.int64)
-    return Rotary(inverse[None].astype(np.float32), None if turned == head_dim else order)
+    inverse[: rotated // 2] = base ** (-np.arange(0, rotated, 2) / rotated)
+    half, rest = rotated // 2, (head_dim - rotated) // 2
+    still = rotated + rest
+    order = np.r_[0:half, rotated:still, half:rotated, still:head_dim].astype(np.int64)
+    return Rotary(inverse[None].astype(np.float32), None if rotated == head_dim else order)
 
 
-def turned_neighbours(head_dim: int, turned: int, ratio: float = 1.0) -> Rotary:
-    """Of heads whose first `turned` dimensions turn in pairs of neighbours (2i, 2i + 1), the others not at all.
+def rotated_neighbours(head_dim: int, rotated: int, ratio: float = 1.0) -> Rotary:
+    """Of heads whose first `rotated` dimensions rotate in pairs of neighbours (2i, 2i + 1), the others not at all.
 
     Args:
         ratio: what positions are divided by.
     """
     inverse = np.zeros(head_dim // 2, dtype=np.float64)
-    inverse[: turned // 2] = 10000.0 ** (-np.arange(0, turned, 2) / turned) / ratio
-    still = turned + (head_dim - turned) // 2
-    order = np.r_[0:turned:2, turned:still, 1:turned:2, still:head_dim].astype(np.int64)
+    inverse[: rotated // 2] = 10000.0 ** (-np.arange(0, rotated, 2) / rotated) / ratio
+    still = rotated + (head_dim - rotated) // 2
+    order = np.r_[0:rotated:2, rotated:still, 1:rotated:2, still:head_dim].astype(np.int64)
     return Rotary(inverse[None].astype(np.float32), order)
 
 

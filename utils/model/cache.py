@@ -13,55 +13,56 @@ from numpy.typing import NDArray
 
 from utils.kernels.arrays import shared
 
-_STEP = 32  # positions; room is added in steps of this, or of an eighth where that is more
+_STEP = 32  # positions; capacity is added in steps of this, or of an eighth where that is more
 
 
 class Cache(ABC):
     """Keys and values of rows 0, 1, 2, ...; a row's tokens stand at its places 0, 1, 2, ...
 
     Attributes:
-        rows, room: what is allocated: rows, and places of each.
-        heads_first: whether a layer's keys are [rows, kv_heads, room, head_dim], not [rows, room, kv_heads, head_dim].
+        rows, capacity: what is allocated: rows, and places of each.
+        heads_first: whether a layer's keys are [rows, kv_heads, capacity, head_dim], not [rows, capacity, kv_heads,
+            head_dim].
     """
 
     rows: int
-    room: int
+    capacity: int
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
         self._sizes, self._dtype, self.heads_first = (kv_heads, head_dim), dtype, heads_first
         self._layers = layers
-        self.rows = self.room = 0
+        self.rows = self.capacity = 0
 
     def reserve(self, rows: int, places: int, *, only: bool = False) -> None:
-        """Makes room; what is there of so many rows stays.
+        """Makes memory for them; what is there of so many rows stays.
 
         Args:
             only: whether further rows, which nobody uses any more, go.
         """
-        more_rows, more_room = rows if only else max(rows, self.rows), self.room
-        if places > self.room:
-            more_room = max(places, self.room + self.room // 8)
-            more_room = -(-more_room // _STEP) * _STEP
-        if (more_rows, more_room) != (self.rows, self.room):
+        more_rows, more_capacity = rows if only else max(rows, self.rows), self.capacity
+        if places > self.capacity:
+            more_capacity = max(places, self.capacity + self.capacity // 8)
+            more_capacity = -(-more_capacity // _STEP) * _STEP
+        if (more_rows, more_capacity) != (self.rows, self.capacity):
             try:
-                self._resize(more_rows, more_room)
+                self._resize(more_rows, more_capacity)
             except BaseException:  # no memory, or an interrupt: what some layers have gained is taken back
-                self._resize(self.rows, self.room)
+                self._resize(self.rows, self.capacity)
                 raise
-            self.rows, self.room = more_rows, more_room
+            self.rows, self.capacity = more_rows, more_capacity
 
     def shrink(self, places: int) -> None:
-        """Gives back room that is more than twice what the longest row, of `places` places, needs: unused room
+        """Gives back capacity that is more than twice what the longest row, of `places` places, needs: unused capacity
         is computed and masked."""
-        if self.room > 2 * max(places, _STEP):
-            room = -(-places // _STEP) * _STEP
-            self._resize(self.rows, room)
-            self.room = room
+        if self.capacity > 2 * max(places, _STEP):
+            capacity = -(-places // _STEP) * _STEP
+            self._resize(self.rows, capacity)
+            self.capacity = capacity
 
     def clear(self) -> None:
         """Gives all memory back."""
         self._resize(0, 0)
-        self.rows = self.room = 0
+        self.rows = self.capacity = 0
 
     @property
     def place_bytes(self) -> int:
@@ -69,12 +70,12 @@ class Cache(ABC):
         kv_heads, head_dim = self._sizes
         return 2 * self._layers * kv_heads * head_dim * (4 if self._dtype == "float32" else 2)
 
-    def _shape(self, rows: int, room: int) -> tuple[int, int, int, int]:
+    def _shape(self, rows: int, capacity: int) -> tuple[int, int, int, int]:
         kv_heads, head_dim = self._sizes
-        return (rows, kv_heads, room, head_dim) if self.heads_first else (rows, room, kv_heads, head_dim)
+        return (rows, kv_heads, capacity, head_dim) if self.heads_first else (rows, capacity, kv_heads, head_dim)
 
     @abstractmethod
-    def _resize(self, rows: int, room: int) -> None:
+    def _resize(self, rows: int, capacity: int) -> None:
         """Allocates anew and copies, layer by layer; leaves alone what has that size already."""
 
     @abstractmethod
@@ -103,7 +104,7 @@ class Cache(ABC):
 
 
 class HostCache(Cache):
-    """In memory that NumPy and Paddle share: rows are copied, and room is made, without an operator."""
+    """In memory that NumPy and Paddle share: rows are copied, and memory is added, without an operator."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype: str, *, heads_first: bool = True) -> None:
         super().__init__(layers, kv_heads, head_dim, dtype, heads_first=heads_first)
@@ -111,11 +112,11 @@ class HostCache(Cache):
         self._views: list[paddle.Tensor] = []
         self._viewed = (0, 0)
 
-    def _resize(self, rows: int, room: int) -> None:
+    def _resize(self, rows: int, capacity: int) -> None:
         self._views.clear()  # whoever still holds the list does not hold the memory
         self._views, self._viewed = [], (0, 0)
         for number, before in enumerate(self._memory):
-            shape = (2, *self._shape(rows, room))
+            shape = (2, *self._shape(rows, capacity))
             if before.shape == shape:
                 continue
             new = np.zeros(shape, dtype=self._dtype)
@@ -150,7 +151,7 @@ class HostCache(Cache):
         return pieces
 
     def _row(self, layer: int, row: int) -> NDArray[np.float32]:
-        """The memory of keys and values of a row, [2, kv_heads, room, head_dim]."""
+        """The memory of keys and values of a row, [2, kv_heads, capacity, head_dim]."""
         held = self._memory[layer][:, row]
         return held if self.heads_first else held.swapaxes(1, 2)
 
@@ -166,9 +167,9 @@ class DeviceCache(Cache):
         super().__init__(layers, kv_heads, head_dim, dtype, heads_first=heads_first)
         self._memory = [paddle.zeros(self._shape(0, 0), dtype=dtype)] * (2 * layers)  # of each layer in turn
 
-    def _resize(self, rows: int, room: int) -> None:
+    def _resize(self, rows: int, capacity: int) -> None:
         for number, before in enumerate(self._memory):
-            if tuple(before.shape) == (shape := self._shape(rows, room)):
+            if tuple(before.shape) == (shape := self._shape(rows, capacity)):
                 continue
             new = paddle.zeros(shape, dtype=self._dtype)
             kept = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, shape, strict=True))

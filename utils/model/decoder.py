@@ -22,7 +22,7 @@ from utils.model.layer import DecoderLayer, norm, put
 from utils.model.settings import Settings
 
 if TYPE_CHECKING:
-    from utils.families.text import Places
+    from utils.families.text import AttentionInputs
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # (key, value) of some layers, each [batch, cached, kv_heads, head_dim]
 
@@ -97,9 +97,9 @@ class Decoder(nn.Layer):
         """What all layers need to know of a training batch; see `inputs.of_batch`."""
         return inputs.of_batch(self, batch, cached)
 
-    def inference_context(self, ids: Tensor, places: Places) -> Context:
-        """As `context`, for new tokens [batch, length] at `places`."""
-        return inputs.of_places(self, ids, places)
+    def inference_context(self, ids: Tensor, attention_inputs: AttentionInputs) -> Context:
+        """As `context`, for new tokens [batch, length] at the positions of `attention_inputs`."""
+        return inputs.of_attention_inputs(self, ids, attention_inputs)
 
     def embed(self, context: Context) -> Tensor:
         """Hidden states [batch, length, hidden] as the first layer takes them."""

@@ -15,7 +15,7 @@ from utils.kernels import inference as kernels
 from utils.kernels.arrays import fixed
 from utils.model.architecture import Architecture, LayerNames, ModelShape, Rotary
 from utils.model.fused_weights import Read, Weights, first_half, second_half, whole
-from utils.model.steps import input_names, own_architecture, through, ways
+from utils.model.steps import branches, input_names, own_architecture, through
 from utils.partition.parts import Parts
 
 
@@ -73,11 +73,11 @@ class FusedDecoder(nn.Layer):
         self.before_head = weights.some(architecture.final_norm, architecture.output_projection)
         if architecture.head is not None:
             bias = weights.bias(architecture.head)
-            self.head = weights.table(architecture.head, bias, turned=not architecture.head_is_table)
+            self.head = weights.table(architecture.head, bias, transposed=not architecture.head_is_table)
         if architecture.slopes is not None:
             self.slopes = fixed(paddle.to_tensor(architecture.slopes))
         rotaries = [architecture.rotary, None if architecture.local is None else architecture.local.rotary]
-        self.turns = nn.LayerList(_Rotary(rotary, shape, dtype) for rotary in rotaries if rotary is not None)
+        self.rotaries = nn.LayerList(_Rotary(rotary, shape, dtype) for rotary in rotaries if rotary is not None)
         self.activation = kernels.activation(architecture.activation)
         self.inputs = input_names(architecture)
         self.eval()
@@ -89,10 +89,10 @@ class FusedDecoder(nn.Layer):
 
         Args:
             inputs: what `self.inputs` names. ids int64 [batch, length]; targets int64 [batch, length], their places in
-                the cache; positions, keys, visible, stretch, see `utils.families.text.Places`, keys being the first
-                places of the cache, of one token of each row all; chosen int64 [n], the tokens whose logits are
+                the cache; positions, keys, visible, stretch, see `utils.families.text.AttentionInputs`, keys being the
+                first places of the cache, of one token of each row all; chosen int64 [n], the tokens whose logits are
                 wanted, counted row by row.
-            cache: keys and values of every layer in turn, each [batch, kv_heads, room, head_dim]. Those of the new
+            cache: keys and values of every layer in turn, each [batch, kv_heads, capacity, head_dim]. Those of the new
                 tokens are written into it.
 
         Returns:
@@ -101,7 +101,7 @@ class FusedDecoder(nn.Layer):
         given = dict(zip(self.inputs, inputs))  # noqa: B905 - the tracer's zip has no `strict`
         return [self._compute(given, cache)]
 
-    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two branches
     def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         head = self.embedding if self.architecture.head is None else self.head
         return head(self.states(given, cache))
@@ -118,8 +118,8 @@ class FusedDecoder(nn.Layer):
             places = given["positions"][table.part].flatten() + table.offset
             hidden = hidden + nn.functional.embedding(places, getattr(self, f"table_{number}"))
         slopes = None if architecture.slopes is None else self.slopes
-        steps = ways(architecture, slopes, given, cache, flat=True)
-        angles = [turns.angles(given["positions"], given.get("stretch")) for turns in self.turns]
+        steps = branches(architecture, slopes, given, cache, flat=True)
+        angles = [rotary.angles(given["positions"], given.get("stretch")) for rotary in self.rotaries]
 
         def run(numbers: Sequence[int], hidden: Tensor, step: Sequence[kernels.Step]) -> Tensor:
             return self._layers(numbers, hidden, given["chosen"], cache, angles, step)
@@ -143,38 +143,41 @@ class FusedDecoder(nn.Layer):
         Args:
             angles, steps: those of layers that see all, then those of local ones.
         """
-        architecture, few = self.architecture, steps[0].one
-        update: kernels.Update | None = None  # is still to be added to the hidden states, which the next norm does
+        architecture, single_token = self.architecture, steps[0].single_token
+        residual: kernels.Residual | None = None  # is still to be added to the hidden states, which the next norm does
         for number in numbers:
             layer, kind = self.layers[number], int(architecture.is_local(number))
             step = steps[kind]
             if not architecture.norm_first:
                 normed = hidden
-            elif update is None:
+            elif residual is None:
                 normed = layer.attention_norm(hidden)
             else:
-                normed, hidden = layer.attention_norm.of_sum(hidden, update, few=few)
+                normed, hidden = layer.attention_norm.of_sum(hidden, residual, single_token=single_token)
             parts = step.parted(layer.head_norms(layer.attention_in(normed)))
             if angles:
-                parts = self.turns[kind].turned(parts, angles[kind])
+                parts = self.rotaries[kind].rotated(parts, angles[kind])
             attended = step.attend(parts, (cache[2 * number], cache[2 * number + 1]))
             if number == architecture.shape.layers - 1:  # from here on only the tokens whose logits are wanted count
                 hidden, normed, attended = (paddle.index_select(x, chosen) for x in (hidden, normed, attended))
-                few = True
+                single_token = True
             if architecture.parallel:
                 beside = normed if layer.mlp_norm is None else layer.mlp_norm(hidden)
-                update = kernels.Update(layer.mlp_out, self._inner(layer, beside))
-                hidden = kernels.Update(layer.attention_out, attended).added_to(hidden, few=few)
+                residual = kernels.Residual(layer.mlp_out, self._inner(layer, beside))
+                hidden = kernels.Residual(layer.attention_out, attended).added_to(hidden, single_token=single_token)
                 continue
             middle = layer.mlp_norm if architecture.norm_first else layer.attention_norm
-            gathered = kernels.Update(layer.attention_out, attended)
-            normed, hidden = middle.of_sum(self._base(hidden, normed), gathered, few=few)
-            update = kernels.Update(layer.mlp_out, self._inner(layer, normed))
+            gathered = kernels.Residual(layer.attention_out, attended)
+            normed, hidden = middle.of_sum(self._base(hidden, normed), gathered, single_token=single_token)
+            residual = kernels.Residual(layer.mlp_out, self._inner(layer, normed))
             if architecture.norm_first:
                 hidden = self._base(hidden, normed)
             else:
-                hidden, update = layer.mlp_norm.of_sum(self._base(normed, normed), update, few=few)[0], None
-        return hidden if update is None else update.added_to(hidden, few=few)
+                hidden, residual = (
+                    layer.mlp_norm.of_sum(self._base(normed, normed), residual, single_token=single_token)[0],
+                    None,
+                )
+        return hidden if residual is None else residual.added_to(hidden, single_token=single_token)
 
     def _base(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """What the output of attention or MLP is added to."""
@@ -200,17 +203,17 @@ class _Layer(nn.Layer):
         self.attention_out = weights.output(names.attention_out, names.attention_out_norm)
         self.mlp_norm = None if names.mlp_norm == names.attention_norm else weights.norm(names.mlp_norm)
         if len(names.mlp_in) == 2 or not weights.architecture.gated:
-            ways = [(source, whole) for source in names.mlp_in]
+            columns = [(source, whole) for source in names.mlp_in]
         else:  # the gate's columns come first
-            ways = [(names.mlp_in[0], first_half), (names.mlp_in[0], second_half)]
-        self.mlp_in, *up = (weights.joined((source,), weights.own_columns(half)) for source, half in ways)
+            columns = [(names.mlp_in[0], first_half), (names.mlp_in[0], second_half)]
+        self.mlp_in, *up = (weights.joined((source,), weights.own_columns(half)) for source, half in columns)
         if up:  # not one matrix with the gate: parting their outputs costs more than a second product
             self.mlp_up = up[0]
         self.mlp_out = weights.output(names.mlp_out, names.mlp_out_norm)
 
 
 class _Rotary(nn.Layer):
-    """Turns queries and keys by their positions."""
+    """Rotates queries and keys by their positions."""
 
     def __init__(self, rotary: Rotary, shape: ModelShape, dtype: str) -> None:
         super().__init__()
@@ -226,8 +229,8 @@ class _Rotary(nn.Layer):
             self.stretch_power = fixed(paddle.to_tensor(rotary.stretch_power))
 
     def angles(self, positions: Tensor, stretch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin of queries, keys and values, each [batch, heads + 2 * kv_heads, length, head_dim]: spread
-        over the heads once, for all layers. Values are turned by nothing: parting them from the rest costs more.
+        """cos and sin of queries, keys and values, each [batch, heads + 2 * kv_heads, length, head_dim]: tiled
+        over the heads once, for all layers. Values are not rotated: parting them from the rest costs more.
 
         Args:
             positions: [parts, batch, length] int64.
@@ -240,7 +243,7 @@ class _Rotary(nn.Layer):
             inverse = inverse * (stretch.reshape([1, -1, 1, 1]) ** self.stretch_power)
         angles = (places * inverse).sum(0)
         angles = paddle.concat([angles, angles], axis=-1).unsqueeze(1)  # [batch, 1, length, head_dim]
-        spread = []
+        waves = []
         for wave, still in ((angles.cos(), 1.0), (angles.sin(), 0.0)):
             wave = wave if rotary.magnitude == 1.0 else wave * rotary.magnitude
             of_queries = wave
@@ -249,11 +252,11 @@ class _Rotary(nn.Layer):
                 of_queries = wave * paddle.clip(paddle.log(places[0] + 1.0) / paddle.log(length), min=1.0).unsqueeze(1)
             parts = (of_queries, shape.heads), (wave, shape.kv_heads), (paddle.full_like(wave, still), shape.kv_heads)
             tiled = [paddle.tile(part, [1, count, 1, 1]) for part, count in parts]
-            spread.append(paddle.concat(tiled, axis=1).astype(self.dtype))
-        return spread[0], spread[1]
+            waves.append(paddle.concat(tiled, axis=1).astype(self.dtype))
+        return waves[0], waves[1]
 
-    def turned(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def rotated(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Queries and keys by their positions, values as they are: [batch, heads + 2 * kv_heads, length, head_dim],
         which may be overwritten."""
-        turned = in_place.multiply(paddle.matmul(x, self.swap), angles[1])
-        return in_place.add(in_place.multiply(x, angles[0]), turned)
+        rotated = in_place.multiply(paddle.matmul(x, self.swap), angles[1])
+        return in_place.add(in_place.multiply(x, angles[0]), rotated)

@@ -116,15 +116,15 @@ class Weights:
     def own_columns(self, arrange: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
         return lambda values: self._own(arrange(values), 1)
 
-    def table(self, name: str, bias: Tensor | None = None, *, turned: bool = False) -> kernels.Table | SharedTable:
+    def table(self, name: str, bias: Tensor | None = None, *, transposed: bool = False) -> kernels.Table | SharedTable:
         """The table [vocabulary, width] of a parameter, or of its transpose."""
-        return self._once((name,), lambda: self._table(name, bias, turned=turned))
+        return self._once((name,), lambda: self._table(name, bias, transposed=transposed))
 
-    def _table(self, name: str, bias: Tensor | None, *, turned: bool) -> kernels.Table | SharedTable:
+    def _table(self, name: str, bias: Tensor | None, *, transposed: bool) -> kernels.Table | SharedTable:
         values = self._read(name)
         if self._parts is None or not self._parts.shares_vocabulary:
-            return kernels.Table(self._tensor(values.T if turned else values), bias)
-        own = self._tensor(self._own(values.T if turned else values, 0))
+            return kernels.Table(self._tensor(values.T if transposed else values), bias)
+        own = self._tensor(self._own(values.T if transposed else values, 0))
         if bias is not None:
             bias = bias.split(self._parts.degree)[self._parts.rank]
         return SharedTable(own, bias, self._group)

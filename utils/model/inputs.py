@@ -16,7 +16,7 @@ from utils.kernels.rotary import RotaryTable, Rotation, pairing
 from utils.model.architecture import Architecture, Rotary
 
 if TYPE_CHECKING:
-    from utils.families.text import Places
+    from utils.families.text import AttentionInputs
     from utils.model.decoder import Decoder
 
 
@@ -31,7 +31,7 @@ class Context:
         ids: [batch, length] int64.
         positions: [parts, batch or 1, length] int64; None if nothing reads them.
         attends: attention with its mask and dropout, of layers that see all and perhaps of local ones.
-        rotations: what turns queries and keys by their positions, likewise; nothing without rotary positions.
+        rotations: what rotates queries and keys by their positions, likewise; nothing without rotary positions.
         dropout: share of the outputs of attention and MLP that is dropped (0 outside training).
         tensor_part, key_value_group: see `Decoder`.
     """
@@ -46,7 +46,7 @@ class Context:
 
 
 class RotaryPositions:
-    """Rotary positions of a model: from the positions of a batch to what turns its queries and keys."""
+    """Rotary positions of a model: from the positions of a batch to what rotates its queries and keys."""
 
     def __init__(self, rotary: Rotary) -> None:
         self.rotary = rotary
@@ -160,19 +160,27 @@ def _causal(plain: Attention, positions: Tensor, ends: Tensor | None, cached: in
     return replace(plain, visible=visible, key_positions=paddle.concat([before, positions + cached], axis=1))
 
 
-def of_places(decoder: Decoder, ids: Tensor, places: Places) -> Context:
+def of_attention_inputs(decoder: Decoder, ids: Tensor, attention_inputs: AttentionInputs) -> Context:
     """Of new tokens [batch, length] in generation.
 
     Args:
-        places: where they stand, and what they see of all keys.
+        attention_inputs: where they stand, and what they see of all keys.
     """
     local = decoder.architecture.local
-    attend = replace(_attention(decoder), visible=places.visible, key_positions=places.keys)
+    attend = replace(_attention(decoder), visible=attention_inputs.visible, key_positions=attention_inputs.keys)
     attends = [attend]
     if local is not None:
-        near = masks.near(places.positions[0], places.keys, local.window)
-        attends.append(replace(attend, visible=paddle.logical_and(places.visible, near)))
-    return _context(decoder, ids, places.positions, attends, places.visible.shape[-1], places.stretch, logn=True)
+        near = masks.near(attention_inputs.positions[0], attention_inputs.keys, local.window)
+        attends.append(replace(attend, visible=paddle.logical_and(attention_inputs.visible, near)))
+    return _context(
+        decoder,
+        ids,
+        attention_inputs.positions,
+        attends,
+        attention_inputs.visible.shape[-1],
+        attention_inputs.stretch,
+        logn=True,
+    )
 
 
 def _attention(decoder: Decoder) -> Attention:

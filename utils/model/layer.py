@@ -136,8 +136,8 @@ class DecoderLayer(nn.Layer):
         query, key, value = (by_head(x, shape.head_dim) for x in (query, key, value))
         if group is not None:  # every process has all heads of a fused product
             rank, ranks = context.tensor_part
-            few = query.shape[2] // ranks
-            query = query[:, :, rank * few : (rank + 1) * few]
+            per_rank = query.shape[2] // ranks
+            query = query[:, :, rank * per_rank : (rank + 1) * per_rank]
         return query, key, value
 
     def _mlp(self, x: Tensor, context: Context) -> Tensor:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle import Tensor, nn
 
-from utils.families.text import Places
+from utils.families.text import AttentionInputs
 from utils.kernels.arrays import fixed
 from utils.kernels.inference import Step
-from utils.kernels.rings import gathered
+from utils.kernels.traced_collectives import gathered
 from utils.model.decoder import Decoder
 from utils.model.inputs import Context
-from utils.model.steps import Way, input_names, own_architecture, through, ways
+from utils.model.steps import Branch, branches, input_names, own_architecture, through
 
 if TYPE_CHECKING:
     from utils.partition.parts import Parts
@@ -68,7 +68,7 @@ class PlainDecoder(nn.Layer):
         given = dict(zip(self.inputs, inputs))  # noqa: B905 - the tracer's zip has no `strict`
         return [self._compute(given, cache)]
 
-    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two ways
+    @paddle.jit.not_to_static  # traced as it runs: the only control flow are choices between two branches
     def _compute(self, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> Tensor:
         return self.logits(self.states(given, cache))
 
@@ -95,7 +95,7 @@ class PlainStep:
     def __init__(self, decoder: PlainDecoder, given: Mapping[str, Tensor], cache: Sequence[Tensor]) -> None:
         self._model, self._decoder = decoder.model, decoder
         self._given, self._cache = given, cache
-        self._ways = ways(decoder.architecture, decoder.slopes, given, cache, flat=False)
+        self._branches = branches(decoder.architecture, decoder.slopes, given, cache, flat=False)
 
     def embed(self) -> Tensor:
         """Hidden states [batch, length, hidden] before the first layer."""
@@ -103,7 +103,7 @@ class PlainStep:
 
     def layers(self, numbers: Sequence[int], hidden: Tensor) -> Tensor:
         """Hidden states after layers in turn, all of which this process has."""
-        return through(numbers, hidden, self._given["ids"], self._ways, self._run)
+        return through(numbers, hidden, self._given["ids"], self._branches, self._run)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head takes of the chosen tokens, [n, hidden]."""
@@ -112,14 +112,14 @@ class PlainStep:
 
     def _context(self) -> Context:
         given = self._given
-        known = Places(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
+        known = AttentionInputs(given.get("positions"), given.get("keys"), given["visible"], given.get("stretch"))
         return self._model.inference_context(given["ids"], known)
 
-    def _run(self, numbers: Sequence[int], hidden: Tensor, way: Way) -> Tensor:
+    def _run(self, numbers: Sequence[int], hidden: Tensor, branch: Branch) -> Tensor:
         attention, context, layers = _CacheAttention(self._decoder), self._context(), self._model.layers
         for number in numbers:
             place, layer = 2 * self._decoder.places[number], layers[number]
-            attention.step = way[layer.is_local]
+            attention.step = branch[layer.is_local]
             attention.cache = self._cache[place], self._cache[place + 1]
             hidden = layer(hidden, context, attention)
         return hidden

@@ -1,4 +1,5 @@
-"""What both lowerings of a decoder share: the inputs of a step, and the ways through it that a program chooses from."""
+"""What both lowerings of a decoder share: the inputs of a step, and the branches through it that a program chooses
+from."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from utils.model.architecture import Architecture, Local
 if TYPE_CHECKING:
     from utils.partition.parts import Parts
 
-# Layers of one choice. A static program chooses between its ways anew for each such group: Paddle's executor lists, for
-# every operator of a block, all that must run before and after it, so one block of all layers takes hundreds of MB.
+# Layers of one choice. A static program chooses between its branches anew for each such group: Paddle's executor lists,
+# for every operator of a block, all that must run before and after it, so one block of all layers takes hundreds of MB.
 TOGETHER = 5
 
 
@@ -47,18 +48,19 @@ def own_architecture(architecture: Architecture, parts: Parts | None) -> Archite
     )
 
 
-Way = Sequence[Step]  # of layers that see all, then of local ones, if there are any
+Branch = Sequence[Step]  # of layers that see all, then of local ones, if there are any
 
 
-def ways(
+def branches(
     architecture: Architecture,
     slopes: Tensor | None,
     given: Mapping[str, Tensor],
     cache: Sequence[Tensor],
     *,
     flat: bool,
-) -> list[Way]:
-    """The ways through a step: that of one token of each row or that of more, or both where a program leaves this open.
+) -> list[Branch]:
+    """The branches through a step: that of one token of each row or that of more, or both where a program leaves this
+    open.
 
     Args:
         architecture: of what this process computes.
@@ -68,15 +70,15 @@ def ways(
     """
     shape, length = architecture.shape, given["ids"].shape[1]
     is_open = length < 0  # in a static program
-    one = not is_open and length == 1
+    single_token = not is_open and length == 1
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "width": shape.head_dim}
-    pieces = 1 if one or not architecture.causal else 0
+    pieces = 1 if single_token or not architecture.causal else 0
     seen = [given["visible"]] if architecture.local is None else [given["visible"], _near(given, architecture.local)]
     blocks = [blocks_of(x, given.get("keys"), slopes, pieces=pieces, **sizes) for x in seen]
     targets = Targets.at(given["targets"], cache[0])
     return [
-        [Step.of(given["ids"], x, targets, one=way, flat=flat, **sizes) for x in blocks]
-        for way in ((True, False) if is_open else (one,))
+        [Step.of(given["ids"], x, targets, single_token=branch, flat=flat, **sizes) for x in blocks]
+        for branch in ((True, False) if is_open else (single_token,))
     ]
 
 
@@ -91,16 +93,16 @@ def through(
     numbers: Sequence[int],
     hidden: Tensor,
     ids: Tensor,
-    steps: Sequence[Way],
-    run: Callable[[Sequence[int], Tensor, Way], Tensor],
+    steps: Sequence[Branch],
+    run: Callable[[Sequence[int], Tensor, Branch], Tensor],
 ) -> Tensor:
     """Hidden states after some layers in turn.
 
     Args:
         ids: [batch, length], of the new tokens.
-        steps: of `ways`.
-        run: (numbers of consecutive layers, hidden states before them, way) -> hidden states after them. In a program
-            nothing that it makes on one way, or for one group of layers, may be used on another.
+        steps: of `branches`.
+        run: (numbers of consecutive layers, hidden states before them, branch) -> hidden states after them. In a
+            program nothing that it makes on one branch, or for one group of layers, may be used on another.
     """
     if len(steps) == 1:
         return run(numbers, hidden, steps[0])

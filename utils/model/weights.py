@@ -105,8 +105,8 @@ class _Operator:
         Args:
             published: the name of the weight in published checkpoints.
         """
-        turned, straight = self.linear and not conv1d, self.linear and conv1d
-        yield Weight(published, f"{self.name}.{self.kind}", turned, straight, part, self.split)
+        transposed, straight = self.linear and not conv1d, self.linear and conv1d
+        yield Weight(published, f"{self.name}.{self.kind}", transposed, straight, part, self.split)
         if self.biased:  # a bias belongs to the outputs: of rows all processes have all
             split = None if self.split == "row" else self.split
             yield Weight(f"{published.rpartition('.')[0]}.bias", f"{self.name}.bias", part=part, split=split)

@@ -2,7 +2,7 @@
 
 Stage 1 is `DygraphShardingOptimizer`: each parameter's state lies on one rank, which updates the parameter and
 sends it to the others. Stage 2 is `GroupShardedOptimizerStage2` with `GroupShardedStage2`: the same for gradients,
-which are summed onto their rank during the backward pass. Stage 3 is `GroupShardedStage3`, in `utils.parallel.sliced`:
+which are summed onto their rank during the backward pass. Stage 3 is `GroupShardedStage3`, in `utils.parallel.zero3`:
 every rank keeps a slice of every parameter.
 
 Fleet averages gradients over the group and works out norms by itself. Here they are sums, and whoever trains scales
@@ -27,7 +27,7 @@ from utils.parallel.states import OptimizerStates, host
 
 
 @dataclass(frozen=True)
-class Slot:
+class Accumulator:
     """One tensor of the optimizer's state, as a run on one process has it.
 
     Attributes:
@@ -109,12 +109,12 @@ class Share(ABC):
 
     # --- the optimizer's state -----------------------------------------------------------------------
 
-    def slots(self) -> list[Slot]:
+    def accumulators(self) -> list[Accumulator]:
         """All of the state, of every rank, in the same order on every rank."""
         return [
-            Slot(name, slot, (1,) if "pow" in slot else tuple(parameter.shape))
+            Accumulator(name, accumulator, (1,) if "pow" in accumulator else tuple(parameter.shape))
             for name, parameter in self.trained.items()
-            for slot in self.states.slots(parameter.dtype)
+            for accumulator in self.states.accumulators(parameter.dtype)
         ]
 
     @abstractmethod
@@ -122,11 +122,11 @@ class Share(ABC):
         """(fleet's name of this rank's share of a parameter, the share itself), None without a share."""
 
     @abstractmethod
-    def read(self, slot: Slot) -> np.ndarray:
+    def read(self, accumulator: Accumulator) -> np.ndarray:
         """The whole tensor, on every rank of the group."""
 
     @abstractmethod
-    def write(self, slot: Slot, value: np.ndarray) -> None:
+    def write(self, accumulator: Accumulator, value: np.ndarray) -> None:
         """Takes this rank's share from a whole tensor; nothing where it has none."""
 
 
@@ -142,19 +142,19 @@ class _ByParameter(Share):
         parameter = self.trained[name]
         return (parameter.name, parameter) if self.owner[parameter.name] == self.rank else None
 
-    def read(self, slot: Slot) -> np.ndarray:
-        kept = self._kept(slot.parameter)
+    def read(self, accumulator: Accumulator) -> np.ndarray:
+        kept = self._kept(accumulator.parameter)
         if kept is None:
-            value = paddle.zeros(slot.shape, dtype="float32")
+            value = paddle.zeros(accumulator.shape, dtype="float32")
         else:
-            value = paddle.to_tensor(host(self.states.get(*kept, slot.name)))  # some lie on the host
-        dist.broadcast(value, self.group.ranks[self.owner[self.trained[slot.parameter].name]], self.group)
+            value = paddle.to_tensor(host(self.states.get(*kept, accumulator.name)))  # some lie on the host
+        dist.broadcast(value, self.group.ranks[self.owner[self.trained[accumulator.parameter].name]], self.group)
         return host(value)
 
-    def write(self, slot: Slot, value: np.ndarray) -> None:
-        kept = self._kept(slot.parameter)
+    def write(self, accumulator: Accumulator, value: np.ndarray) -> None:
+        kept = self._kept(accumulator.parameter)
         if kept is not None:
-            self.states.set(*kept, slot.name, value)
+            self.states.set(*kept, accumulator.name, value)
 
 
 class StateShare(_ByParameter):
@@ -282,9 +282,9 @@ def wrap(
     if stage == 2:
         share = GradientShare(model, optimizer, group)
         return share.optimizer, share
-    from utils.parallel.sliced import WeightShare
+    from utils.parallel.zero3 import Zero3
 
-    share = WeightShare(model, optimizer, group, borrowed or {})
+    share = Zero3(model, optimizer, group, borrowed or {})
     return share.optimizer, share
 
 

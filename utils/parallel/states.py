@@ -32,19 +32,20 @@ class OptimizerStates:
             )
         }
 
-    def slots(self, dtype: Any) -> list[str]:
+    def accumulators(self, dtype: Any) -> list[str]:
         """The names of a parameter's tensors in optimizer files."""
         if self.optimizer._multi_precision and dtype in HALF:
             return [MASTER, *(f"{OF_MASTER}{name}" for name in self.kinds)]
         return list(self.kinds)
 
-    def own_slot(self, slot: str, dtype: Any) -> str | None:
-        """What a slot of a file, perhaps of a run in another precision, is called here; None if it has no place."""
-        plain = {name.removeprefix(OF_MASTER): name for name in self.slots(dtype)}
-        return plain.get(slot.removeprefix(OF_MASTER))
+    def own_accumulator(self, accumulator: str, dtype: Any) -> str | None:
+        """What an accumulator of a file, perhaps of a run in another precision, is called here; None if it has no
+        place."""
+        plain = {name.removeprefix(OF_MASTER): name for name in self.accumulators(dtype)}
+        return plain.get(accumulator.removeprefix(OF_MASTER))
 
     @paddle.no_grad()
-    def _tensor(self, name: str, share: Tensor, slot: str) -> Tensor:
+    def _tensor(self, name: str, share: Tensor, accumulator: str) -> Tensor:
         """
         Args:
             name: the optimizer's name of a parameter or of a slice of it.
@@ -54,15 +55,15 @@ class OptimizerStates:
         if self.optimizer._multi_precision and share.dtype in HALF and name not in self.optimizer._master_weights:
             share._share_buffer_to(kept)
         self.optimizer._create_accumulators(paddle.static.default_main_program().global_block(), [kept])
-        if slot == MASTER:
+        if accumulator == MASTER:
             return self.optimizer._master_weights[name]
-        return self.optimizer._get_accumulator_master(self.kinds[slot.removeprefix(OF_MASTER)], kept)
+        return self.optimizer._get_accumulator_master(self.kinds[accumulator.removeprefix(OF_MASTER)], kept)
 
-    def get(self, name: str, share: Tensor, slot: str) -> Tensor:
-        return self._tensor(name, share, slot)
+    def get(self, name: str, share: Tensor, accumulator: str) -> Tensor:
+        return self._tensor(name, share, accumulator)
 
-    def set(self, name: str, share: Tensor, slot: str, value: np.ndarray) -> None:
-        tensor = self._tensor(name, share, slot)
+    def set(self, name: str, share: Tensor, accumulator: str, value: np.ndarray) -> None:
+        tensor = self._tensor(name, share, accumulator)
         tensor.set_value(np.ascontiguousarray(value, dtype=np.float32).reshape(tensor.shape))
 
     @paddle.no_grad()

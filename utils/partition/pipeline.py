@@ -24,7 +24,7 @@ from paddle.distributed.fleet.meta_parallel.pp_utils import p2p_communication
 from utils.kernels.precision import in_own_type
 from utils.model.decoder import Decoder
 from utils.model.plain import PlainDecoder
-from utils.parallel.peers import STEP_SECONDS, Alone
+from utils.parallel.process_group import STEP_SECONDS, ProcessGroup
 from utils.parallel.topology import Layout
 from utils.partition.parts import Parts
 from utils.partition.stages import Part, all_parts, own_parts
@@ -185,8 +185,8 @@ class Schedule:
         micro_batches: of a step.
     """
 
-    def __init__(self, model: Divided, layers: int, micro_batches: int, peers: Alone) -> None:
-        self.model, self.peers, layout = model, peers, peers.layout
+    def __init__(self, model: Divided, layers: int, micro_batches: int, processes: ProcessGroup) -> None:
+        self.model, self.processes, layout = model, processes, processes.layout
         self._batches: Sequence[Batch] = ()
         self._scale = 1.0
         self._begun: dict[Part, int] = {}  # how many micro-batches of the step have entered a part
@@ -225,7 +225,7 @@ class Schedule:
         """
         self._batches, self._scale, self._begun, self._losses = batches, scale, {}, 0
         self._length = max(map(self.model.travelling, batches))
-        self.peers.gate("waiting for the other pipeline stages", STEP_SECONDS)
+        self.processes.barrier("waiting for the other pipeline stages", STEP_SECONDS)
         self._fleet.set_virtual_pipeline_rank(0)
         nothing = iter([(None, None)] * len(batches))  # the parts find their batches themselves
         losses = self._fleet.forward_backward_pipeline(nothing, None, return_micro_batch_loss=True)

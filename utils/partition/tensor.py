@@ -20,7 +20,7 @@ from utils.checkpoints.shards import axis_of, part_length, split
 from utils.checkpoints.tensors import LazyTensor
 from utils.families.base import FamilySpec
 from utils.kernels.linear import Embedding, Linear, Shard, linear, mark_part, replace_layer
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.partition.parts import Parts
 from utils.partition.stages import names_elsewhere, own_parts, tied_name
 
@@ -89,7 +89,7 @@ def _part_of(parameter: Any, parts: Parts, name: str) -> Any:
     return part
 
 
-class Held:
+class ShardPlan:
     """What a rank holds of the trained parameters, and the whole tensors that it stands for.
 
     Attributes:
@@ -98,14 +98,14 @@ class Held:
         tied: that of the one that the first and the last pipeline stage have; None without stages.
     """
 
-    def __init__(self, parts: Parts, peers: Alone) -> None:
-        self.parts, self.peers = parts, peers
+    def __init__(self, parts: Parts, processes: ProcessGroup) -> None:
+        self.parts, self.processes = parts, processes
         self.elsewhere: frozenset[str] = frozenset()
         self.tied: str | None = None
 
     def mark_whole(self, parameters: Iterable[Any]) -> None:
         """Marks parameters that every rank of a model has and works out a part of the gradient of."""
-        layout = self.peers.layout
+        layout = self.processes.layout
         axes = {"tensor": layout.tensor, "pipeline": layout.pipeline}
         _, pipeline, _, _ = layout.coordinates(layout.rank)
         for parameter in parameters:
@@ -118,7 +118,7 @@ class Held:
         if parts.degree == 1:
             return values
         found: list[Tensor] = []
-        paddle.distributed.all_gather(found, values.contiguous(), group=self.peers.groups.tensor)
+        paddle.distributed.all_gather(found, values.contiguous(), group=self.processes.groups.tensor)
         read = [head for rank in range(parts.degree) for head in parts.heads_read_by(rank)]
         chosen = [read.index(head) for head in range(parts.sizes.kv_heads)]
         return paddle.concat(found, axis=axis).index_select(paddle.to_tensor(chosen), axis)
@@ -126,7 +126,7 @@ class Held:
     @property
     def vocabulary_group(self) -> Any:
         """The ranks that share the vocabulary, or None where every rank has all of it."""
-        return self.peers.groups.tensor if self.parts.shares_vocabulary else None
+        return self.processes.groups.tensor if self.parts.shares_vocabulary else None
 
     def sequence(self, family: FamilySpec, config: Mapping[str, Any], model: nn.Layer) -> Any:
         """Makes the ranks of `model`, with its adapter in place, divide sequences too; None where there is one rank."""
@@ -134,7 +134,7 @@ class Held:
 
         if self.parts.degree == 1:
             return None
-        return Sequence(family, config, model, self.peers.groups.tensor)
+        return Sequence(family, config, model, self.processes.groups.tensor)
 
     def divide(self, model: nn.Layer) -> None:
         """Leaves of a new model what this rank holds."""
@@ -143,11 +143,11 @@ class Held:
 
             keep_own(model, self.elsewhere)
         if self.parts.degree > 1:
-            share_layers(model, self.parts, self.peers.groups.tensor)
+            share_layers(model, self.parts, self.processes.groups.tensor)
         if self.tied is not None and self.tied not in self.elsewhere:
             from utils.partition.pipeline import mark_tied
 
-            mark_tied(dict(model.named_parameters())[self.tied], self.peers.layout)
+            mark_tied(dict(model.named_parameters())[self.tied], self.processes.layout)
 
     def here(self, name: str) -> bool:
         """Whether this rank has the parameter, or a part of it, or none has."""
@@ -155,20 +155,20 @@ class Held:
         return name not in self.elsewhere and not (kind.startswith("lora_") and f"{path}.weight" in self.elsewhere)
 
     @classmethod
-    def of(cls, family: FamilySpec, config: Mapping[str, Any], peers: Alone) -> Held:
+    def of(cls, family: FamilySpec, config: Mapping[str, Any], processes: ProcessGroup) -> ShardPlan:
         """What the layout of a run gives to this rank."""
-        layout = peers.layout
+        layout = processes.layout
         _, _, _, tensor = layout.coordinates(layout.rank)
-        held = cls(Parts(family, config, layout.tensor, tensor), peers)
+        shard_plan = cls(Parts(family, config, layout.tensor, tensor), processes)
         if layout.pipeline > 1:
-            held.elsewhere = names_elsewhere(family, config, own_parts(layout, family.shape(config).layers))
-            held.tied = tied_name(family, config)
-        return held
+            shard_plan.elsewhere = names_elsewhere(family, config, own_parts(layout, family.shape(config).layers))
+            shard_plan.tied = tied_name(family, config)
+        return shard_plan
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes what its pipeline stage holds, see `written`."""
-        layout = self.peers.layout
+        layout = self.processes.layout
         data, _, sharding, tensor = layout.coordinates(layout.rank)
         return data == sharding == tensor == 0
 
@@ -197,7 +197,7 @@ class Held:
         def read() -> np.ndarray:
             found: list[Tensor] = []
             value = paddle.to_tensor(np.ascontiguousarray(own.read()))  # uint16 becomes bfloat16
-            paddle.distributed.all_gather(found, value, group=self.peers.groups.tensor)
+            paddle.distributed.all_gather(found, value, group=self.processes.groups.tensor)
             return parts.join(name, (part.numpy() for part in found), shape)
 
         return LazyTensor(own.name, own.dtype, shape, read)

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.arguments import ServeArguments
 from utils.inference.loading import Prepared, prepare, prepare_beside
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ModelSettings:
         """What `to_json` has written."""
         return cls(**{**value, "adapters": tuple((name, folder) for name, folder in value["adapters"])})
 
-    def prepare(self, peers: Alone | None = None) -> dict[str, Prepared]:
+    def prepare(self, processes: ProcessGroup | None = None) -> dict[str, Prepared]:
         """The models by served name, found and checked; the first is the base.
 
         Raises:
@@ -85,7 +85,7 @@ class ModelSettings:
             prefix_path=self.prefix_path,
             mode=self.mode,
             inference_model=self.inference_model,
-            peers=peers,
+            processes=processes,
         )
         beside = prepare_beside(
             base,

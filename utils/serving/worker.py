@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from utils.errors import run_script
 from utils.inference.commands import Command, from_json
 from utils.inference.loading import load_all
-from utils.parallel.peers import Alone, end, start
+from utils.parallel.process_group import ProcessGroup, end, start
 from utils.parallel.topology import Layout
 from utils.serving.frames import Link, LinkError, pack
 from utils.serving.parent import end_with_parent
@@ -54,12 +54,12 @@ def main() -> None:
     inbox: SimpleQueue[Command] = SimpleQueue()
     threading.Thread(target=listen, args=(link, inbox), name="commands", daemon=True).start()
     layout = Layout.of_prediction()
-    peers = start(layout, settings.device)
+    processes = start(layout, settings.device)
     try:
-        run(settings, peers, inbox, link)
+        run(settings, processes, inbox, link)
     except LinkError:  # the HTTP side is gone, or hangs
         end(1)
-    if not peers.several:  # or else they leave together
+    if not processes.several:  # or else they leave together
         end(0)  # at once: the libraries' own shutdown takes a while
 
 
@@ -70,7 +70,7 @@ def follow(settings: ModelSettings, layout: Layout) -> None:
     run(settings, start(layout, settings.device), SimpleQueue(), None)
 
 
-def run(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command], link: Link | None) -> None:
+def run(settings: ModelSettings, processes: ProcessGroup, inbox: SimpleQueue[Command], link: Link | None) -> None:
     """Loads the models and answers until a `Stop` comes.
 
     Args:
@@ -80,7 +80,7 @@ def run(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command], link
         UserError: models that cannot be loaded.
         LinkError: the HTTP side does not listen.
     """
-    service = open_service(settings, peers, inbox)
+    service = open_service(settings, processes, inbox)
     reporter = Reporter(link, service)
     if link is not None:
         link.send({"ready": facts(service)})
@@ -88,11 +88,11 @@ def run(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command], link
         reporter.report(service.turn(HEARTBEAT))
 
 
-def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Command]) -> Service:
+def open_service(settings: ModelSettings, processes: ProcessGroup, inbox: SimpleQueue[Command]) -> Service:
     """Reads the weights of all models, and computes something with each: what is needed once has been done then."""
     errors.silent = True  # the HTTP side has said already what there is to say of the models' files
-    found = settings.prepare(peers)
-    errors.silent = not peers.first
+    found = settings.prepare(processes)
+    errors.silent = not processes.first
     generators = load_all(found, settings.device, warm_up=True)
     from utils.inference.service import Service
 
@@ -101,7 +101,7 @@ def open_service(settings: ModelSettings, peers: Alone, inbox: SimpleQueue[Comma
         name: partial(generator.scheduler, settings.batch_size, settings.prefill_chunk, share)
         for name, generator in generators.items()
     }
-    return Service(models, peers=peers, recovers=True, inbox=inbox)
+    return Service(models, processes=processes, recovers=True, inbox=inbox)
 
 
 def facts(service: Service) -> dict[str, Any]:

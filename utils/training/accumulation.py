@@ -12,7 +12,7 @@ import paddle
 from paddle import Tensor
 
 from utils.data.encode import IGNORED
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.amp import LossScaler
 from utils.training.inputs import SIZES
 from utils.training.model import TrainingModel
@@ -32,9 +32,9 @@ class Accumulation:
     """
 
     def __init__(
-        self, model: TrainingModel, peers: Alone, autocast: Autocast, scaler: LossScaler, micro_batches: int
+        self, model: TrainingModel, processes: ProcessGroup, autocast: Autocast, scaler: LossScaler, micro_batches: int
     ) -> None:
-        self.model, self.peers, self.autocast, self.scaler = model, peers, autocast, scaler
+        self.model, self.processes, self.autocast, self.scaler = model, processes, autocast, scaler
         self.micro_batches = micro_batches
         self.scale = 0.0
         self.begin()
@@ -53,7 +53,7 @@ class Accumulation:
         self.counts += (targets, tokens, inputs["input_ids"].size if tokens else 0)
         if not self.scale:
             # Keeps the scaled loss near a mean, for float16; a power of two leaves no trace in the figures.
-            mean = self.peers.sums([targets])[0] / self.peers.layout.world
+            mean = self.processes.sums([targets])[0] / self.processes.layout.world
             self.scale = 2.0 ** round(math.log2(max(mean, 1.0)))
         self._compute(inputs, batch)
 
@@ -76,7 +76,7 @@ class PipelineAccumulation(Accumulation):
         super().__init__(*arguments)
         from utils.partition.pipeline import Schedule
 
-        self._schedule = Schedule(self.model, self.model.layers, self.micro_batches, self.peers)
+        self._schedule = Schedule(self.model, self.model.layers, self.micro_batches, self.processes)
 
     def begin(self) -> None:
         super().begin()

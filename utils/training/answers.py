@@ -10,7 +10,7 @@ from utils.families import FamilySpec
 from utils.inference.cached import CachedEngine, DynamicProgram
 from utils.model.decoder import Decoder
 from utils.model.plain import PlainDecoder
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.partition.parts import Parts
 
 
@@ -18,7 +18,7 @@ def engine_over(
     family: FamilySpec,
     model: Decoder,
     config: Mapping[str, Any],
-    peers: Alone,
+    processes: ProcessGroup,
     *,
     prefix: PrefixTuning | None = None,
     stages: Any = None,
@@ -27,11 +27,11 @@ def engine_over(
 
     Args:
         family, config: of `model`.
-        peers: the processes that share it.
+        processes: the processes that share it.
         prefix: as it is now.
         stages: the pipeline's (`utils.partition.pipeline.Stages`), None without one.
     """
-    layout, group = peers.layout, peers.groups.tensor
+    layout, group = processes.layout, processes.groups.tensor
     parts = None
     if layout.tensor > 1:
         parts = Parts(family, config, layout.tensor, layout.coordinates(layout.rank)[3])

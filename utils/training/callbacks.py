@@ -16,7 +16,7 @@ import paddle
 from tqdm import tqdm
 
 from utils import signals
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.curve import LossCurve
 from utils.training.reporters import Report, chart_name, installed, open_reporter
 from utils.training.state import TrainerState
@@ -181,9 +181,9 @@ class StopOnSignal:
         if self.several and stopping and self.agreed is None:
             self.agreed = self.received or signal.SIGTERM
 
-    def agree_among(self, peers: Alone) -> None:
+    def agree_among(self, processes: ProcessGroup) -> None:
         """Lets all processes know of a signal that one has received."""
-        self.agree(peers.sums([self.received is not None])[0] > 0)
+        self.agree(processes.sums([self.received is not None])[0] > 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -18,7 +18,7 @@ from utils.data.template import ChatTemplate
 from utils.families.tokenizers import Tokenizer
 from utils.inference.generator import Generator
 from utils.inference.sampling import SamplingOptions
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.accumulation import Autocast
 from utils.training.answers import engine_over
 from utils.training.inputs import SIZES
@@ -31,7 +31,7 @@ BAR_DELAY = 5.0  # seconds before an evaluation shows a bar
 
 
 def likelihood(
-    model: TrainingModel, loader: Loader, autocast: Autocast, peers: Alone, keep: int | None
+    model: TrainingModel, loader: Loader, autocast: Autocast, processes: ProcessGroup, keep: int | None
 ) -> dict[str, float]:
     """loss, ppl and accuracy over the targets of all rows; the same on every rank.
 
@@ -40,7 +40,7 @@ def likelihood(
         keep: the scores of so many batches (None: of all) stay on the device before they move to memory.
     """
     scores, kept = np.zeros(3), []  # sum of losses, right guesses, targets
-    bar = tqdm(loader, disable=not peers.first, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False)
+    bar = tqdm(loader, disable=not processes.first, desc="evaluating", unit="batch", delay=BAR_DELAY, leave=False)
     for number, inputs in enumerate(bar):
         inputs.pop(SIZES)
         with autocast():
@@ -50,7 +50,7 @@ def likelihood(
         if keep is not None and len(kept) >= keep:
             scores, kept = sum((one.numpy() for one in kept), scores), []
     scores = sum((one.numpy() for one in kept), scores)
-    loss, right, targets = peers.sums(scores if peers.layout.counts else np.zeros(3))
+    loss, right, targets = processes.sums(scores if processes.layout.counts else np.zeros(3))
     return likelihood_metrics(loss, int(right), int(targets))
 
 
@@ -63,7 +63,7 @@ class GenerationEvaluation:
         options: how to generate; greedy unless the user said otherwise.
         output_dir: where `generated_output.json` goes, or None to keep no outputs. The outputs of
             each evaluation stay in `generated_output-step-N.json`.
-        peers: the processes that share the rows.
+        processes: the processes that share the rows.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class GenerationEvaluation:
         src_length: int,
         batch_size: int,
         output_dir: Path | None,
-        peers: Alone | None = None,
+        processes: ProcessGroup | None = None,
         show_progress: bool = True,
     ) -> None:
         self.model, self.config, self.tokenizer, self.rows = model, config, tokenizer, rows
         self.stop_ids = template.stop_ids(tokenizer)
         self.options, self.batch_size, self.output_dir = options, batch_size, output_dir
-        self.peers = peers or Alone()
-        self.show_progress = show_progress and self.peers.first
-        ranks, rank = self.peers.layout.readers, self.peers.layout.reader(self.peers.layout.rank)
+        self.processes = processes or ProcessGroup()
+        self.show_progress = show_progress and self.processes.first
+        ranks, rank = self.processes.layout.readers, self.processes.layout.reader(self.processes.layout.rank)
         self.numbers = range(len(rows))[rank::ranks]  # of the rows that this rank answers
         self.prompts = []
         for number in self.numbers:
@@ -99,7 +99,7 @@ class GenerationEvaluation:
         self.model.eval()
         model = self.model
         engine = engine_over(
-            model.family, model.base, self.config, self.peers, prefix=model.prefix, stages=model.stages
+            model.family, model.base, self.config, self.processes, prefix=model.prefix, stages=model.stages
         )
         generator = Generator(engine, self.tokenizer, self.stop_ids)
         with tqdm(
@@ -114,7 +114,7 @@ class GenerationEvaluation:
             )
         outputs = self._of_all_ranks([completion.text for completion in found])
         references = [row.answer or "" for row in self.rows]
-        if self.output_dir is not None and self.peers.first:
+        if self.output_dir is not None and self.processes.first:
             lines = [
                 json.dumps(
                     {"src": row.question[-1]["content"], "tgt": row.answer, "output": text},
@@ -129,9 +129,9 @@ class GenerationEvaluation:
 
     def _of_all_ranks(self, texts: list[str]) -> list[str]:
         """The answers to all rows in their order, on every rank."""
-        self.peers.gate("waiting for the answers of other ranks")
+        self.processes.barrier("waiting for the answers of other ranks")
         outputs = [""] * len(self.rows)
-        parts = self.peers.gather(texts)
+        parts = self.processes.gather(texts)
         for rank, part in enumerate(parts):
-            outputs[self.peers.layout.reader(rank) :: self.peers.layout.readers] = part
+            outputs[self.processes.layout.reader(rank) :: self.processes.layout.readers] = part
         return outputs

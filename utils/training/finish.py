@@ -51,8 +51,8 @@ def train(trainer: Trainer, args: RunArguments, plan: Plan | None, companions: C
     """
     if plan is None:
         return
-    output, peers = trainer.output, trainer.peers
-    peers.alike(
+    output, processes = trainer.output, trainer.processes
+    processes.alike(
         [plan.run, plan.steps, str(plan.start), plan.finished],
         f"the ranks of this run see different data, arguments or checkpoints in {output}; start every machine with "
         "the same command, on a file system that all of them share",
@@ -60,7 +60,7 @@ def train(trainer: Trainer, args: RunArguments, plan: Plan | None, companions: C
     if plan.finished:
         trainer.take_result(output, plan.result_step)
         return
-    if peers.first:
+    if processes.first:
         clear_output(args)
     try:
         results = trainer.train_by(plan)
@@ -71,7 +71,7 @@ def train(trainer: Trainer, args: RunArguments, plan: Plan | None, companions: C
             )
             sys.exit(128 + number)
         _write_result(trainer, args, plan, results, companions)
-        trainer.signals.agree_among(peers)
+        trainer.signals.agree_among(processes)
     finally:
         trainer.signals.release()
     if number := trainer.signals.wanted:
@@ -82,7 +82,7 @@ def train(trainer: Trainer, args: RunArguments, plan: Plan | None, companions: C
 def _write_result(
     trainer: Trainer, args: RunArguments, plan: Plan, results: dict[str, float], companions: Callable[[Path], None]
 ) -> None:
-    output, peers = trainer.output, trainer.peers
+    output, processes = trainer.output, trainer.processes
     if args.load_best_model_at_end and (best := trainer.load_best()):
         notice(f"the best checkpoint is {best}; its weights are the result")
 
@@ -92,13 +92,13 @@ def _write_result(
         write_json(folder / STATE, trainer.state.to_json())
 
     with trainer.whole_weights():
-        pieces = [trainer.trained.piece()]
-        trainer.saver.save(lambda: install(output), pieces, beside, target=output, background=False)
-    if peers.first:
+        checkpoint_shards = [trainer.trained.checkpoint_shard()]
+        trainer.saver.save(lambda: install(output), checkpoint_shards, beside, target=output, background=False)
+    if processes.first:
         if not args.skip_memory_metrics:
             from utils.training.callbacks import memory_gib  # loads Paddle
 
             results["train_memory_gib"] = memory_gib()
         write_results(output, "train", results)
         mark_finished(output, plan, trainer.state.global_step, trainer.weights_step)
-    peers.gate("waiting for rank 0 to write the result")
+    processes.barrier("waiting for rank 0 to write the result")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle import Tensor
 
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
@@ -31,10 +31,10 @@ class Gradients:
     """
 
     def __init__(
-        self, parameters: Iterable[Any], peers: Alone, *, limit: float = 0.0, share: Share | None = None
+        self, parameters: Iterable[Any], processes: ProcessGroup, *, limit: float = 0.0, share: Share | None = None
     ) -> None:
         self.parameters = [parameter for parameter in parameters if not parameter.stop_gradient]
-        self.peers, self.limit, self.share = peers, limit, share
+        self.processes, self.limit, self.share = processes, limit, share
 
     @paddle.no_grad()
     def finish(self, factor: float, loss_scale: float = 1.0) -> float:
@@ -44,16 +44,16 @@ class Gradients:
             factor: from the summed gradients to those of the mean.
             loss_scale: of mixed precision; it is taken out last, so that gradients in float16 do not vanish before.
         """
-        groups, share = self.peers.groups, self.share
+        groups, share = self.processes.groups, self.share
         owned = [(parameter, parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         if share is None or share.stage < 3:  # before the exchange: ranks own other parameters on other stages
             self._add_up_partial(owned, "pipeline", "ends")
         if share is None:
-            self.peers.add_up([gradient for _, gradient in owned], groups.readers)
+            self.processes.add_up([gradient for _, gradient in owned], groups.readers)
         else:
             share.exchange()
             owned = share.owned()
-            self.peers.add_up([gradient for _, gradient in owned], groups.data)
+            self.processes.add_up([gradient for _, gradient in owned], groups.data)
         if share is not None and share.stage == 3:  # slices are cut alike on all stages
             self._add_up_partial(owned, "pipeline", "ends")
         self._add_up_partial(owned, "tensor")
@@ -68,11 +68,11 @@ class Gradients:
     def _add_up_partial(self, gradients: Sequence[tuple[Any, Tensor]], *names: str) -> None:
         for name in names:
             partial = [gradient for parameter, gradient in gradients if name in getattr(parameter, "summed_over", ())]
-            self.peers.add_up(partial, getattr(self.peers.groups, name))
+            self.processes.add_up(partial, getattr(self.processes.groups, name))
 
     def _norm(self, owned: Sequence[tuple[Any, Tensor]]) -> float:
         """The norm of the gradients of the whole model, each parameter counted once."""
-        layout = self.peers.layout
+        layout = self.processes.layout
         data, _, sharding, tensor = layout.coordinates(layout.rank)
         alike = layout.tensor == layout.pipeline == 1 and self.share is None  # on all ranks
         counted = [
@@ -85,7 +85,7 @@ class Gradients:
         if alike:
             return math.sqrt(squares)
         copy = data > 0 or (self.share is None and sharding > 0)
-        return math.sqrt(self.peers.sums([0.0 if copy else squares])[0])
+        return math.sqrt(self.processes.sums([0.0 if copy else squares])[0])
 
 
 def _squares(gradients: Sequence[Tensor]) -> float:

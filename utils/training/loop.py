@@ -21,7 +21,7 @@ from utils.data.stream import FileLost
 from utils.errors import UserError, notice
 from utils.kernels.precision import autocast
 from utils.parallel.groups import seed_everything
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training import resume
 from utils.training.accumulation import Accumulation, Batch, PipelineAccumulation
 from utils.training.amp import LossScaler
@@ -33,7 +33,7 @@ from utils.training.loader import StreamLoader, evaluation_loader, training_load
 from utils.training.model import TrainingModel
 from utils.training.optimizer import adamw, learning_rate
 from utils.training.plan import Plan
-from utils.training.saving import Piece, Saver
+from utils.training.saving import CheckpointShard, Saver
 from utils.training.state import TrainerState
 from utils.training.step_metrics import StepMetrics
 from utils.training.trained import Trained
@@ -75,7 +75,7 @@ class Trainer:
         extra_files: Callable[[Path], None] | None = None,
         callbacks: Sequence[Callback] = (),
         last_rate: float = 0.0,
-        peers: Alone | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """
         Args:
@@ -85,24 +85,26 @@ class Trainer:
             name_rows: says in words which rows these token ids are, for messages.
             extra_files: writes tokenizer, template and arguments beside the weights.
             last_rate: where the learning rate ends.
-            peers: the processes of the run.
+            processes: the processes of the run.
         """
         self.model, self.trained, self.args, self.last_rate = model, trained, args, last_rate
         self.output = args.output
         self.collate = SizingCollator(collator)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.evaluate_generation, self.name_rows, self.extra_files = evaluate_generation, name_rows, extra_files
-        self.peers = peers or Alone()
-        self.callbacks = callbacks if self.peers.first else ()
+        self.processes = processes or ProcessGroup()
+        self.callbacks = callbacks if self.processes.first else ()
         self.autocast, self.scaler = partial(autocast, dtype, args.fp16_opt_level), LossScaler(dtype)
-        self.gradients = Gradients(model.parameters(), self.peers, limit=args.max_grad_norm)
-        self.saver = Saver(self.peers, background=args.async_save)
-        self.signals = StopOnSignal(several=self.peers.several)
+        self.gradients = Gradients(model.parameters(), self.processes, limit=args.max_grad_norm)
+        self.saver = Saver(self.processes, background=args.async_save)
+        self.signals = StopOnSignal(several=self.processes.several)
         self.optimizer: Any = None  # of a training
         self.schedule: Any = None
         self.share: Share | None = None  # of a sharded training
         self.plan = Plan(0, {})
-        self.state = TrainerState(is_local_process_zero=self.peers.first, is_world_process_zero=self.peers.first)
+        self.state = TrainerState(
+            is_local_process_zero=self.processes.first, is_world_process_zero=self.processes.first
+        )
         self.metrics, self.totals = StepMetrics(), StepMetrics()  # since the last log line, and of the whole run
         self.figures: dict[str, float] = {}  # learning rate and gradient norm of the last step
         self.stopping = False
@@ -122,7 +124,7 @@ class Trainer:
             self._run()
             self.saver.wait()
         except Exception as error:  # Ctrl-C stops at once
-            self.peers.ending()
+            self.processes.ending()
             self.saver.settle()
             if isinstance(error, FileLost):
                 raise UserError(f"{error}; {self._kept()}") from None
@@ -194,7 +196,7 @@ class Trainer:
         self.optimizer.clear_grad()
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
-        self.state.consumed_samples = self.state.global_step * self.peers.layout.global_batch(self.args)
+        self.state.consumed_samples = self.state.global_step * self.processes.layout.global_batch(self.args)
         self._tell("on_step_end")
 
     def forward_backward(self, batch: Batch) -> None:
@@ -209,7 +211,7 @@ class Trainer:
         if not math.isfinite(loss):
             self._stop_at("loss", loss, [batch for own, batch in accumulation.losses if not np.isfinite(float(own))])
         counted = [loss, *accumulation.counts.tolist()]
-        found = self.peers.sums([*(counted if self.peers.layout.counts else np.zeros(4)), stopping])
+        found = self.processes.sums([*(counted if self.processes.layout.counts else np.zeros(4)), stopping])
         self.signals.agree(found[4] > 0)
         targets, tokens, positions = (int(count) for count in found[1:4])
         for sums in (self.metrics, self.totals):
@@ -225,7 +227,7 @@ class Trainer:
         named = ""
         if self.name_rows is not None:
             names = self.name_rows([ids for batch in batches for ids in rows_of(batch)])
-            found = self.peers.gather(names) if together else [names]
+            found = self.processes.gather(names) if together else [names]
             named = " on " + "; ".join(dict.fromkeys(filter(None, found)))  # ranks that share a model have the same
         self.saver.settle()
         raise UserError(
@@ -252,7 +254,7 @@ class Trainer:
         """How often the training data has been seen, for the log."""
         if not getattr(self.train_dataset, "ordered", False):
             return float(self.state.epoch or 0.0)
-        return float(self.train_dataset.epochs(self.state.global_step * self.peers.layout.global_batch(self.args)))
+        return float(self.train_dataset.epochs(self.state.global_step * self.processes.layout.global_batch(self.args)))
 
     # --- log, evaluate, save -------------------------------------------------------------------------
 
@@ -280,11 +282,11 @@ class Trainer:
             with self.whole_weights():
                 found = self.evaluate_generation(self.weights_step)
         else:
-            self.peers.gate("waiting for other ranks to evaluate")
+            self.processes.barrier("waiting for other ranks to evaluate")
             rows = self.eval_dataset if dataset is None else dataset
-            loader = evaluation_loader(self.args, self.peers.layout, rows, self.collate)
-            found = likelihood(self.model, loader, self.autocast, self.peers, self.args.eval_accumulation_steps)
-        self.signals.agree_among(self.peers)
+            loader = evaluation_loader(self.args, self.processes.layout, rows, self.collate)
+            found = likelihood(self.model, loader, self.autocast, self.processes, self.args.eval_accumulation_steps)
+        self.signals.agree_among(self.processes)
         metrics = {f"{prefix}_{name}": value for name, value in found.items()}
         if self.loaded_step is None:
             self._log(metrics)
@@ -301,9 +303,10 @@ class Trainer:
         Args:
             metrics: of the evaluation of these weights, None without one.
         """
-        args, held, folder = self.args, self.trained.held, self.output / f"checkpoint-{self.state.global_step}"
+        args, shard_plan = self.args, self.trained.shard_plan
+        folder = self.output / f"checkpoint-{self.state.global_step}"
         self.state.note_best(folder.name, metrics, args.metric_for_best_model, args.greater_is_better)
-        progress = self._progress(self.peers.gather(resume.random_state()))
+        progress = self._progress(self.processes.gather(resume.random_state()))
         state, best = self.state.to_json(), self.state.best_model_checkpoint
 
         def beside(staging: Path) -> None:
@@ -314,10 +317,13 @@ class Trainer:
             resume.save_progress(staging, progress)
 
         with self.whole_weights():
-            kept = resume.optimizer_tensors(self.optimizer, self.trained.parameters(), held, self.share)
+            kept = resume.optimizer_tensors(self.optimizer, self.trained.parameters(), shard_plan, self.share)
             self.saver.save(
                 lambda: atomic_directory(folder),
-                [self.trained.piece(result=False), Piece(resume.OPTIMIZER, kept, writes=held.writes)],
+                [
+                    self.trained.checkpoint_shard(result=False),
+                    CheckpointShard(resume.OPTIMIZER, kept, writes=shard_plan.writes),
+                ],
                 beside,
                 target=folder,
                 after=lambda: resume.delete_old(self.output, args.save_total_limit, best),
@@ -357,7 +363,7 @@ class Trainer:
         when it is taken again.
         """
         step, kept = self.state.global_step, [path.name for path in resume.checkpoints(self.output)]
-        if not self.peers.several and step and f"checkpoint-{step}" not in kept:
+        if not self.processes.several and step and f"checkpoint-{step}" not in kept:
             self.save_checkpoint()
             self.saver.wait()
         return resume.last_good(self.output)
@@ -372,22 +378,22 @@ class Trainer:
         if plan.start is not None:
             notice(f"continuing after step {done} from {plan.start}")
             self.trained.restore(plan.start)
-        self.loader = training_loader(self.args, self.peers.layout, self.train_dataset, self.collate, done)
+        self.loader = training_loader(self.args, self.processes.layout, self.train_dataset, self.collate, done)
         self.schedule = learning_rate(self.args, plan.steps, self.last_rate)
         self.optimizer = adamw(self.args, self.model, self.schedule)
-        self.peers.gate("waiting for the model on other ranks")
-        self.peers.copy_from_first(self.gradients.parameters, self.peers.groups.readers)
-        if stage := self.peers.layout.stage:
+        self.processes.barrier("waiting for the model on other ranks")
+        self.processes.copy_from_first(self.gradients.parameters, self.processes.groups.readers)
+        if stage := self.processes.layout.stage:
             from utils.parallel.sharding import wrap
 
             borrowed = {self.model.head: self.model.head.borrowed} if self.model.has_head else {}
-            group = self.peers.groups.sharding
+            group = self.processes.groups.sharding
             self.optimizer, self.share = wrap(self.model, self.optimizer, stage, group, borrowed=borrowed)
             self.gradients.share = self.share
-        kind = PipelineAccumulation if self.peers.layout.pipeline > 1 else Accumulation
+        kind = PipelineAccumulation if self.processes.layout.pipeline > 1 else Accumulation
         micro_batches = self.args.gradient_accumulation_steps
-        self.accumulation = kind(self.model, self.peers, self.autocast, self.scaler, micro_batches)
-        seed_everything(self.args.seed, self.peers.layout)
+        self.accumulation = kind(self.model, self.processes, self.autocast, self.scaler, micro_batches)
+        seed_everything(self.args.seed, self.processes.layout)
         if plan.start is not None and plan.progress is not None:
             self._restore(plan.start, plan.progress)
         self.state.max_steps = plan.steps
@@ -398,7 +404,7 @@ class Trainer:
     def _restore(self, start: Path, progress: dict[str, Any]) -> None:
         """Takes all but the weights from a checkpoint."""
         self.state = TrainerState.load(start / resume.STATE)
-        self.state.is_local_process_zero = self.state.is_world_process_zero = self.peers.first
+        self.state.is_local_process_zero = self.state.is_world_process_zero = self.processes.first
         if not self.plan.comparable:
             self.state.forget_best()
             history = self.state.log_history
@@ -407,7 +413,7 @@ class Trainer:
         if best is not None and not resume.is_good(self.output / best):
             notice(f"{best}, the best checkpoint until now, is not in {self.output} any more")
             self.state.forget_best()
-        resume.load_optimizer(start, self.optimizer, self.trained.parameters(), self.trained.held, self.share)
+        resume.load_optimizer(start, self.optimizer, self.trained.parameters(), self.trained.shard_plan, self.share)
         self.schedule.set_state_dict(progress["scheduler"])
         self.schedule.last_lr = self.schedule.get_lr()  # the user may have changed the rate
         if self.scaler.enabled and "scaler" in progress:  # the run may have had another precision
@@ -417,7 +423,7 @@ class Trainer:
         self.totals.add(progress["total_loss"], progress["total_targets"], progress["total_tokens"], 0)
         self.totals.started -= progress.get("train_seconds", 0.0)
         states = [progress["random"], *progress.get("random_of_other_ranks", [])]
-        if (rank := self.peers.layout.rank) < len(states):  # the run may have had fewer ranks
+        if (rank := self.processes.layout.rank) < len(states):  # the run may have had fewer ranks
             resume.set_random_state(states[rank])
 
     def take_result(self, output: Path, step: int) -> None:

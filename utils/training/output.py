@@ -14,7 +14,7 @@ from utils.checkpoints.files import COMPLETE, staging_folder, write_json
 from utils.data.template import ChatTemplate
 from utils.errors import UserError, notice
 from utils.families.tokenizers import Tokenizer
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.record import (
     ALL_RESULTS,
     ARGUMENTS,
@@ -74,7 +74,7 @@ def write_results(
     folder: Path,
     split: str,
     values: Mapping[str, float],
-    peers: Alone | None = None,
+    processes: ProcessGroup | None = None,
     made_of: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the results file of a split and adds the values to `all_results.json`; of several processes, the first
@@ -83,7 +83,7 @@ def write_results(
     Args:
         made_of: of `describe_evaluation`, for an evaluation of the weights that a training has left there.
     """
-    if peers is not None and not peers.first:
+    if processes is not None and not processes.first:
         return
     write_json(folder / RESULTS[split], dict(values))
     if split != "train":

@@ -16,7 +16,7 @@ from utils.data.template import ChatTemplate, JinjaTemplate
 from utils.errors import UserError
 from utils.families.tokenizers import Tokenizer
 from utils.parallel.groups import seed_everything
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.parallel.topology import Layout
 from utils.partition.picture import picture
 from utils.training.dry_run import argument_lines, dropout_line, operators_line
@@ -126,7 +126,9 @@ def describe(
     }
 
 
-def build(args: PretrainArguments, checkpoint: Checkpoint, dtype: str, peers: Alone) -> tuple[TrainingModel, FullModel]:
+def build(
+    args: PretrainArguments, checkpoint: Checkpoint, dtype: str, processes: ProcessGroup
+) -> tuple[TrainingModel, FullModel]:
     """The model to train: with the weights of the checkpoint, or with new ones that the seed decides.
 
     Args:
@@ -135,33 +137,33 @@ def build(args: PretrainArguments, checkpoint: Checkpoint, dtype: str, peers: Al
     import paddle
 
     from utils.checkpoints.load import load_model, new_model
-    from utils.partition.tensor import Held
+    from utils.partition.tensor import ShardPlan
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel
 
     weights_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
     settings = model_settings(args, checkpoint)
-    held = Held.of(checkpoint.family, checkpoint.config, peers)
+    shard_plan = ShardPlan.of(checkpoint.family, checkpoint.config, processes)
     if args.continue_training:
-        base = load_model(checkpoint, weights_dtype, settings=settings, held=held)
+        base = load_model(checkpoint, weights_dtype, settings=settings, shard_plan=shard_plan)
     else:
-        seed_everything(args.seed, peers.layout)
+        seed_everything(args.seed, processes.layout)
         paddle.seed(args.seed)  # pipeline stages have another one each; all draw the same model
-        base = new_model(checkpoint.family, checkpoint.config, weights_dtype, settings=settings, held=held)
+        base = new_model(checkpoint.family, checkpoint.config, weights_dtype, settings=settings, shard_plan=shard_plan)
     stages: Any = None
-    if peers.layout.pipeline > 1:
+    if processes.layout.pipeline > 1:
         from utils.partition.pipeline import Stages
 
-        stages = Stages(peers.layout, checkpoint.family.shape(checkpoint.config).layers)
+        stages = Stages(processes.layout, checkpoint.family.shape(checkpoint.config).layers)
     model = TrainingModel(
         checkpoint.family,
         base,
         inputs_need_gradient=args.recompute,
-        vocabulary_group=held.vocabulary_group,
-        sequence=held.sequence(checkpoint.family, checkpoint.config, base) if args.sequence_parallel else None,
+        vocabulary_group=shard_plan.vocabulary_group,
+        sequence=shard_plan.sequence(checkpoint.family, checkpoint.config, base) if args.sequence_parallel else None,
         stages=stages,
     )
-    return model, FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
+    return model, FullModel(checkpoint, shard_plan, base, in_shards=not args.unified_checkpoint)
 
 
 def report(

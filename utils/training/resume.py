@@ -21,11 +21,11 @@ from utils.training.step_metrics import SUMS
 
 if TYPE_CHECKING:
     from utils.parallel.sharding import Share
-    from utils.partition.tensor import Held
+    from utils.partition.tensor import ShardPlan
 
 OPTIMIZER = "optimizer"
 STATE = "trainer_state.json"
-MASTER = "master"  # slot of the float32 copy of a parameter in half precision
+MASTER = "master"  # accumulator of the float32 copy of a parameter in half precision
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -139,9 +139,10 @@ def incomplete(output_dir: Path) -> list[Path]:
 
 
 def optimizer_tensors(
-    optimizer: Any, parameters: Mapping[str, Any], held: Held, share: Share | None = None
+    optimizer: Any, parameters: Mapping[str, Any], shard_plan: ShardPlan, share: Share | None = None
 ) -> list[LazyTensor]:
-    """What the optimizer keeps, as whole tensors "PARAMETER|SLOT" (slots: moments, powers, master weights).
+    """What the optimizer keeps, as whole tensors "PARAMETER|ACCUMULATOR" (accumulators: moments, powers, master
+    weights).
 
     Args:
         parameters: the trained ones by their names in files. Paddle's internal names depend on how many layers
@@ -151,10 +152,12 @@ def optimizer_tensors(
     tensors = []
     if share is not None:
         named = {id(parameter): name for name, parameter in parameters.items()}
-        for slot in share.slots():
-            name = named[id(share.trained[slot.parameter])]
-            own = LazyTensor(f"{name}|{slot.name}", "float32", slot.shape, partial(share.read, slot))
-            tensors.append(held.joined(name, own))
+        for accumulator in share.accumulators():
+            name = named[id(share.trained[accumulator.parameter])]
+            own = LazyTensor(
+                f"{name}|{accumulator.name}", "float32", accumulator.shape, partial(share.read, accumulator)
+            )
+            tensors.append(shard_plan.joined(name, own))
         return tensors
     names = {parameter.name: name for name, parameter in parameters.items()}
     for key, value in optimizer.state_dict().items():
@@ -164,12 +167,12 @@ def optimizer_tensors(
         for entry, tensor in entries.items():
             internal = max((n for n in names if entry.startswith((f"{n}_", f"{n}|"))), key=len)
             name = names[internal]
-            tensors.append(held.whole(name, tensor, key=f"{name}|{entry[len(internal) + 1 :]}"))
+            tensors.append(shard_plan.whole(name, tensor, key=f"{name}|{entry[len(internal) + 1 :]}"))
     return tensors
 
 
 def load_optimizer(
-    folder: Path, optimizer: Any, parameters: Mapping[str, Any], held: Held, share: Share | None = None
+    folder: Path, optimizer: Any, parameters: Mapping[str, Any], shard_plan: ShardPlan, share: Share | None = None
 ) -> None:
     """Fills the optimizer from what `optimizer_tensors` gave, in this run's precision or in another.
 
@@ -183,20 +186,22 @@ def load_optimizer(
     from utils.parallel.states import OF_MASTER, OptimizerStates
 
     states = OptimizerStates(optimizer) if share is None else share.states
-    slots = {} if share is None else {(id(share.trained[slot.parameter]), slot.name): slot for slot in share.slots()}
+    accumulators = (
+        {} if share is None else {(id(share.trained[one.parameter]), one.name): one for one in share.accumulators()}
+    )
     state: dict[str, Any] = {}
     for key, stored in stored_tensors(folder, OPTIMIZER).items():
-        name, slot = key.split("|")
+        name, accumulator = key.split("|")
         name = name.removeprefix("base.").removeprefix("prefix.encoder.")  # as earlier versions wrote them
-        if not held.here(name):
+        if not shard_plan.here(name):
             continue
         if name not in parameters:
             raise UserError(f"{folder / OPTIMIZER}: holds the state of {name}, which this run does not train")
-        values, parameter = np.ascontiguousarray(held.part(name, stored).read()), parameters[name]
-        own = states.own_slot(slot, parameter.dtype)
+        values, parameter = np.ascontiguousarray(shard_plan.part(name, stored).read()), parameters[name]
+        own = states.own_accumulator(accumulator, parameter.dtype)
         if share is not None:
             if own is not None:
-                share.write(slots[id(parameter), own], values)
+                share.write(accumulators[id(parameter), own], values)
         elif own is None:
             parameter.set_value(values)
         elif own == MASTER:

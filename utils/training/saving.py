@@ -17,7 +17,7 @@ import numpy as np
 from utils.checkpoints.save import MAX_SHARD_BYTES
 from utils.checkpoints.tensors import LazyTensor, divided, in_memory, open_tensors, shard_names, write_index, write_lazy
 from utils.errors import UserError
-from utils.parallel.peers import ALONE_SECONDS, Alone
+from utils.parallel.process_group import ALONE_SECONDS, ProcessGroup
 
 _METADATA = {"format": "np"}
 _LOOK_SECONDS = 0.1  # between two looks for the files of other ranks
@@ -25,7 +25,7 @@ _SETTLE_SECONDS = 60.0  # of a run that fails, for what it is writing
 
 
 @dataclass(frozen=True)
-class Piece:
+class CheckpointShard:
     """What a rank has for the files of one name.
 
     Attributes:
@@ -50,15 +50,17 @@ class Saver:
         background: values are copied, and the run goes on while a thread writes them.
     """
 
-    def __init__(self, peers: Alone, *, background: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.peers, self.background, self.max_shard_bytes = peers, background, max_shard_bytes
+    def __init__(
+        self, processes: ProcessGroup, *, background: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self.processes, self.background, self.max_shard_bytes = processes, background, max_shard_bytes
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def save(
         self,
         place: Callable[[], AbstractContextManager[Path]],
-        pieces: Sequence[Piece],
+        checkpoint_shards: Sequence[CheckpointShard],
         alone: Callable[[Path], None],
         *,
         target: Path | None = None,
@@ -69,7 +71,7 @@ class Saver:
 
         Args:
             place: opens the folder on the first rank, and puts it into place when all is written.
-            pieces: of this rank, the same names in the same order on all ranks.
+            checkpoint_shards: of this rank, the same names in the same order on all ranks.
             alone: writes what belongs beside, on the first rank.
             target: where the folder will be, for messages.
             after: what the first rank does when the folder is in place.
@@ -81,28 +83,28 @@ class Saver:
         self.wait()
         background = self.background if background is None else background
         with ExitStack() as opened, _said(target):
-            own = str(opened.enter_context(place())) if self.peers.first else ""
-            folder = Path(self.peers.gather(own)[0])
-            plans = [self._plan(piece) for piece in pieces]
+            own = str(opened.enter_context(place())) if self.processes.first else ""
+            folder = Path(self.processes.gather(own)[0])
+            plans = [self._plan(checkpoint_shard) for checkpoint_shard in checkpoint_shards]
             if background:
-                pieces = [_copied(piece) for piece in pieces]
+                checkpoint_shards = [_copied(checkpoint_shard) for checkpoint_shard in checkpoint_shards]
             closing = opened.pop_all()
 
         def work(together: bool) -> None:
             with _said(target), closing:
                 try:
-                    for piece, plan in zip(pieces, plans, strict=True):
-                        self._write(folder, piece, plan)
+                    for checkpoint_shard, plan in zip(checkpoint_shards, plans, strict=True):
+                        self._write(folder, checkpoint_shard, plan)
                 except FileNotFoundError:
-                    if self.peers.first or folder.is_dir():
+                    if self.processes.first or folder.is_dir():
                         raise
                     # else rank 0 has given up, and says why
                 if together:
-                    self.peers.gate("waiting for other ranks to write")
-                if self.peers.first:
-                    self._complete(folder, pieces, plans)
+                    self.processes.barrier("waiting for other ranks to write")
+                if self.processes.first:
+                    self._complete(folder, checkpoint_shards, plans)
                     alone(folder)
-            if self.peers.first:
+            if self.processes.first:
                 after()
 
         if background:
@@ -110,7 +112,7 @@ class Saver:
             self._thread.start()
         else:
             work(True)
-            self.peers.gate("waiting for rank 0 to save")
+            self.processes.barrier("waiting for rank 0 to save")
 
     def wait(self) -> None:
         """Returns when what is being written in the background is in place, on all ranks.
@@ -122,10 +124,10 @@ class Saver:
             return
         while self._thread.is_alive():
             self._thread.join(_LOOK_SECONDS)
-            self.peers.check()
+            self.processes.check()
         self._thread = None
         self.check()
-        self.peers.gate("waiting for rank 0 to save")
+        self.processes.barrier("waiting for rank 0 to save")
 
     def check(self) -> None:
         """Returns at once; raises `UserError` if what this rank has been writing in the background cannot be."""
@@ -138,7 +140,7 @@ class Saver:
         with suppress(UserError):  # another rank has failed before, and writes nothing more
             while self._thread and self._thread.is_alive() and time.monotonic() - started < _SETTLE_SECONDS:
                 self._thread.join(_LOOK_SECONDS)
-                self.peers.check()
+                self.processes.check()
 
     def _guarded(self, work: Callable[[bool], None]) -> None:
         try:
@@ -146,55 +148,57 @@ class Saver:
         except BaseException as error:  # raised by `wait`, in the run's own thread
             self._failure = error
 
-    def _plan(self, piece: Piece) -> list[dict[str, dict[str, int]]]:
+    def _plan(self, checkpoint_shard: CheckpointShard) -> list[dict[str, dict[str, int]]]:
         """The files of every rank with the sizes of their tensors."""
-        shards = divided(piece.tensors, self.max_shard_bytes) if piece.writes else []
-        if (piece.single or piece.own) and shards:
-            shards = [list(piece.tensors)]
+        shards = divided(checkpoint_shard.tensors, self.max_shard_bytes) if checkpoint_shard.writes else []
+        if (checkpoint_shard.single or checkpoint_shard.own) and shards:
+            shards = [list(checkpoint_shard.tensors)]
         sizes = [{tensor.name: tensor.nbytes for tensor in shard} for shard in shards]
-        if piece.own:
-            return self.peers.gather({f"{piece.stem}.safetensors": shard for shard in sizes})
-        ranks = self.peers.gather(sizes)
-        names = iter(shard_names(piece.stem, sum(map(len, ranks))))
+        if checkpoint_shard.own:
+            return self.processes.gather({f"{checkpoint_shard.stem}.safetensors": shard for shard in sizes})
+        ranks = self.processes.gather(sizes)
+        names = iter(shard_names(checkpoint_shard.stem, sum(map(len, ranks))))
         return [{next(names): shard for shard in shards} for shards in ranks]
 
-    def _write(self, folder: Path, piece: Piece, plan: list[dict[str, dict[str, int]]]) -> None:
-        if not piece.writes:
-            for tensor in piece.tensors:
+    def _write(self, folder: Path, checkpoint_shard: CheckpointShard, plan: list[dict[str, dict[str, int]]]) -> None:
+        if not checkpoint_shard.writes:
+            for tensor in checkpoint_shard.tensors:
                 tensor.read()
             return
-        tensors = {tensor.name: tensor for tensor in piece.tensors}
-        for file, names in plan[self.peers.layout.rank].items():
+        tensors = {tensor.name: tensor for tensor in checkpoint_shard.tensors}
+        for file, names in plan[self.processes.layout.rank].items():
             write_lazy(folder / file, [tensors[name] for name in names], _METADATA)
 
-    def _complete(self, folder: Path, pieces: Sequence[Piece], plans: list[list[dict[str, dict[str, int]]]]) -> None:
+    def _complete(
+        self, folder: Path, checkpoint_shards: Sequence[CheckpointShard], plans: list[list[dict[str, dict[str, int]]]]
+    ) -> None:
         """Waits for the files of all ranks and joins or lists them."""
         started = time.monotonic()
-        for piece, plan in zip(pieces, plans, strict=True):
+        for checkpoint_shard, plan in zip(checkpoint_shards, plans, strict=True):
             files = {file: tensors for rank in plan for file, tensors in rank.items()}
             while missing := [file for file in files if not (folder / file).is_file()]:
                 if time.monotonic() - started > ALONE_SECONDS:
                     raise UserError(f"{folder}: other ranks have not written {', '.join(missing)}")
                 time.sleep(_LOOK_SECONDS)
-            if piece.own:
+            if checkpoint_shard.own:
                 continue
-            if len(files) > 1 and piece.single:
+            if len(files) > 1 and checkpoint_shard.single:
                 parts = [tensor for file in files for tensor in open_tensors(folder / file).values()]
-                write_lazy(folder / shard_names(piece.stem, 1)[0], parts, _METADATA)
+                write_lazy(folder / shard_names(checkpoint_shard.stem, 1)[0], parts, _METADATA)
                 for file in files:
                     (folder / file).unlink()
             elif len(files) > 1:
-                write_index(folder, piece.stem, files)
+                write_index(folder, checkpoint_shard.stem, files)
 
 
-def _copied(piece: Piece) -> Piece:
-    """The piece with its present values, of which a rank that does not write keeps none."""
+def _copied(checkpoint_shard: CheckpointShard) -> CheckpointShard:
+    """The shard with its present values, of which a rank that does not write keeps none."""
     copies = []
-    for tensor in piece.tensors:
+    for tensor in checkpoint_shard.tensors:
         values = tensor.read()
-        if piece.writes:
+        if checkpoint_shard.writes:
             copies.append(in_memory(tensor.name, np.array(values)))
-    return replace(piece, tensors=copies)
+    return replace(checkpoint_shard, tensors=copies)
 
 
 @contextmanager

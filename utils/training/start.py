@@ -17,7 +17,7 @@ from utils.checkpoints.match import match, some
 from utils.errors import UserError, notice, raise_if
 from utils.model.settings import Settings
 from utils.parallel.groups import seed_everything
-from utils.parallel.peers import Alone
+from utils.parallel.process_group import ProcessGroup
 from utils.training.plan import method
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def adapter_size(args: Any, checkpoint: Checkpoint) -> int:
 
 
 def build(
-    args: Any, checkpoint: Checkpoint, dtype: str, train_data: Any, peers: Alone
+    args: Any, checkpoint: Checkpoint, dtype: str, train_data: Any, processes: ProcessGroup
 ) -> tuple[TrainingModel, Trained]:
     """Loads the base, or what this rank holds of it, and puts the adapter of the run on it.
 
@@ -159,17 +159,17 @@ def build(
     from utils.adapters.lora import add_lora, load_lora
     from utils.adapters.prefix import PrefixTuning, load_prefix
     from utils.checkpoints.load import load_model
-    from utils.partition.tensor import Held
+    from utils.partition.tensor import ShardPlan
     from utils.training.answers import engine_over
     from utils.training.model import TrainingModel
     from utils.training.trained import FullModel, Lora, Prefix
 
     trained_dtype = dtype if args.fp16_opt_level == "O2" else "float32"
     weights_dtype = trained_dtype if method(args) == "sft" else dtype
-    held = Held.of(checkpoint.family, checkpoint.config, peers)
-    base = load_model(checkpoint, weights_dtype, settings=model_settings(args, checkpoint), held=held)
-    seed_everything(args.seed, peers.layout)
-    family, prefix, layout = checkpoint.family, None, peers.layout
+    shard_plan = ShardPlan.of(checkpoint.family, checkpoint.config, processes)
+    base = load_model(checkpoint, weights_dtype, settings=model_settings(args, checkpoint), shard_plan=shard_plan)
+    seed_everything(args.seed, processes.layout)
+    family, prefix, layout = checkpoint.family, None, processes.layout
     stages: Any = None
     if layout.pipeline > 1:
         from utils.partition.pipeline import Stages
@@ -184,7 +184,7 @@ def build(
                 dropout=args.lora_dropout,
                 lora_plus_scale=args.lora_plus_scale,
                 dtype=trained_dtype,
-                held=held,
+                shard_plan=shard_plan,
             )
         else:
             adapted = add_lora(
@@ -198,12 +198,12 @@ def build(
                 linears=linear_names(checkpoint),
                 seed=args.seed,
                 dtype=trained_dtype,
-                held=held,
+                shard_plan=shard_plan,
             )
-        trained = Lora(checkpoint, held, adapted)
+        trained = Lora(checkpoint, shard_plan, adapted)
     elif args.prefix_tuning:
         if args.prefix_path:
-            prefix = load_prefix(base, family, args.prefix_path, checkpoint, held, dtype=trained_dtype)
+            prefix = load_prefix(base, family, args.prefix_path, checkpoint, shard_plan, dtype=trained_dtype)
         else:
             prefix = PrefixTuning(
                 family,
@@ -213,27 +213,27 @@ def build(
                 projection_hidden=args.prefix_projection_hidden_size,
                 dtype=trained_dtype,
                 computed=weights_dtype,
-                held=held,
+                shard_plan=shard_plan,
             )
             ids = typical_ids(train_data)
-            engine = engine_over(family, base, checkpoint.config, peers, stages=stages)
+            engine = engine_over(family, base, checkpoint.config, processes, stages=stages)
             if stages is None:
                 prefix.start_from_text(engine, ids)
             else:
-                peers.gate("waiting for the model on other ranks")
+                processes.barrier("waiting for the model on other ranks")
                 prefix.start_from_text(engine, ids, stages.complete)
-                peers.copy_from_first(list(prefix.encoder.parameters()), peers.groups.pipeline)
-        trained = Prefix(checkpoint, held, prefix)
+                processes.copy_from_first(list(prefix.encoder.parameters()), processes.groups.pipeline)
+        trained = Prefix(checkpoint, shard_plan, prefix)
     else:
-        trained = FullModel(checkpoint, held, base, in_shards=not args.unified_checkpoint)
+        trained = FullModel(checkpoint, shard_plan, base, in_shards=not args.unified_checkpoint)
     model = TrainingModel(
         family,
         base,
         prefix=prefix,
         neftune_alpha=args.neftune_noise_alpha if args.neftune else None,
         inputs_need_gradient=args.recompute,
-        vocabulary_group=held.vocabulary_group,
-        sequence=held.sequence(family, checkpoint.config, base) if args.sequence_parallel else None,
+        vocabulary_group=shard_plan.vocabulary_group,
+        sequence=shard_plan.sequence(family, checkpoint.config, base) if args.sequence_parallel else None,
         stages=stages,
     )
     return model, trained

@@ -6,8 +6,8 @@ targets for one; there is nothing to exchange of them.
 
 gloo gives a rank 30 s to wait for its partners. The limit is a constant of gloo's context; Paddle hands none
 on (`new_group(timeout=...)` is for stores, and `ProcessGroupGloo.create` takes no options). What one rank sends
-to another waits longer, see `pairs.meet`. Other work that may keep one rank longer must end at `Peers.gate`, which
-has no such limit, before the ranks exchange anything.
+to another waits longer, see `pairs.meet`. Other work that may keep one rank longer must end at
+`ConnectedGroup.barrier`, which has no such limit, before the ranks exchange anything.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def meet(process_group: Any, peer: int) -> None:
     """Waits until a rank of the group is about to exchange with this one.
 
     gloo would give up after 30 s, but the last stage of a pipeline waits for all stages before it. Here the
-    wait is a count in the store of all ranks; of the ranks that have failed it hears as `Peers.gate` does.
+    wait is a count in the store of all ranks; of the ranks that have failed it hears as `ConnectedGroup.barrier` does.
 
     Raises:
         RuntimeError: the other rank did not come within half an hour.

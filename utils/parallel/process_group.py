@@ -1,9 +1,9 @@
 """The processes of one run, as each of them sees the others.
 
 `start` connects them; the object that it returns is all that scripts and the trainer need. With one
-process it is `Alone`, which does nothing, so that no caller asks how many there are.
+process it is a plain `ProcessGroup`, which does nothing, so that no caller asks how many there are.
 
-Everything that waits for other ranks goes through a gate: a count in the store that rank 0 serves. It
+Everything that waits for other ranks goes through a barrier: a count in the store that rank 0 serves. It
 needs no partner to answer in time (gloo gives up after 30 s), knows who is missing, and hears of a rank
 that has failed.
 """
@@ -42,8 +42,8 @@ STORE_GONE = (RuntimeError, ValueError)  # what the store raises when the proces
 Value = TypeVar("Value")
 
 
-class Alone:
-    """One process. `Peers` has the same methods for several.
+class ProcessGroup:
+    """One process. `ConnectedGroup` has the same methods for several.
 
     Attributes:
         layout: who does what.
@@ -60,7 +60,7 @@ class Alone:
     def several(self) -> bool:
         return self.layout.world > 1
 
-    def gate(self, what: str, seconds: float = ALONE_SECONDS) -> None:
+    def barrier(self, what: str, seconds: float = ALONE_SECONDS) -> None:
         """Waits until every rank is here.
 
         Args:
@@ -94,7 +94,7 @@ class Alone:
         """Replaces each tensor by its sum over a group, worked out in float32; all have the same result.
 
         Args:
-            group: one of `groups`; nothing happens in None. No gate stands before: the ranks must be together.
+            group: one of `groups`; nothing happens in None. No barrier stands before: the ranks must be together.
         """
 
     def copy_from_first(self, tensors: Sequence[Any], group: Any) -> None:
@@ -113,20 +113,20 @@ class Alone:
         yield
 
 
-class Peers(Alone):
+class ConnectedGroup(ProcessGroup):
     """Several processes that the launcher has started, connected."""
 
     def __init__(self, layout: Layout, store: Any) -> None:
         super().__init__(layout)
         self.store = store
-        self.passed = 0  # gates
+        self.passed = 0  # barriers
         self.gathered = 0
         self.made = 0
         self.relayed = False  # another rank's failure is what ends this one
 
     # --- waiting -------------------------------------------------------------------------------------
 
-    def gate(self, what: str, seconds: float = ALONE_SECONDS) -> None:
+    def barrier(self, what: str, seconds: float = ALONE_SECONDS) -> None:
         self.passed += 1
         try:
             self._wait_for(what, seconds)
@@ -136,18 +136,18 @@ class Peers(Alone):
     def _wait_for(self, what: str, seconds: float) -> None:
         wanted = self.passed * self.layout.world
         started, pause = time.monotonic(), 0.0005
-        arrived = self.store.add("gate", 1)
+        arrived = self.store.add("barrier", 1)
         # after that: whoever is missing in the sum is missing here too, also if it stops between the two
-        self.store.add(f"gate/{self.layout.rank}", 1)
+        self.store.add(f"barrier/{self.layout.rank}", 1)
         while arrived < wanted:
             time.sleep(pause)
             waited = time.monotonic() - started
             pause = min(2 * pause, 0.02 if waited < 10 else 0.2)
-            arrived = self.store.add("gate", 0)
+            arrived = self.store.add("barrier", 0)
             if waited > 0.05:
                 self.heed()
             if waited > seconds and arrived < wanted:
-                late = [rank for rank in range(self.layout.world) if self.store.add(f"gate/{rank}", 0) < self.passed]
+                late = [rank for rank in range(self.layout.world) if self.store.add(f"barrier/{rank}", 0) < self.passed]
                 raise UserError(
                     f"{what}: rank {', '.join(map(str, late))} did not come within {seconds:.0f} s; "
                     "look at the end of its workerlog file"
@@ -174,9 +174,9 @@ class Peers(Alone):
     def one_after_first(self) -> Iterator[None]:
         if self.layout.local_rank == 0:
             yield
-            self.gate("waiting for the first process of another machine")
+            self.barrier("waiting for the first process of another machine")
         else:
-            self.gate("waiting for the first process of this machine")
+            self.barrier("waiting for the first process of this machine")
             yield
 
     # --- exchanging ----------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Peers(Alone):
         import paddle
         import paddle.distributed as dist
 
-        self.gate("adding up", STEP_SECONDS)
+        self.barrier("adding up", STEP_SECONDS)
         total = paddle.to_tensor(list(values), dtype="float64")
         dist.all_reduce(total)
         return [float(value) for value in total.numpy()]
@@ -194,7 +194,7 @@ class Peers(Alone):
         self.gathered += 1
         number = self.gathered % 2  # no rank comes two exchanges further while another still reads
         self.store.set(f"gather/{number}/{self.layout.rank}", json.dumps(value))
-        self.gate("exchanging results", STEP_SECONDS)
+        self.barrier("exchanging results", STEP_SECONDS)
         return [
             json.loads(bytes(self.store.get(f"gather/{number}/{rank}")).decode()) for rank in range(self.layout.world)
         ]
@@ -204,7 +204,7 @@ class Peers(Alone):
         key = f"made/{self.made % 2}"  # rank 0 makes no third value while another still reads the first
         if self.first:
             self.store.set(key, json.dumps(make()))
-        self.gate(what)
+        self.barrier(what)
         return json.loads(bytes(self.store.get(key)).decode())
 
     def add_up(self, tensors: Sequence[Any], group: Any) -> None:
@@ -371,13 +371,13 @@ def send_at_once() -> None:
                     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def start(layout: Layout, device: str) -> Alone:
+def start(layout: Layout, device: str) -> ProcessGroup:
     """Connects the processes of a run; with one process there is nothing to connect and no Paddle to load.
 
     Afterwards only rank 0 prints, and a rank that fails ends all of them.
     """
     if layout.world == 1:
-        return Alone(layout)
+        return ProcessGroup(layout)
     kind = device.split(":")[0]
     if kind == "cpu":
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
@@ -392,11 +392,11 @@ def start(layout: Layout, device: str) -> Alone:
         with redirect_stderr(io.StringIO()):  # a list of its flags
             dist.init_parallel_env()
         store = core.create_or_get_global_tcp_store()
-        peers = Peers(layout, store)
-        peers.groups = groups.create(layout)
+        processes = ConnectedGroup(layout, store)
+        processes.groups = groups.create(layout)
     send_at_once()  # on the connections of all groups
-    errors.ending = peers
-    if not peers.first:
+    errors.ending = processes
+    if not processes.first:
         errors.silent = True
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    return peers
+    return processes

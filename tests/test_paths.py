@@ -21,7 +21,7 @@ from utils.arguments import (
     parse,
 )
 from utils.errors import UserError
-from utils.places import is_stream
+from utils.paths import is_stream
 
 
 def faults(argv: list[str], cls: Any = PredictArguments) -> list[str]:

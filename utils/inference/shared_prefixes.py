@@ -1,4 +1,4 @@
-"""Prompts that begin alike (a system prompt, examples): the common head is read once and copied."""
+"""Prompts that begin alike (a system prompt, examples): the common prefix is read once and copied."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from utils.inference.slots import Slots
 
-# A head shorter than this is read again each time: a copy costs about as much.
+# A prefix shorter than this is read again each time: a copy costs about as much.
 SHORTEST = 16
-# Most heads that are kept at a time: each holds memory like an answer in the making. Of more, the one
+# Most prefixes that are kept at a time: each holds memory like an answer in the making. Of more, the one
 # that was used least recently goes.
 MOST = 4
 # How many of the waiting prompts are compared with one that is opened, so that a file of many
@@ -18,23 +18,23 @@ WINDOW = 256
 
 
 @dataclass(eq=False)
-class Head:
+class SharedPrefix:
     """The beginning of some prompts, which is read into a slot of its own.
 
     Attributes:
-        parent: the shorter head that it begins with.
+        parent: the shorter prefix that it begins with.
         slot: None before it is read.
         known: how many of its tokens were not read, as they were kept before.
     """
 
     tokens: tuple[int, ...]
-    parent: Head | None = None
+    parent: SharedPrefix | None = None
     slot: int | None = None
     known: int = 0
     _is_claimed: bool = False
 
     def begins(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt begins with this head and goes on after it."""
+        """Whether a prompt begins with this prefix and goes on after it."""
         length = len(self.tokens)
         return len(prompt) > length and tuple(prompt[:length]) == self.tokens
 
@@ -50,18 +50,18 @@ class Head:
         return len(self.tokens) - shorter[0] + shorter[1]
 
 
-class Heads:
-    """The heads that are kept at the moment, and those that are to be read."""
+class SharedPrefixes:
+    """The prefixes that are kept at the moment, and those that are to be read."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._heads: list[Head] = []
-        self._new: list[Head] = []
+        self._prefixes: list[SharedPrefix] = []
+        self._new: list[SharedPrefix] = []
 
-    def find(self, prompt: Sequence[int], others: Sequence[Sequence[int]], known: int = 0) -> Head | None:
-        """The longest head of a prompt that is here already or that others have in common with it.
+    def find(self, prompt: Sequence[int], others: Sequence[Sequence[int]], known: int = 0) -> SharedPrefix | None:
+        """The longest prefix of a prompt that is here already or that others have in common with it.
 
-        Of the latter nothing is read yet, see `found_anew`. A head may begin with a shorter one: few-shot examples
+        Of the latter nothing is read yet, see `found_anew`. A prefix may begin with a shorter one: few-shot examples
         after a common system prompt.
 
         Args:
@@ -69,53 +69,53 @@ class Heads:
             others: prompts of which nothing is read either.
             known: tokens of the prompt that need not be read in any case.
         """
-        kept = [head for head in self._heads if head.begins(prompt)]
-        found = max(kept, key=lambda head: len(head.tokens), default=None)
+        kept = [prefix for prefix in self._prefixes if prefix.begins(prompt)]
+        found = max(kept, key=lambda prefix: len(prefix.tokens), default=None)
         known = max(known, len(found.tokens) if found else 0)
         lengths = []
         while (common := _shared(prompt, others, known)) > known:
             lengths.append(known := common)
         for length in lengths:
-            found = Head(tuple(prompt[:length]), found)
-            self._heads.append(found)
+            found = SharedPrefix(tuple(prompt[:length]), found)
+            self._prefixes.append(found)
             self._new.append(found)
         if found is not None:
-            self._heads.remove(found)
-            self._heads.append(found)  # used most recently
+            self._prefixes.remove(found)
+            self._prefixes.append(found)  # used most recently
         return found
 
-    def found_anew(self) -> list[Head]:
-        """The heads that were found since the last call, in the order in which they can be read."""
+    def found_anew(self) -> list[SharedPrefix]:
+        """The prefixes that were found since the last call, in the order in which they can be read."""
         new, self._new = self._new, []
         return new
 
-    def has(self, head: Head) -> bool:
+    def has(self, prefix: SharedPrefix) -> bool:
         """Whether it is still needed."""
-        return head in self._heads
+        return prefix in self._prefixes
 
-    def release(self, waiting: Sequence[Sequence[int]], starting: Collection[Head] = ()) -> None:
-        """Frees the heads that no waiting prompt begins with, and those beyond the most that are kept.
+    def release(self, waiting: Sequence[Sequence[int]], starting: Collection[SharedPrefix] = ()) -> None:
+        """Frees the prefixes that no waiting prompt begins with, and those beyond the most that are kept.
 
         Args:
-            starting: heads that will be copied next. They stay.
+            starting: prefixes that will be copied next. They stay.
         """
         needed = set(starting)
-        for head in reversed(self._heads):  # a parent comes before those that begin with it
-            if head in needed and head.slot is None and head.parent is not None:
-                needed.add(head.parent)
-        useful = [head for head in self._heads if any(head.begins(prompt) for prompt in waiting)][-MOST:]
-        kept = [head for head in self._heads if head in needed or head in useful]
-        unused = [head.slot for head in self._heads if head not in kept and head.slot is not None]
-        self._heads = kept
+        for prefix in reversed(self._prefixes):  # a parent comes before those that begin with it
+            if prefix in needed and prefix.slot is None and prefix.parent is not None:
+                needed.add(prefix.parent)
+        useful = [prefix for prefix in self._prefixes if any(prefix.begins(prompt) for prompt in waiting)][-MOST:]
+        kept = [prefix for prefix in self._prefixes if prefix in needed or prefix in useful]
+        unused = [prefix.slot for prefix in self._prefixes if prefix not in kept and prefix.slot is not None]
+        self._prefixes = kept
         self._slots.free(unused)
 
     def forget(self) -> None:
-        """Knows no heads any more; their slots are freed by who closes all."""
-        self._heads, self._new = [], []
+        """Knows no prefixes any more; their slots are freed by who closes all."""
+        self._prefixes, self._new = [], []
 
 
 def _shared(prompt: Sequence[int], others: Sequence[Sequence[int]], known: int) -> int:
-    """Length of the next longer head that a prompt shares with others; `known` if there is none."""
+    """Length of the next longer prefix that a prompt shares with others; `known` if there is none."""
     enough = known + SHORTEST
     start = list(prompt[:enough])
     # Every prompt keeps a token to itself, since logits come from tokens that are read.

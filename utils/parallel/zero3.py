@@ -1,4 +1,5 @@
-"""Sharding stage 3: every rank keeps a slice of each weight, gradient and optimizer tensor."""
+"""Sharding stage 3 (ZeRO-3, Rajbhandari et al. 2019, arXiv:1910.02054): every rank keeps a slice of each weight,
+gradient and optimizer tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.autograd import PyLayer
 
-from utils.parallel.sharding import Share, Slot, device_kind
+from utils.parallel.sharding import Accumulator, Share, device_kind
 from utils.parallel.states import host
 
 SLICE = "slice@"  # fleet's name of a slice begins with it
@@ -20,7 +21,7 @@ SLICED_TYPES = (paddle.float32, paddle.float16, paddle.bfloat16)
 WHOLE_LAYERS = ("position_embeddings", "block_position_embeddings", "embed_positions")
 
 
-class WeightShare(Share):
+class Zero3(Share):
     """Stage 3: a layer's weights are gathered when it is called and when its gradient is due.
 
     Vectors (norms, biases) stay whole on every rank, and what is no larger than the largest of them. All others are
@@ -72,7 +73,7 @@ class WeightShare(Share):
         self.vectors = [p for p in self.trained.values() if not hasattr(p, "fw_storage")]
         for parameter in self.vectors if self.rank else ():  # alike on all ranks
             parameter.counted = False
-        self.held = False  # within `whole`
+        self.gathered = False  # within `whole`
         self.silent: list[Tensor] = []  # parameters without a gradient in this step
         self._release_after_gradients(model)
         clear = optimizer.clear_grad
@@ -111,7 +112,7 @@ class WeightShare(Share):
 
     def _release_forgotten(self) -> None:
         """Frozen weights of layers whose input has no gradient, such as the embedding."""
-        if not self.held:
+        if not self.gathered:
             forgotten = [p for p in self.frozen if p.status == "all"]
             for parameter in forgotten:
                 parameter.use_count = 1
@@ -151,13 +152,13 @@ class WeightShare(Share):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        before, self.held = self.held, True
+        before, self.gathered = self.gathered, True
         with paddle.no_grad():
             self._gather(self.sliced)
         try:
             yield
         finally:
-            self.held = before
+            self.gathered = before
             with paddle.no_grad():
                 self._keep_replaced()
                 self._release(self.sliced)
@@ -195,28 +196,28 @@ class WeightShare(Share):
         gathered, _ = self.fleet._task_flow.full_param[parameter.name]
         return gathered[start:end]
 
-    def read(self, slot: Slot) -> np.ndarray:
-        kept = self._kept(slot.parameter)
+    def read(self, accumulator: Accumulator) -> np.ndarray:
+        kept = self._kept(accumulator.parameter)
         assert kept is not None
-        tensor = self.states.get(*kept, slot.name)
-        parameter = self.trained[slot.parameter]
-        if "pow" in slot.name or not hasattr(parameter, "fw_storage"):
+        tensor = self.states.get(*kept, accumulator.name)
+        parameter = self.trained[accumulator.parameter]
+        if "pow" in accumulator.name or not hasattr(parameter, "fw_storage"):
             return host(tensor)
         size = self.fleet._param2buffer_size[parameter.name]
         gathered, task = self.code._all_gather(tensor, size, self.group)
         task.wait()
-        count = int(np.prod(slot.shape))
-        return host(gathered)[:count].reshape(slot.shape)
+        count = int(np.prod(accumulator.shape))
+        return host(gathered)[:count].reshape(accumulator.shape)
 
-    def write(self, slot: Slot, value: np.ndarray) -> None:
-        kept = self._kept(slot.parameter)
+    def write(self, accumulator: Accumulator, value: np.ndarray) -> None:
+        kept = self._kept(accumulator.parameter)
         assert kept is not None
-        parameter = self.trained[slot.parameter]
-        if "pow" not in slot.name and hasattr(parameter, "fw_storage"):
+        parameter = self.trained[accumulator.parameter]
+        if "pow" not in accumulator.name and hasattr(parameter, "fw_storage"):
             start, end = self.fleet._param2buffer[parameter.name][self.rank]
             flat = value.reshape([-1])[start:end]
             value = np.concatenate([flat, np.zeros(end - start - flat.size, dtype=flat.dtype)])
-        self.states.set(*kept, slot.name, value)
+        self.states.set(*kept, accumulator.name, value)
 
 
 class _Watched(PyLayer):

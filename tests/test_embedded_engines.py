@@ -37,10 +37,10 @@ def prompts() -> list[list[int]]:
 
 
 def answers(
-    name: str | Path, prompts: list[list[int]], batch_sizes: tuple[int, ...], **corner: object
+    name: str | Path, prompts: list[list[int]], batch_sizes: tuple[int, ...], **engine: object
 ) -> list[Answers]:
-    """Greedy answers of one corner at each batch size."""
-    prepared = prepare(str(name), device="cpu", dtype="float32", **corner)  # type: ignore[arg-type]
+    """Greedy answers of one engine at each batch size."""
+    prepared = prepare(str(name), device="cpu", dtype="float32", **engine)  # type: ignore[arg-type]
     generator = load(prepared, "cpu")
     options = SamplingOptions(max_new_tokens=NEW_TOKENS)
     found = [[one.tokens for one in generator.generate(prompts, options, size)] for size in batch_sizes]
