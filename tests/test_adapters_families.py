@@ -22,8 +22,8 @@ from utils.inference.loading import Prepared, engine_of, load_program, make_engi
 
 # One of every family, with heads of their own in both layouts, and tied ones.
 CASES = [
-    *("bloom_prefixed", "chatglm2_tiny", "chatglm_tiny", "glm_tiny", "gpt2_prefixed", "gptj_tiny", "llama_tiny"),
-    *("mistral", "opt_tiny", "qwen2_window", "qwen_tiny"),
+    *("bloom_prefixed", "chatglm2_tiny", "chatglm_tiny", "gemma3", "glm_tiny", "gpt2_prefixed", "gptj_tiny", "gptneox"),
+    *("llama_tiny", "mistral", "opt_tiny", "qwen2_window", "qwen3", "qwen_tiny"),
 ]
 
 

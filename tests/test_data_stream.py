@@ -227,7 +227,7 @@ class Neighbour(ProcessGroup):
 
     def __init__(self, rank: int, world: int, shared: list[Any], barrier: threading.Barrier) -> None:
         super().__init__(Layout(world=world, rank=rank))
-        self.shared, self.barrier = shared, barrier
+        self.shared, self.meeting = shared, barrier
 
     def gather(self, value: Any) -> list[Any]:
         self.shared[self.layout.rank] = json.loads(json.dumps(value))

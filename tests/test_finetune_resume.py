@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +35,14 @@ METHODS = {
     "lora": ["--lora", "--lora_dropout", 0.1],
     "prefix": ["--prefix_tuning", "--num_prefix_tokens", 4],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """Runs have them on the machine of these tests, also beside other tests: `same_run` has bounds for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +395,7 @@ def test_the_best_and_the_newest_checkpoints_stay(tiny: Tiny, tmp_path: Path) ->
     """A learning rate that ruins the model later makes an early checkpoint the best one."""
     options = ["--do_train", "--do_eval", "--lora", "--evaluation_strategy", "steps", "--eval_steps", 2]
     options += ["--save_steps", 2, "--save_total_limit", 1, "--max_steps", 12, "--load_best_model_at_end"]
-    options += ["--metric_for_best_model", "accuracy", "--learning_rate", 0.3, "--warmup_steps", 12]
+    options += ["--metric_for_best_model", "accuracy", "--learning_rate", 3.0, "--warmup_steps", 12]
     run = tiny.run(tmp_path / "whole", *options)
     scores = {int(row["step"]): float(row["eval_accuracy"]) for row in run.curve if row["eval_accuracy"]}
     best = max(scores, key=lambda step: scores[step])

@@ -24,16 +24,17 @@ from utils.inference.loading import Prepared, load_all, make_engine, make_engine
 from utils.inference.sampling import SamplingOptions
 
 CASES = ["bloom_prefixed", "chatglm2_tiny", "chatglm_tiny", "glm_tiny", "gpt2_prefixed", "gptj_tiny", "llama_tiny"]
-CASES += ["opt_tiny", "qwen2_window", "qwen_tiny"]
+CASES += ["opt_tiny", "qwen2_window", "qwen_tiny", "gemma3", "gptneox", "qwen3"]
 
 
 def weights(engines: Sequence[Engine]) -> int:
-    """Bytes of all parameters of some engines, each counted once."""
+    """Bytes of all parameters of the models of some engines, each counted once."""
     found: dict[int, int] = {}
     for engine in engines:
         known: Any = engine
-        layer = known._model if hasattr(known, "_model") else known._program._decoder
-        found |= {p.data_ptr(): p.size * p.element_size() for p in layer.parameters()}
+        layer = known._program._decoder
+        model = getattr(layer, "model", layer)  # the plain engine has its constants beside the model
+        found |= {p.data_ptr(): p.size * p.element_size() for p in model.parameters()}
     return sum(found.values())
 
 

@@ -58,7 +58,10 @@ DYNAMIC_WAYS = [Way(engine, adapter) for engine in ((), INFERENCE) for adapter i
 STATIC_WAYS = [Way((*STATIC, *more), adapter) for more in ((), INFERENCE) for adapter in ("", "lora", "prefix")]
 WAYS = [way for pair in zip(DYNAMIC_WAYS, STATIC_WAYS, strict=True) for way in pair]
 # every family once, and every way
-CHOSEN = {(WITH_TOKENIZER[number % len(WITH_TOKENIZER)], way) for number, way in enumerate(WAYS)}
+CHOSEN = {
+    (WITH_TOKENIZER[number % len(WITH_TOKENIZER)], WAYS[number % len(WAYS)])
+    for number in range(max(len(WITH_TOKENIZER), len(WAYS)))
+}
 # of two processes: every engine, and every way to have an adapter
 SHARED_WAYS = [Way((), "beside"), Way(INFERENCE, "prefix"), Way((*STATIC, *INFERENCE), "lora")]
 

@@ -4,6 +4,7 @@ part of a character only.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -65,7 +66,8 @@ class CompletionLogprobs:
             count: how many of the likeliest tokens are told.
         """
         self._tokenizer, self._count = tokenizer, count
-        self._characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0  # that are complete
         self._first = True
 
     def take(
@@ -93,17 +95,17 @@ class CompletionLogprobs:
 
     def _offset(self, data: bytes) -> int:
         """A token that goes on with a character begins where the character does."""
-        inside = bool(data) and data[0] & 0xC0 == 0x80
-        return max(0, self._characters - inside)
+        begun, _ = self._decoder.getstate()
+        goes_on = bool(data) and data[0] & 0xC0 == 0x80
+        return self._characters + (bool(begun) and not goes_on)
 
     def _advance(self, token: int, data: bytes) -> None:
         if token in self._tokenizer.special_ids:
             return  # the text does not have it
-        begun = sum(byte & 0xC0 != 0x80 for byte in data)
-        if self._first and data.startswith(b" "):  # a tokenizer may drop the blank that begins a text
-            begun -= not self._tokenizer.decode([token]).startswith(" ")
+        if self._first and data.startswith(b" ") and not self._tokenizer.decode([token]).startswith(" "):
+            data = data[1:]  # a tokenizer may drop the blank that begins a text
         self._first = False
-        self._characters += begun
+        self._characters += len(self._decoder.decode(data))
 
 
 def _name(data: bytes) -> str:
