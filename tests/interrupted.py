@@ -38,7 +38,8 @@ def same_run(resumed: Result, whole: Result) -> None:
     """Losses to 1e-6, those of evaluations too, and everything else that the run leaves.
 
     Between two processes a sum in float32 may differ in its last digit: the math library adds up in
-    another order where a buffer lies at another address.
+    another order where a buffer lies at another address. Weights are compared to 1e-6 in the root mean square, and to
+    1e-5 each: AdamW divides a gradient by its own size, so that where it is almost zero its last digit counts.
     """
     assert [row["step"] for row in resumed.curve] == [row["step"] for row in whole.curve]
     np.testing.assert_allclose(resumed.losses, whole.losses, atol=1e-6, rtol=0)
@@ -58,4 +59,5 @@ def same_run(resumed: Result, whole: Result) -> None:
         assert states[0][name] == states[1][name]
     for path in whole.output.glob("*.safetensors"):
         for name, value in tensors(path).items():
-            np.testing.assert_allclose(tensors(resumed.output / path.name)[name], value, atol=1e-6)
+            apart = np.abs(tensors(resumed.output / path.name)[name].astype(np.float64) - value)
+            assert np.sqrt(np.mean(apart**2)) < 1e-6 and apart.max() < 1e-5, (path.name, name, apart.max())
