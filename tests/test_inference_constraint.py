@@ -94,8 +94,8 @@ def test_answers_of_a_real_model_are_valid(options: SamplingOptions) -> None:
     ids = prepared.encode([{"role": "user", "content": "Give me an example as JSON."}], 512)[0]
     each = [replace(options, grammar=of_schema(schema)) for schema in SCHEMAS.values()]
     for (key, schema), found in zip(SCHEMAS.items(), generator.generate([ids] * 50, each), strict=True):
-        if found.finish_reason == "length" and "$ref" in json.dumps(schema):
-            continue  # a model may go on deeper for ever where the schema has no floor
+        if found.finish_reason == "length" and key in ("tree", "chain"):
+            continue  # these may go on without end, and this model does
         assert found.finish_reason == "stop", (key, found.text)
         assert fits(schema, found.text), (key, found.text)
 
